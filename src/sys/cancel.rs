@@ -1,0 +1,146 @@
+//! Cancellation and deadline of a call, seen by everything that waits on its behalf.
+
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, OnceLock};
+use std::time::{Duration, Instant};
+
+use nix::poll::{PollFd, PollFlags, PollTimeout};
+use rustix::event::EventfdFlags;
+
+use crate::error::{Context, Error, Result};
+
+/// One call's wish to go on. Clones share the flag. `Cancel::never()` for work that nobody can abandon.
+#[derive(Clone)]
+pub struct Cancel {
+    shared: Arc<Shared>,
+    deadline: Option<Instant>,
+}
+
+struct Shared {
+    set: AtomicBool,
+    // Made by the first poller only: most calls never wait on a descriptor.
+    fd: OnceLock<Option<OwnedFd>>,
+}
+
+impl Cancel {
+    pub fn new(deadline: Option<Instant>) -> Cancel {
+        Cancel { shared: Arc::new(Shared { set: AtomicBool::new(false), fd: OnceLock::new() }), deadline }
+    }
+
+    pub fn never() -> Cancel {
+        Cancel::new(None)
+    }
+
+    /// The same flag under a deadline that is at most `limit` from now.
+    pub fn within(&self, limit: Duration) -> Cancel {
+        let ours = Instant::now() + limit;
+        Cancel { shared: self.shared.clone(), deadline: Some(self.deadline.map_or(ours, |d| d.min(ours))) }
+    }
+
+    /// Cancels: every waiter wakes.
+    pub fn set(&self) {
+        self.shared.set.store(true, Ordering::SeqCst);
+        if let Some(Some(fd)) = self.shared.fd.get() {
+            let _ = rustix::io::write(fd, &1u64.to_ne_bytes());
+        }
+    }
+
+    pub fn is_cancelled(&self) -> bool {
+        self.shared.set.load(Ordering::SeqCst)
+    }
+
+    pub fn deadline(&self) -> Option<Instant> {
+        self.deadline
+    }
+
+    /// CANCELLED or DEADLINE_EXCEEDED once the caller is gone or out of time.
+    pub fn check(&self) -> Result<()> {
+        if self.is_cancelled() {
+            return Err(Error::cancelled("the client cancelled the call"));
+        }
+        if self.deadline.is_some_and(|d| Instant::now() >= d) {
+            return Err(Error::deadline("the deadline of the call has passed"));
+        }
+        Ok(())
+    }
+
+    /// Time left until the deadline.
+    pub fn remaining(&self) -> Option<Duration> {
+        self.deadline.map(|d| d.saturating_duration_since(Instant::now()))
+    }
+
+    /// Readable once cancelled. Stays readable.
+    fn fd(&self) -> Option<BorrowedFd<'_>> {
+        let fd = self.shared.fd.get_or_init(|| rustix::event::eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK).ok());
+        if self.is_cancelled() {
+            if let Some(fd) = fd {
+                let _ = rustix::io::write(fd, &1u64.to_ne_bytes());
+            }
+        }
+        fd.as_ref().map(|fd| fd.as_fd())
+    }
+
+    /// Waits until one of `fds` is ready, the call is cancelled or its deadline passes (both errors), or `limit` has
+    /// passed (Ok, with no flag set). Gives back the ready flags in the order of `fds`.
+    pub fn poll(&self, fds: &[(BorrowedFd<'_>, PollFlags)], limit: Option<Duration>) -> Result<Vec<PollFlags>> {
+        let end = limit.map(|l| Instant::now() + l);
+        loop {
+            self.check()?;
+            let wait = match (self.deadline, end) {
+                (Some(a), Some(b)) => Some(a.min(b)),
+                (a, b) => a.or(b),
+            };
+            // Rounded up: a poll that ends early would spin through the last millisecond.
+            let timeout = wait.map_or(PollTimeout::NONE, |w| {
+                let ms = w.saturating_duration_since(Instant::now()).as_micros().div_ceil(1000);
+                PollTimeout::try_from(ms.min(i32::MAX as u128) as i32).unwrap_or(PollTimeout::MAX)
+            });
+            let mut set: Vec<PollFd> = fds.iter().map(|(fd, flags)| PollFd::new(*fd, *flags)).collect();
+            if let Some(fd) = self.fd() {
+                set.push(PollFd::new(fd, PollFlags::POLLIN));
+            }
+            match nix::poll::poll(&mut set, timeout) {
+                Ok(_) => {}
+                Err(nix::errno::Errno::EINTR) => continue,
+                Err(e) => return Err(e).context(|| "poll"),
+            }
+            let flags: Vec<PollFlags> = set[..fds.len()].iter().map(|p| p.revents().unwrap_or(PollFlags::empty())).collect();
+            if flags.iter().any(|f| !f.is_empty()) {
+                return Ok(flags);
+            }
+            self.check()?;
+            if end.is_some_and(|e| Instant::now() >= e) {
+                return Ok(flags);
+            }
+        }
+    }
+
+    /// Sleeps for `limit`, or less if the call ends first (an error then).
+    pub fn sleep(&self, limit: Duration) -> Result<()> {
+        self.poll(&[], Some(limit)).map(drop)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn set_wakes_a_sleeper() {
+        let cancel = Cancel::never();
+        let other = cancel.clone();
+        let t = std::thread::spawn(move || other.sleep(Duration::from_secs(60)));
+        std::thread::sleep(Duration::from_millis(20));
+        cancel.set();
+        assert_eq!(t.join().unwrap().unwrap_err().code(), crate::error::Code::Cancelled);
+        assert!(cancel.sleep(Duration::from_secs(60)).is_err());
+    }
+
+    #[test]
+    fn deadline_ends_a_sleep() {
+        let cancel = Cancel::never().within(Duration::from_millis(5));
+        assert_eq!(cancel.sleep(Duration::from_secs(60)).unwrap_err().code(), crate::error::Code::DeadlineExceeded);
+        assert!(Cancel::never().sleep(Duration::from_millis(1)).is_ok());
+    }
+}

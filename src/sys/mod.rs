@@ -1,0 +1,25 @@
+//! What crisp asks of the kernel: the only place with unsafe code, child processes, threads, mounts and namespaces.
+
+/// Cancellation and deadline of a call.
+pub mod cancel;
+/// Files: atomic writes, bounded reads, removal of trees.
+pub mod file;
+/// Ranked locks: the order is asserted in debug builds.
+#[cfg(feature = "daemon")]
+pub mod lock;
+/// Mounts and the mount table.
+pub mod mount;
+/// Namespaces: pinning new ones, entering pinned ones.
+#[cfg(feature = "daemon")]
+pub mod namespace;
+/// Links of a network namespace, by rtnetlink.
+#[cfg(feature = "daemon")]
+pub mod netlink;
+/// pidfds: race-free signals and waits.
+pub mod pidfd;
+/// Child processes: bounded output, timeout, process group killed.
+pub mod process;
+/// Unix sockets: peer credentials, passing of file descriptors.
+pub mod socket;
+/// Threads with names.
+pub mod thread;

@@ -1,0 +1,270 @@
+//! Child processes: the only `std::process::Command` of the crate. Output is bounded, a timeout kills the whole process
+//! group, and nothing waits for a grandchild that keeps a pipe open.
+
+use std::ffi::{OsStr, OsString};
+use std::io::{ErrorKind, Read, Write};
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::process::{CommandExt, ExitStatusExt};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::time::Duration;
+
+use nix::poll::PollFlags;
+
+use super::cancel::Cancel;
+use super::pidfd::PidFd;
+use crate::error::{Context, Error, Result};
+
+/// Bytes kept of each of stdout and stderr; the rest is read and dropped.
+const OUTPUT_LIMIT: usize = 4 << 20;
+
+/// A program to run. The environment starts empty but for PATH.
+pub struct Program {
+    command: Command,
+    path: PathBuf,
+    stdin: Vec<u8>,
+    stdout: Option<OwnedFd>,
+    stderr: Option<OwnedFd>,
+    limit: usize,
+}
+
+/// What a finished program left.
+#[derive(Debug)]
+pub struct Output {
+    pub status: ExitStatus,
+    pub stdout: Vec<u8>,
+    pub stderr: Vec<u8>,
+}
+
+impl Output {
+    /// `exit 3` or `signal 9`, for errors.
+    pub fn describe(&self) -> String {
+        describe(self.status)
+    }
+}
+
+/// `exit 3` or `signal 9`, for errors.
+pub fn describe(status: ExitStatus) -> String {
+    match (status.code(), status.signal()) {
+        (Some(code), _) => format!("exit {code}"),
+        (None, Some(signal)) => format!("signal {signal}"),
+        (None, None) => "unknown end".to_owned(),
+    }
+}
+
+impl Program {
+    pub fn new(path: impl AsRef<Path>) -> Program {
+        let path = path.as_ref().to_owned();
+        let mut command = Command::new(&path);
+        command.env_clear();
+        command.env("PATH", std::env::var_os("PATH").unwrap_or_else(|| OsString::from("/usr/sbin:/usr/bin:/sbin:/bin")));
+        Program { command, path, stdin: Vec::new(), stdout: None, stderr: None, limit: OUTPUT_LIMIT }
+    }
+
+    pub fn arg(mut self, arg: impl AsRef<OsStr>) -> Program {
+        self.command.arg(arg);
+        self
+    }
+
+    pub fn args<S: AsRef<OsStr>>(mut self, args: impl IntoIterator<Item = S>) -> Program {
+        self.command.args(args);
+        self
+    }
+
+    pub fn env(mut self, key: impl AsRef<OsStr>, value: impl AsRef<OsStr>) -> Program {
+        self.command.env(key, value);
+        self
+    }
+
+    pub fn current_dir(mut self, dir: impl AsRef<Path>) -> Program {
+        self.command.current_dir(dir);
+        self
+    }
+
+    /// Bytes for the program's stdin (else /dev/null).
+    pub fn stdin(mut self, data: Vec<u8>) -> Program {
+        self.stdin = data;
+        self
+    }
+
+    /// A descriptor for the program's stdout instead of a captured pipe.
+    pub fn stdout_to(mut self, fd: OwnedFd) -> Program {
+        self.stdout = Some(fd);
+        self
+    }
+
+    /// A descriptor for the program's stderr instead of a captured pipe.
+    pub fn stderr_to(mut self, fd: OwnedFd) -> Program {
+        self.stderr = Some(fd);
+        self
+    }
+
+    /// Bytes kept of each captured stream.
+    pub fn output_limit(mut self, bytes: usize) -> Program {
+        self.limit = bytes;
+        self
+    }
+
+    fn what(&self) -> String {
+        format!("run {}", self.path.display())
+    }
+
+    /// Starts the program in a session-independent process group of its own and lets it live: for monitors. Its
+    /// stdin is /dev/null; stdout and stderr are those given, else /dev/null. The caller reaps it.
+    pub fn spawn(mut self) -> Result<Child> {
+        self.command.stdin(Stdio::null());
+        self.command.stdout(self.stdout.take().map_or_else(Stdio::null, Stdio::from));
+        self.command.stderr(self.stderr.take().map_or_else(Stdio::null, Stdio::from));
+        self.command.process_group(0);
+        let what = self.what();
+        self.command.spawn().context(|| what)
+    }
+
+    /// Runs the program to its end. On `timeout` (DEADLINE_EXCEEDED), or when `cancel` ends, its process group is killed
+    /// and reaped before the error is returned. A non-zero exit is not an error here.
+    pub fn run(mut self, cancel: &Cancel, timeout: Duration) -> Result<Output> {
+        let what = self.what();
+        self.command.stdin(if self.stdin.is_empty() { Stdio::null() } else { Stdio::piped() });
+        self.command.stdout(self.stdout.take().map_or_else(Stdio::piped, Stdio::from));
+        self.command.stderr(self.stderr.take().map_or_else(Stdio::piped, Stdio::from));
+        self.command.process_group(0);
+        let mut child = self.command.spawn().context(|| what.clone())?;
+        // Close our copies of descriptors given to the child: they hold pipes open.
+        drop(std::mem::replace(&mut self.command, Command::new("/")));
+        let result = exchange(&mut child, &self.stdin, self.limit, &cancel.within(timeout));
+        if result.is_err() {
+            kill_group(&child);
+        }
+        let status = child.wait().context(|| what.clone())?;
+        match result {
+            Ok((stdout, stderr)) => Ok(Output { status, stdout, stderr }),
+            Err(e) if cancel.check().is_ok() && e.code() == crate::error::Code::DeadlineExceeded => {
+                Err(Error::deadline(format!("{what}: no answer after {} s, killed", timeout.as_secs_f32())))
+            }
+            Err(e) => Err(e).context(|| what),
+        }
+    }
+
+    /// `run`, with any end but exit 0 an error that carries the last of stderr.
+    pub fn run_ok(self, cancel: &Cancel, timeout: Duration) -> Result<Output> {
+        let what = self.what();
+        let output = self.run(cancel, timeout)?;
+        if output.status.success() {
+            return Ok(output);
+        }
+        let text = String::from_utf8_lossy(&output.stderr);
+        let text = text.trim();
+        let tail = text.char_indices().rev().nth(2047).map_or(text, |(i, _)| &text[i..]);
+        Err(Error::internal(format!("{what}: {}: {tail}", output.describe())))
+    }
+}
+
+fn kill_group(child: &Child) {
+    let group = nix::unistd::Pid::from_raw(child.id() as i32);
+    // Not reaped yet, so the number is still ours.
+    let _ = nix::sys::signal::killpg(group, nix::sys::signal::Signal::SIGKILL);
+}
+
+/// Feeds stdin and collects stdout and stderr until the child has ended; then takes what is still in the pipes without
+/// waiting for grandchildren that hold them.
+fn exchange(child: &mut Child, input: &[u8], limit: usize, cancel: &Cancel) -> Result<(Vec<u8>, Vec<u8>)> {
+    let pidfd = PidFd::open(child.id() as i32)?.ok_or_else(|| Error::internal("child is gone before it was reaped"))?;
+    let mut stdin = child.stdin.take();
+    let mut stdout = child.stdout.take();
+    let mut stderr = child.stderr.take();
+    for fd in [stdin.as_ref().map(|f| f.as_fd()), stdout.as_ref().map(|f| f.as_fd()), stderr.as_ref().map(|f| f.as_fd())].into_iter().flatten() {
+        set_nonblocking(fd)?;
+    }
+    let mut sent = 0;
+    let (mut out, mut err) = (Vec::new(), Vec::new());
+    loop {
+        let mut set = vec![(pidfd.as_fd(), PollFlags::POLLIN)];
+        set.extend(stdout.as_ref().map(|f| (f.as_fd(), PollFlags::POLLIN)));
+        set.extend(stderr.as_ref().map(|f| (f.as_fd(), PollFlags::POLLIN)));
+        set.extend(stdin.as_ref().map(|f| (f.as_fd(), PollFlags::POLLOUT)));
+        let ended = !cancel.poll(&set, None)?[0].is_empty();
+        if let Some(pipe) = &mut stdin {
+            match pipe.write(&input[sent..]) {
+                Ok(n) => sent += n,
+                Err(e) if matches!(e.kind(), ErrorKind::WouldBlock | ErrorKind::Interrupted) => {}
+                // A program that does not read its input is judged by its exit code.
+                Err(_) => sent = input.len(),
+            }
+            if sent == input.len() {
+                stdin = None;
+            }
+        }
+        drain(&mut stdout, &mut out, limit)?;
+        drain(&mut stderr, &mut err, limit)?;
+        if ended {
+            return Ok((out, err));
+        }
+    }
+}
+
+/// Reads what is there; None after end of file.
+fn drain<R: Read>(pipe: &mut Option<R>, into: &mut Vec<u8>, limit: usize) -> Result<()> {
+    let Some(reader) = pipe else { return Ok(()) };
+    let mut chunk = [0; 16384];
+    loop {
+        match reader.read(&mut chunk) {
+            Ok(0) => break,
+            Ok(n) => into.extend_from_slice(&chunk[..n.min(limit.saturating_sub(into.len()))]),
+            Err(e) if e.kind() == ErrorKind::Interrupted => {}
+            Err(e) if e.kind() == ErrorKind::WouldBlock => return Ok(()),
+            Err(e) => return Err(e).context(|| "read output"),
+        }
+    }
+    *pipe = None;
+    Ok(())
+}
+
+/// Sets O_NONBLOCK.
+pub fn set_nonblocking(fd: impl AsFd) -> Result<()> {
+    let flags = rustix::fs::fcntl_getfl(&fd).context(|| "read descriptor flags")?;
+    rustix::fs::fcntl_setfl(&fd, flags | rustix::fs::OFlags::NONBLOCK).context(|| "set O_NONBLOCK")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::time::Instant;
+
+    const MINUTE: Duration = Duration::from_secs(60);
+
+    #[test]
+    fn input_output_and_exit() {
+        let out = Program::new("/bin/sh").args(["-c", "cat; echo no >&2; exit 3"]).stdin(vec![b'x'; 300_000]).run(&Cancel::never(), MINUTE).unwrap();
+        assert_eq!((out.status.code(), out.stdout.len(), out.stderr.as_slice()), (Some(3), 300_000, &b"no\n"[..]));
+        let e = Program::new("/bin/sh").args(["-c", "echo no >&2; exit 3"]).run_ok(&Cancel::never(), MINUTE).unwrap_err();
+        assert_eq!(e.message(), "run /bin/sh: exit 3: no");
+    }
+
+    #[test]
+    fn timeout_kills_the_group() {
+        let begin = Instant::now();
+        let e = Program::new("/bin/sh").args(["-c", "sleep 60 & sleep 60"]).run(&Cancel::never(), Duration::from_millis(50)).unwrap_err();
+        assert_eq!(e.code(), crate::error::Code::DeadlineExceeded);
+        assert!(begin.elapsed() < Duration::from_secs(10));
+    }
+
+    #[test]
+    fn a_grandchild_with_the_pipe_does_not_hang_us() {
+        let begin = Instant::now();
+        let out = Program::new("/bin/sh").args(["-c", "sleep 3 & echo hi"]).run(&Cancel::never(), MINUTE).unwrap();
+        assert_eq!(out.stdout, b"hi\n");
+        assert!(begin.elapsed() < Duration::from_secs(2));
+    }
+
+    #[test]
+    fn missing_program() {
+        let e = Program::new("/nonexistent/x").run(&Cancel::never(), MINUTE).unwrap_err();
+        assert!(e.message().starts_with("run /nonexistent/x: No such file"), "{e}");
+    }
+
+    #[test]
+    fn output_is_bounded() {
+        let out = Program::new("/bin/sh").args(["-c", "head -c 100000 /dev/zero"]).output_limit(10).run(&Cancel::never(), MINUTE).unwrap();
+        assert_eq!(out.stdout.len(), 10);
+    }
+}
