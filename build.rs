@@ -19,10 +19,7 @@ mod daemon {
 
     /// The packages a service answers under, by the package it is declared in. Old kubelets and crictls speak
     /// v1alpha2, which has the same form on the wire.
-    const PACKAGES: [(&str, &[&str]); 2] = [
-        ("runtime.v1", &["runtime.v1", "runtime.v1alpha2"]),
-        ("crisp.v1", &["crisp.v1"]),
-    ];
+    const PACKAGES: [(&str, &[&str]); 2] = [("runtime.v1", &["runtime.v1", "runtime.v1alpha2"]), ("crisp.v1", &["crisp.v1"])];
 
     pub(super) fn generate() {
         let out = PathBuf::from(env::var_os("OUT_DIR").expect("cargo sets OUT_DIR"));
@@ -39,39 +36,20 @@ mod daemon {
 
     /// One macro per service and one table of all; src/api.rs explains them.
     fn write_services(path: &Path) {
-        let files = protobuf_parse::Parser::new()
-            .pure()
-            .include(INCLUDE)
-            .inputs(INPUTS)
-            .file_descriptor_set();
+        let files = protobuf_parse::Parser::new().pure().include(INCLUDE).inputs(INPUTS).file_descriptor_set();
         let files = files.expect("Codegen has just parsed the same files").file;
         let (mut table, mut macros) = (String::new(), String::new());
         for file in &files {
-            let (_, packages) = PACKAGES
-                .iter()
-                .find(|(name, _)| *name == file.package())
-                .expect("a package we know");
+            let (_, packages) = PACKAGES.iter().find(|(name, _)| *name == file.package()).expect("a package we know");
             for service in &file.service {
                 let mut rows = String::new();
                 for method in &service.method {
-                    assert!(
-                        !method.client_streaming(),
-                        "{}: client streams are not foreseen",
-                        method.name()
-                    );
-                    let (service, name, stream) =
-                        (service.name(), method.name(), method.server_streaming());
-                    let (request, response) =
-                        (last(method.input_type()), last(method.output_type()));
-                    let paths: Vec<_> = packages
-                        .iter()
-                        .map(|package| format!("/{package}.{service}/{name}"))
-                        .collect();
+                    assert!(!method.client_streaming(), "{}: client streams are not foreseen", method.name());
+                    let (service, name, stream) = (service.name(), method.name(), method.server_streaming());
+                    let (request, response) = (last(method.input_type()), last(method.output_type()));
+                    let paths: Vec<_> = packages.iter().map(|package| format!("/{package}.{service}/{name}")).collect();
                     let (kind, snake) = (if stream { "stream" } else { "unary" }, snake_case(name));
-                    put(
-                        &mut rows,
-                        format_args!("({name}, {snake}, {request}, {response}, {kind}, {paths:?})"),
-                    );
+                    put(&mut rows, format_args!("({name}, {snake}, {request}, {response}, {kind}, {paths:?})"));
                     put(
                         &mut table,
                         format_args!(
@@ -95,9 +73,7 @@ mod daemon {
                 );
             }
         }
-        let text = format!(
-            "/// Every method of every service.\npub const RPCS: &[Rpc] = &[\n{table}];\n{macros}"
-        );
+        let text = format!("/// Every method of every service.\npub const RPCS: &[Rpc] = &[\n{table}];\n{macros}");
         fs::write(path, text).unwrap_or_else(|error| panic!("write {}: {error}", path.display()));
     }
 

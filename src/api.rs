@@ -21,12 +21,7 @@
 pub use generated::{admin, api as runtime};
 
 /// Generated files bring their own inner attributes; this module adds what those leave out.
-#[allow(
-    missing_debug_implementations,
-    unreachable_pub,
-    unused_qualifications,
-    rustdoc::all
-)]
+#[allow(missing_debug_implementations, unreachable_pub, unused_qualifications, rustdoc::all)]
 mod generated {
     include!(concat!(env!("OUT_DIR"), "/proto/mod.rs"));
 }
@@ -76,12 +71,6 @@ mod tests {
 
     #[test]
     fn cri_methods_answer_under_both_versions() {
-        assert_eq!(
-            RPCS[0].paths,
-            [
-                "/runtime.v1.RuntimeService/Version",
-                "/runtime.v1alpha2.RuntimeService/Version"
-            ]
-        );
+        assert_eq!(RPCS[0].paths, ["/runtime.v1.RuntimeService/Version", "/runtime.v1alpha2.RuntimeService/Version"]);
     }
 }

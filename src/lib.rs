@@ -3,6 +3,9 @@
 
 #![deny(unsafe_code)]
 
+/// The `crisp` client for hosts without crictl.
+#[cfg(feature = "daemon")]
+pub mod cli;
 /// The composition root: builds everything, restores, stops in order.
 #[cfg(feature = "daemon")]
 pub mod daemon;
@@ -12,26 +15,19 @@ pub mod grpc;
 /// The calls of CRI, one file per group; requests and responses stop here.
 #[cfg(feature = "daemon")]
 pub mod service;
-/// The `crisp` client for hosts without crictl.
-#[cfg(feature = "daemon")]
-pub mod cli;
 
-/// Sandboxes: pinned namespaces, pod files, network, POD-PID init.
-#[cfg(feature = "daemon")]
-pub mod sandbox;
 /// Containers: from CREATED to EXITED.
 #[cfg(feature = "daemon")]
 pub mod container;
 /// Images: references, registry, pull, unpack, import.
 #[cfg(feature = "daemon")]
 pub mod image;
+/// Sandboxes: pinned namespaces, pod files, network, POD-PID init.
+#[cfg(feature = "daemon")]
+pub mod sandbox;
 
-/// The OCI runtime spec of a container, computed without I/O.
-#[cfg(feature = "daemon")]
-pub mod spec;
-/// Root filesystems from layers: overlay, copy.
-#[cfg(feature = "daemon")]
-pub mod snapshot;
+/// cgroup paths, OOM counters, kill, v1 and v2.
+pub mod cgroup;
 /// CNI: conflists, plugins, results.
 #[cfg(feature = "daemon")]
 pub mod network;
@@ -39,20 +35,24 @@ pub mod network;
 pub mod runtime;
 /// The monitor of one container, and the daemon's client of it.
 pub mod shim;
-/// cgroup paths, OOM counters, kill, v1 and v2.
-pub mod cgroup;
+/// Root filesystems from layers: overlay, copy.
+#[cfg(feature = "daemon")]
+pub mod snapshot;
+/// The OCI runtime spec of a container, computed without I/O.
+#[cfg(feature = "daemon")]
+pub mod spec;
 /// Records on disk, names, the id index.
 #[cfg(feature = "daemon")]
 pub mod store;
 
-/// Configuration: what was written, then what was validated.
-#[cfg(feature = "daemon")]
-pub mod config;
 /// Generated CRI and admin messages and service tables.
 #[cfg(feature = "daemon")]
 pub mod api;
+/// Configuration: what was written, then what was validated.
+#[cfg(feature = "daemon")]
+pub mod config;
+/// Errors with gRPC codes.
+pub mod error;
 /// The only unsafe code, the only `Command`, threads, locks, namespaces, mounts.
 #[allow(unsafe_code)]
 pub mod sys;
-/// Errors with gRPC codes.
-pub mod error;

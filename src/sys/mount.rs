@@ -89,7 +89,11 @@ fn overlay_by_options(overlay: &Overlay, target: &Path) -> Result<()> {
         options.push_str(",volatile");
     }
     if options.len() >= rustix::param::page_size() {
-        return Err(Error::internal(format!("mount overlay on {}: too many layers for this kernel ({} bytes of options)", target.display(), options.len())));
+        return Err(Error::internal(format!(
+            "mount overlay on {}: too many layers for this kernel ({} bytes of options)",
+            target.display(),
+            options.len()
+        )));
     }
     super::thread::run_apart("overlay", move || {
         nix::sched::unshare(nix::sched::CloneFlags::CLONE_FS).context(|| "unshare the working directory")?;

@@ -40,7 +40,11 @@ pub fn create(new: NewNamespaces) -> Result<Option<i32>> {
 }
 
 fn create_here(new: NewNamespaces) -> Result<Option<i32>> {
-    let kinds = [(&new.net, CloneFlags::CLONE_NEWNET, "net"), (&new.ipc, CloneFlags::CLONE_NEWIPC, "ipc"), (&new.uts, CloneFlags::CLONE_NEWUTS, "uts")];
+    let kinds = [
+        (&new.net, CloneFlags::CLONE_NEWNET, "net"),
+        (&new.ipc, CloneFlags::CLONE_NEWIPC, "ipc"),
+        (&new.uts, CloneFlags::CLONE_NEWUTS, "uts"),
+    ];
     let flags = kinds.iter().filter(|k| k.0.is_some()).fold(CloneFlags::empty(), |a, k| a | k.1);
     nix::sched::unshare(flags).context(|| "unshare namespaces")?;
     if new.net.is_some() {

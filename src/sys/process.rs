@@ -172,7 +172,9 @@ fn exchange(child: &mut Child, input: &[u8], limit: usize, cancel: &Cancel) -> R
     let mut stdin = child.stdin.take();
     let mut stdout = child.stdout.take();
     let mut stderr = child.stderr.take();
-    for fd in [stdin.as_ref().map(|f| f.as_fd()), stdout.as_ref().map(|f| f.as_fd()), stderr.as_ref().map(|f| f.as_fd())].into_iter().flatten() {
+    for fd in
+        [stdin.as_ref().map(|f| f.as_fd()), stdout.as_ref().map(|f| f.as_fd()), stderr.as_ref().map(|f| f.as_fd())].into_iter().flatten()
+    {
         set_nonblocking(fd)?;
     }
     let mut sent = 0;
@@ -234,7 +236,11 @@ mod tests {
 
     #[test]
     fn input_output_and_exit() {
-        let out = Program::new("/bin/sh").args(["-c", "cat; echo no >&2; exit 3"]).stdin(vec![b'x'; 300_000]).run(&Cancel::never(), MINUTE).unwrap();
+        let out = Program::new("/bin/sh")
+            .args(["-c", "cat; echo no >&2; exit 3"])
+            .stdin(vec![b'x'; 300_000])
+            .run(&Cancel::never(), MINUTE)
+            .unwrap();
         assert_eq!((out.status.code(), out.stdout.len(), out.stderr.as_slice()), (Some(3), 300_000, &b"no\n"[..]));
         let e = Program::new("/bin/sh").args(["-c", "echo no >&2; exit 3"]).run_ok(&Cancel::never(), MINUTE).unwrap_err();
         assert_eq!(e.message(), "run /bin/sh: exit 3: no");

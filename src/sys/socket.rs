@@ -56,7 +56,10 @@ pub fn check_peer(stream: &UnixStream) -> Result<()> {
 
 /// Sends one message: u32 little-endian length, then the bytes, with `fds` beside the first byte.
 pub fn send(stream: &UnixStream, message: &[u8], fds: &[std::os::fd::BorrowedFd<'_>]) -> Result<()> {
-    let length = u32::try_from(message.len()).ok().filter(|n| *n as usize <= MESSAGE_LIMIT).ok_or_else(|| Error::internal(format!("message of {} bytes", message.len())))?;
+    let length = u32::try_from(message.len())
+        .ok()
+        .filter(|n| *n as usize <= MESSAGE_LIMIT)
+        .ok_or_else(|| Error::internal(format!("message of {} bytes", message.len())))?;
     let mut bytes = length.to_le_bytes().to_vec();
     bytes.extend_from_slice(message);
     let raw: Vec<i32> = fds.iter().map(|f| f.as_raw_fd()).collect();

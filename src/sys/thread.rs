@@ -6,11 +6,7 @@ use crate::error::{Context, Result};
 
 /// Starts a thread named `name` (the kernel shows the first 15 bytes). Stacks are 512 KiB: they are only reserved.
 pub fn spawn<T: Send + 'static>(name: &str, body: impl FnOnce() -> T + Send + 'static) -> Result<JoinHandle<T>> {
-    std::thread::Builder::new()
-        .name(name.to_owned())
-        .stack_size(512 * 1024)
-        .spawn(body)
-        .context(|| format!("start thread {name}"))
+    std::thread::Builder::new().name(name.to_owned()).stack_size(512 * 1024).spawn(body).context(|| format!("start thread {name}"))
 }
 
 /// Runs `body` on a fresh thread and waits for it: for work that changes the thread's namespaces, after which the thread
