@@ -1,1 +1,275 @@
-//! (being written)
+//! The OCI runtime spec of a container, computed from the CRI messages, the image's configuration and facts gathered
+//! before. Pure: nothing here touches the disk or the kernel.
+//!
+//! No field of a request is ignored in silence. What becomes of each (H honoured here, C honoured by the container or
+//! sandbox code, R refused by name, N cannot apply and is accepted):
+//!
+//! | field of ContainerConfig | |
+//! |---|---|
+//! | metadata, labels, log_path, stdin, stdin_once, stop_signal | C |
+//! | image.image, image.user_specified_image | H annotation `io.kubernetes.cri.image-name`; C |
+//! | image.annotations, image.runtime_handler, image.image_ref | C |
+//! | command, args, working_dir, envs, tty | H [`process`] |
+//! | mounts: container_path, host_path, readonly, propagation | H [`mounts`]; paths resolved by `container::mounts` |
+//! | mounts: selinux_relabel | N without SELinux, R with it |
+//! | mounts: recursive_read_only, image, image_sub_path, uidMappings, gidMappings, mount_options | R [`refuse`] |
+//! | devices | H [`resources`]; stat'ed by `container::devices` |
+//! | CDI_devices, annotations `cdi.k8s.io/*`, RDT and block I/O class annotations | R [`refuse`] |
+//! | annotations | C; into the spec only those on [`Defaults::annotations`] |
+//! | windows | R |
+//! | **linux.resources** | H [`resources`] |
+//! | hugepage_limits | H; R for a size the host lacks or cannot limit, N when such a limit is 0 |
+//! | unified | H on cgroup v2, R on v1 |
+//! | oom_score_adj | H [`process`], raised with a warning to what the daemon may set |
+//! | **linux.security_context** | |
+//! | capabilities, privileged, masked_paths, readonly_paths, no_new_privs, readonly_rootfs | H [`security`] |
+//! | capabilities, seccomp, masks of a privileged container | N, privileged wins |
+//! | namespace_options.pid | C finds the namespace, H joins it |
+//! | namespace_options.network, .ipc | N: always the sandbox's |
+//! | namespace_options.userns_options in mode POD | R until user namespaces are built |
+//! | selinux_options | level checked; N without SELinux, R with it |
+//! | run_as_user, run_as_group, run_as_username, supplemental_groups, supplemental_groups_policy | C `container::user`, H |
+//! | seccomp, seccomp_profile_path | H; R Localhost |
+//! | apparmor, apparmor_profile | H unset and unconfined; R the others |
+//!
+//! Of the image's configuration: User C, Env, Entrypoint, Cmd, WorkingDir H, StopSignal C, Volumes C (an empty
+//! directory in the rootfs: image volumes of their own are not built), ExposedPorts and Labels N. Of PodSandboxConfig only
+//! the metadata, `privileged` and annotations matter here. hostname and sysctls are left out of the spec on purpose: the
+//! namespaces are joined, and a runtime would rewrite the sandbox's.
+
+pub mod mounts;
+pub mod namespaces;
+pub mod process;
+pub mod refuse;
+pub mod resources;
+pub mod seccomp;
+pub mod security;
+
+#[cfg(test)]
+mod fixture;
+
+use std::collections::HashMap;
+use std::path::{Path, PathBuf};
+
+use oci_spec::image::ImageConfiguration;
+use oci_spec::runtime::{Capabilities, Linux, PosixRlimitType, Root, Spec};
+
+use crate::api::runtime::{ContainerConfig, LinuxContainerSecurityContext, PodSandboxConfig};
+use crate::error::Result;
+
+pub use mounts::{Propagation, ResolvedMount};
+pub use namespaces::{NamespacePaths, Pid};
+pub use process::exec_process;
+pub use resources::{update_resources, ResolvedDevice, Update};
+
+/// crun 1.8.1 refuses 1.2.0; nothing here needs more.
+const OCI_VERSION: &str = "1.0.2";
+
+/// All a spec is made of.
+pub struct Inputs<'a> {
+    pub sandbox_id: &'a str,
+    pub sandbox: &'a PodSandboxConfig,
+    pub config: &'a ContainerConfig,
+    pub image: &'a ImageConfiguration,
+    pub user: &'a ResolvedUser,
+    pub namespaces: &'a NamespacePaths,
+    /// Absolute path of the root filesystem.
+    pub rootfs: &'a Path,
+    pub mounts: &'a [ResolvedMount],
+    /// Those of the request; those of the whole host for a privileged container.
+    pub devices: &'a [ResolvedDevice],
+    /// In the syntax of the cgroup driver; see the OCI spec, linux.cgroupsPath.
+    pub cgroups_path: &'a str,
+    /// For the variable HOSTNAME; the UTS namespace has it already.
+    pub hostname: &'a str,
+    pub host: &'a HostFacts,
+    pub files: &'a SandboxFiles,
+    pub defaults: &'a Defaults,
+}
+
+impl Inputs<'_> {
+    fn security(&self) -> &LinuxContainerSecurityContext {
+        &self.config.linux.security_context
+    }
+
+    fn privileged(&self) -> bool {
+        self.security().privileged
+    }
+}
+
+/// The user of a container's processes.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct ResolvedUser {
+    pub uid: u32,
+    pub gid: u32,
+    /// The primary group among them.
+    pub additional_gids: Vec<u32>,
+    /// The home directory of /etc/passwd, "/" without one.
+    pub home: String,
+    /// Empty for an id that /etc/passwd does not know.
+    pub username: String,
+}
+
+/// Files of the sandbox that its containers see; None: the image's own.
+#[derive(Clone, Debug, Default)]
+pub struct SandboxFiles {
+    pub resolv_conf: Option<PathBuf>,
+    pub hosts: Option<PathBuf>,
+    pub hostname: Option<PathBuf>,
+    /// The directory for /dev/shm: the sandbox's tmpfs, or the host's /dev/shm with the host's IPC namespace. None: a
+    /// private tmpfs of 64 MiB.
+    pub shm: Option<PathBuf>,
+}
+
+/// What the configuration sets for every container.
+#[derive(Clone, Debug, Default)]
+pub struct Defaults {
+    /// pids.max of a container; kubelet limits the sandbox as a whole.
+    pub pids_limit: Option<i64>,
+    /// None of a kind: what the daemon has.
+    pub rlimits: Vec<Rlimit>,
+    /// Annotations of sandbox and container that reach the OCI runtime: names, or prefixes with a `*` at their end.
+    pub annotations: Vec<String>,
+}
+
+/// A resource limit, in the unit of setrlimit(2).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Rlimit {
+    pub kind: PosixRlimitType,
+    pub soft: u64,
+    pub hard: u64,
+}
+
+/// What the host can do, found out once (`container::host::detect`).
+#[derive(Clone, Debug)]
+pub struct HostFacts {
+    pub cgroup_v2: bool,
+    /// The daemon's bounding set: no container can have more.
+    pub bounding: Capabilities,
+    /// A name of `std::env::consts::ARCH`.
+    pub arch: String,
+    /// The lowest oom_score_adj that the daemon may give: -1000 with CAP_SYS_RESOURCE, else its own.
+    pub oom_score_adj_floor: i32,
+    /// The highest hard limits the daemon may give; a kind that is not listed has none.
+    pub hard_rlimits: Vec<(PosixRlimitType, u64)>,
+    pub swap_accounting: bool,
+    /// The hugepage sizes of the machine, as CRI names them: "2MB".
+    pub hugepage_sizes: Vec<String>,
+    /// Whether hugepages can be limited.
+    pub hugetlb_controller: bool,
+    pub seccomp: bool,
+    pub apparmor: bool,
+    pub selinux: bool,
+}
+
+/// Builds the spec. The second value has a line for each thing that was given less than asked; the caller logs them once.
+/// INVALID_ARGUMENT, FAILED_PRECONDITION or UNIMPLEMENTED name the field that cannot be honoured.
+pub fn build(inputs: &Inputs) -> Result<(Spec, Vec<String>)> {
+    refuse::container(inputs.config, inputs.sandbox, inputs.host)?;
+    let mut warnings = Vec::new();
+
+    let mut root = Root::default();
+    root.set_path(inputs.rootfs.to_path_buf()).set_readonly(Some(inputs.security().readonly_rootfs));
+
+    let process = process::process(inputs, &mut warnings)?;
+    let bounding = process.capabilities().as_ref().and_then(|sets| sets.bounding().clone()).unwrap_or_default();
+
+    let mut linux = Linux::default();
+    linux
+        .set_resources(Some(resources::resources(inputs, &mut warnings)?))
+        .set_cgroups_path(Some(PathBuf::from(inputs.cgroups_path)))
+        .set_namespaces(Some(namespaces::namespaces(inputs)))
+        .set_devices(Some(resources::device_nodes(inputs.devices)))
+        .set_seccomp(security::seccomp(inputs.security(), &bounding, inputs.host)?)
+        .set_rootfs_propagation(mounts::rootfs_propagation(inputs.mounts))
+        .set_masked_paths(security::masked_paths(inputs.security())?)
+        .set_readonly_paths(security::readonly_paths(inputs.security())?);
+
+    // Every member is set: the defaults of the type are somebody's taste.
+    let mut spec = Spec::default();
+    spec.set_version(OCI_VERSION.to_owned())
+        .set_root(Some(root))
+        .set_mounts(Some(mounts::mounts(inputs)))
+        .set_process(Some(process))
+        .set_hostname(None)
+        .set_annotations(Some(annotations(inputs)))
+        .set_linux(Some(linux));
+    Ok((spec, warnings))
+}
+
+/// Ours, under the names that tools around Kubernetes look for, and those the configuration lets through.
+fn annotations(inputs: &Inputs) -> HashMap<String, String> {
+    let (sandbox, config) = (inputs.sandbox, inputs.config);
+    let allowed = |key: &str| {
+        inputs.defaults.annotations.iter().any(|pattern| match pattern.strip_suffix('*') {
+            Some(prefix) => key.starts_with(prefix),
+            None => key == pattern,
+        })
+    };
+    let given = sandbox.annotations.iter().chain(&config.annotations).filter(|(key, _)| allowed(key));
+    let mut all: HashMap<String, String> = given.map(|(key, value)| (key.clone(), value.clone())).collect();
+
+    let image = match config.image.user_specified_image.as_str() {
+        "" => &config.image.image,
+        reference => reference,
+    };
+    let ours = [
+        ("container-type", "container"),
+        ("sandbox-id", inputs.sandbox_id),
+        ("container-name", &config.metadata.name),
+        ("sandbox-name", &sandbox.metadata.name),
+        ("sandbox-namespace", &sandbox.metadata.namespace),
+        ("sandbox-uid", &sandbox.metadata.uid),
+        ("image-name", image),
+    ];
+    all.extend(ours.map(|(key, value)| (format!("io.kubernetes.cri.{key}"), value.to_owned())));
+    all
+}
+
+#[cfg(test)]
+mod tests {
+    use super::fixture::Fixture;
+
+    #[test]
+    fn spec_has_no_hostname_and_no_sysctls() {
+        let spec = Fixture::new().build().0;
+        assert_eq!(spec.version(), "1.0.2");
+        assert!(spec.hostname().is_none() && spec.domainname().is_none() && spec.hooks().is_none());
+        let linux = spec.linux().as_ref().unwrap();
+        assert!(linux.sysctl().is_none() && linux.uid_mappings().is_none());
+        assert_eq!(linux.masked_paths(), &None, "an empty list means no masks");
+        assert_eq!(linux.cgroups_path().as_ref().unwrap().to_str(), Some("/kubepods/c1"));
+    }
+
+    #[test]
+    fn readonly_rootfs() {
+        let mut fixture = Fixture::new();
+        assert_eq!(fixture.build().0.root().as_ref().unwrap().readonly(), Some(false));
+        fixture.security().readonly_rootfs = true;
+        assert_eq!(fixture.build().0.root().as_ref().unwrap().readonly(), Some(true));
+    }
+
+    #[test]
+    fn annotations_are_ours_and_the_allowed_ones() {
+        let mut fixture = Fixture::new();
+        fixture.config.annotations.insert("run.oci.handler".into(), "krun".into());
+        fixture.config.annotations.insert("io.kubernetes.cri.sandbox-id".into(), "forged".into());
+        fixture.sandbox.annotations.insert("example.com/a".into(), "1".into());
+        let annotations = fixture.build().0.annotations().clone().unwrap();
+        assert_eq!(annotations.len(), 7);
+        assert_eq!(annotations["io.kubernetes.cri.sandbox-id"], "s1");
+        assert_eq!(annotations["io.kubernetes.cri.image-name"], "busybox:latest");
+
+        fixture.defaults.annotations = vec!["example.com/*".into(), "io.kubernetes.cri.sandbox-id".into()];
+        let annotations = fixture.build().0.annotations().clone().unwrap();
+        assert_eq!((annotations.len(), annotations["example.com/a"].as_str()), (8, "1"));
+        assert_eq!(annotations["io.kubernetes.cri.sandbox-id"], "s1");
+    }
+
+    #[test]
+    fn spec_survives_json() {
+        let spec = Fixture::new().build().0;
+        let text = serde_json::to_string(&spec).unwrap();
+        assert_eq!(serde_json::from_str::<oci_spec::runtime::Spec>(&text).unwrap(), spec);
+    }
+}

@@ -1,0 +1,297 @@
+//! What is refused by name: contradictions (INVALID_ARGUMENT), what this host cannot do (FAILED_PRECONDITION) and what is
+//! not built yet (UNIMPLEMENTED). Pure, so a caller can ask before it makes anything.
+
+use super::HostFacts;
+use crate::api::runtime::security_profile::ProfileType;
+use crate::api::runtime::{
+    ContainerConfig, LinuxContainerSecurityContext, Mount, MountPropagation, NamespaceMode, PodSandboxConfig, SELinuxOption,
+};
+use crate::error::{Code, Error, Result};
+
+/// Annotations by which other runtimes are told of devices, cache and block I/O classes.
+const DEVICE_ANNOTATIONS: &str = "cdi.k8s.io/";
+const CLASS_ANNOTATIONS: [&str; 2] = ["io.kubernetes.cri.rdt-class", "io.kubernetes.cri.blockio-class"];
+const SANDBOX_CLASS_ANNOTATIONS: [&str; 2] = ["rdt.resources.beta.kubernetes.io/", "blockio.resources.beta.kubernetes.io/"];
+
+/// Everything of a container's request that is not honoured.
+pub fn container(config: &ContainerConfig, sandbox: &PodSandboxConfig, host: &HostFacts) -> Result<()> {
+    if config.windows.is_some() {
+        return Err(Error::invalid("windows: this is a Linux host"));
+    }
+    if !config.CDI_devices.is_empty() {
+        return Err(Error::unimplemented("CDI_devices: not built yet"));
+    }
+    annotations(config, sandbox)?;
+    for asked in &config.mounts {
+        mount(asked, host)?;
+    }
+    let Some(security) = config.linux.security_context.as_ref() else { return Ok(()) };
+    if security.privileged && !sandbox.linux.security_context.privileged {
+        return Err(Error::invalid("privileged: the sandbox is not privileged"));
+    }
+    if let Some(userns) = security.namespace_options.userns_options.as_ref() {
+        if userns.mode.enum_value() != Ok(NamespaceMode::NODE) {
+            return Err(Error::unimplemented("userns_options: user namespaces are not built yet"));
+        }
+    }
+    if let Some(options) = security.selinux_options.as_ref() {
+        selinux(options, host)?;
+    }
+    apparmor(security, host)
+}
+
+fn annotations(config: &ContainerConfig, sandbox: &PodSandboxConfig) -> Result<()> {
+    let refused = |key: &str| Err(Error::unimplemented(format!("annotation {key}: not built yet")));
+    for key in config.annotations.keys() {
+        if key.starts_with(DEVICE_ANNOTATIONS) || CLASS_ANNOTATIONS.contains(&key.as_str()) {
+            return refused(key);
+        }
+    }
+    for key in sandbox.annotations.keys() {
+        let scope = SANDBOX_CLASS_ANNOTATIONS.iter().find_map(|prefix| key.strip_prefix(prefix));
+        let ours = |scope: &str| scope == "pod" || scope.strip_prefix("container.") == Some(config.metadata.name.as_str());
+        if scope.is_some_and(ours) {
+            return refused(key);
+        }
+    }
+    Ok(())
+}
+
+/// A mount that cannot be made as asked. Called before its host path is created.
+pub fn mount(mount: &Mount, host: &HostFacts) -> Result<()> {
+    let place = || format!("mount {}", mount.container_path);
+    let invalid = |what: &str| Err(Error::invalid(format!("{}: {what}", place())));
+    let later = |what: &str| Err(Error::unimplemented(format!("{}: {what} not built yet", place())));
+    let propagation = mount.propagation.enum_value();
+    if mount.image.is_some() {
+        return match mount.host_path.is_empty() {
+            true => later("image: image volumes are"),
+            false => invalid("host_path and image exclude each other"),
+        };
+    }
+    if !mount.image_sub_path.is_empty() {
+        return invalid("image_sub_path without image");
+    }
+    if propagation.is_err() {
+        return invalid("unknown propagation");
+    }
+    if mount.recursive_read_only {
+        if !mount.readonly || propagation != Ok(MountPropagation::PROPAGATION_PRIVATE) {
+            return invalid("recursive_read_only needs readonly and private propagation");
+        }
+        // kubelet knows this one by code UNKNOWN and by the first word of the whole message.
+        return Err(Error::new(Code::Unknown, format!("RROUnsupported: {}: recursive_read_only is not built yet", place())));
+    }
+    if !mount.uidMappings.is_empty() || !mount.gidMappings.is_empty() {
+        return later("uidMappings and gidMappings are");
+    }
+    if !mount.mount_options.is_empty() {
+        return later("mount_options are");
+    }
+    if mount.selinux_relabel && host.selinux {
+        return later("selinux_relabel is");
+    }
+    Ok(())
+}
+
+fn selinux(options: &SELinuxOption, host: &HostFacts) -> Result<()> {
+    if !options.level.is_empty() && !is_level(&options.level) {
+        return Err(Error::invalid(format!("selinux_options: {:?} is not a level", options.level)));
+    }
+    let empty = [&options.user, &options.role, &options.type_, &options.level].iter().all(|part| part.is_empty());
+    match host.selinux && !empty {
+        true => Err(Error::unimplemented("selinux_options: not built yet")),
+        false => Ok(()),
+    }
+}
+
+/// An MLS/MCS level: `s0`, `s0-s15`, `s0:c1,c2`, `s0-s0:c0.c1023`.
+fn is_level(level: &str) -> bool {
+    let numbered = |text: &str, letter: char| {
+        text.strip_prefix(letter).is_some_and(|digits| !digits.is_empty() && digits.bytes().all(|b| b.is_ascii_digit()))
+    };
+    let (sensitivity, categories) = match level.split_once(':') {
+        Some((sensitivity, categories)) => (sensitivity, Some(categories)),
+        None => (level, None),
+    };
+    let both = |text: &str, separator: char, letter: char| match text.split_once(separator) {
+        Some((low, high)) => numbered(low, letter) && numbered(high, letter),
+        None => numbered(text, letter),
+    };
+    both(sensitivity, '-', 's') && categories.is_none_or(|list| list.split(',').all(|range| both(range, '.', 'c')))
+}
+
+fn apparmor(security: &LinuxContainerSecurityContext, host: &HostFacts) -> Result<()> {
+    let asked = match security.apparmor.as_ref() {
+        Some(profile) => match profile.profile_type.enum_value() {
+            Ok(ProfileType::Unconfined) => None,
+            Ok(ProfileType::RuntimeDefault) => Some("the default profile"),
+            Ok(ProfileType::Localhost) => Some(profile.localhost_ref.as_str()),
+            Err(number) => return Err(Error::invalid(format!("apparmor: profile type {number} is not known"))),
+        },
+        None => match security.apparmor_profile.as_str() {
+            "" | "unconfined" => None,
+            "runtime/default" => Some("the default profile"),
+            profile => Some(profile),
+        },
+    };
+    match asked {
+        None => Ok(()),
+        Some(profile) if !host.apparmor => {
+            Err(Error::precondition(format!("apparmor: {profile} is asked for, and AppArmor is not enabled on this host")))
+        }
+        Some(profile) => Err(Error::unimplemented(format!("apparmor: {profile}: profiles are not built yet"))),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use protobuf::MessageField;
+
+    use super::super::fixture::{host, Fixture};
+    use super::*;
+    use crate::api::runtime::{CDIDevice, IDMapping, ImageSpec, SecurityProfile, UserNamespace, WindowsContainerConfig};
+
+    fn refused(change: impl FnOnce(&mut Fixture), code: Code, word: &str) {
+        let mut fixture = Fixture::new();
+        change(&mut fixture);
+        let error = container(&fixture.config, &fixture.sandbox, &fixture.host).unwrap_err();
+        assert_eq!(error.code(), code, "{error}");
+        assert!(error.message().contains(word), "{error}");
+    }
+
+    fn accepted(change: impl FnOnce(&mut Fixture)) {
+        let mut fixture = Fixture::new();
+        change(&mut fixture);
+        container(&fixture.config, &fixture.sandbox, &fixture.host).unwrap();
+    }
+
+    #[test]
+    fn absent_linux_is_fine() {
+        accepted(|f| f.config.linux = MessageField::none());
+    }
+
+    #[test]
+    fn windows_and_cdi() {
+        refused(|f| f.config.windows = MessageField::some(WindowsContainerConfig::default()), Code::InvalidArgument, "windows");
+        refused(|f| f.config.CDI_devices.push(CDIDevice::default()), Code::Unimplemented, "CDI_devices");
+    }
+
+    #[test]
+    fn annotations_that_ask_for_devices_or_classes() {
+        let on_container = |key: &'static str| move |f: &mut Fixture| drop(f.config.annotations.insert(key.into(), "x".into()));
+        let on_sandbox = |key: &'static str| move |f: &mut Fixture| drop(f.sandbox.annotations.insert(key.into(), "x".into()));
+        refused(on_container("cdi.k8s.io/gpu"), Code::Unimplemented, "cdi.k8s.io/gpu");
+        refused(on_container("io.kubernetes.cri.rdt-class"), Code::Unimplemented, "rdt-class");
+        refused(on_sandbox("blockio.resources.beta.kubernetes.io/pod"), Code::Unimplemented, "blockio");
+        refused(on_sandbox("rdt.resources.beta.kubernetes.io/container.app"), Code::Unimplemented, "rdt");
+        accepted(on_sandbox("rdt.resources.beta.kubernetes.io/container.other"));
+        accepted(on_container("example.com/a"));
+    }
+
+    #[test]
+    fn privileged_container_in_a_sandbox_that_is_not() {
+        refused(|f| f.security().privileged = true, Code::InvalidArgument, "privileged");
+        accepted(|f| f.set_privileged());
+    }
+
+    #[test]
+    fn user_namespaces() {
+        let with = |mode: NamespaceMode| {
+            move |f: &mut Fixture| {
+                let userns = UserNamespace { mode: mode.into(), ..Default::default() };
+                f.security().namespace_options.mut_or_insert_default().userns_options = MessageField::some(userns);
+            }
+        };
+        refused(with(NamespaceMode::POD), Code::Unimplemented, "userns_options");
+        accepted(with(NamespaceMode::NODE));
+    }
+
+    fn mount_refused(change: impl FnOnce(&mut Mount), code: Code, word: &str) {
+        let mut asked = Mount { container_path: "/data".into(), host_path: "/srv".into(), ..Default::default() };
+        change(&mut asked);
+        let error = mount(&asked, &HostFacts { selinux: true, ..host() }).unwrap_err();
+        assert_eq!(error.code(), code, "{error}");
+        assert!(error.message().contains(word), "{error}");
+    }
+
+    #[test]
+    fn mounts_of_images() {
+        mount_refused(|m| m.image = MessageField::some(ImageSpec::default()), Code::InvalidArgument, "exclude");
+        let image = |m: &mut Mount| {
+            m.host_path.clear();
+            m.image = MessageField::some(ImageSpec::default());
+        };
+        mount_refused(image, Code::Unimplemented, "image volumes");
+        mount_refused(|m| m.image_sub_path = "a".into(), Code::InvalidArgument, "image_sub_path");
+    }
+
+    #[test]
+    fn recursive_read_only() {
+        mount_refused(|m| m.recursive_read_only = true, Code::InvalidArgument, "needs readonly");
+        let asked = |m: &mut Mount| (m.readonly, m.recursive_read_only) = (true, true);
+        mount_refused(asked, Code::Unknown, "RROUnsupported: ");
+        let slave = |m: &mut Mount| {
+            (m.readonly, m.recursive_read_only) = (true, true);
+            m.propagation = MountPropagation::PROPAGATION_HOST_TO_CONTAINER.into();
+        };
+        mount_refused(slave, Code::InvalidArgument, "private");
+    }
+
+    #[test]
+    fn mappings_options_labels_and_unknown_propagation() {
+        mount_refused(|m| m.uidMappings.push(IDMapping::default()), Code::Unimplemented, "uidMappings");
+        mount_refused(|m| m.mount_options.push("noexec".into()), Code::Unimplemented, "mount_options");
+        mount_refused(|m| m.selinux_relabel = true, Code::Unimplemented, "selinux_relabel");
+        mount_refused(|m| m.propagation = protobuf::EnumOrUnknown::from_i32(9), Code::InvalidArgument, "propagation");
+        let relabel = Mount { selinux_relabel: true, ..Default::default() };
+        mount(&relabel, &host()).unwrap();
+    }
+
+    #[test]
+    fn selinux_options_on_hosts_with_and_without() {
+        let with = |level: &'static str| {
+            move |f: &mut Fixture| {
+                f.security().selinux_options = MessageField::some(SELinuxOption { level: level.into(), ..Default::default() });
+            }
+        };
+        accepted(with("s0:c1,c2"));
+        refused(with("s0:1"), Code::InvalidArgument, "level");
+        refused(
+            |f| {
+                f.host.selinux = true;
+                with("s0")(f);
+            },
+            Code::Unimplemented,
+            "selinux_options",
+        );
+        for good in ["s0", "s0-s15", "s0:c0", "s0:c0.c1023", "s0-s0:c1,c2.c5"] {
+            assert!(is_level(good), "{good}");
+        }
+        for bad in ["", "s", "0", "s0:", "s0:c", "s0:c1,", "s0:c1.c2.c3", "s0-", "S0", "s0 "] {
+            assert!(!is_level(bad), "{bad}");
+        }
+    }
+
+    #[test]
+    fn apparmor_profiles() {
+        let with = |kind: ProfileType, enabled: bool| {
+            move |f: &mut Fixture| {
+                f.host.apparmor = enabled;
+                let profile = SecurityProfile { profile_type: kind.into(), localhost_ref: "localhost/p".into(), ..Default::default() };
+                f.security().apparmor = MessageField::some(profile);
+            }
+        };
+        accepted(with(ProfileType::Unconfined, false));
+        accepted(with(ProfileType::Unconfined, true));
+        refused(with(ProfileType::RuntimeDefault, false), Code::FailedPrecondition, "not enabled");
+        refused(with(ProfileType::Localhost, true), Code::Unimplemented, "localhost/p");
+        refused(|f| f.security().apparmor_profile = "localhost/q".into(), Code::FailedPrecondition, "localhost/q");
+        accepted(|f| f.security().apparmor_profile = "unconfined".into());
+        let both = |f: &mut Fixture| {
+            with(ProfileType::Unconfined, true)(f);
+            f.security().apparmor_profile = "runtime/default".into();
+        };
+        accepted(both);
+    }
+}

@@ -1,0 +1,322 @@
+//! Capabilities, seccomp, masked and read-only paths.
+
+use oci_spec::runtime::{Capabilities, Capability, LinuxCapabilities, LinuxSeccomp};
+
+use super::{seccomp, HostFacts};
+use crate::api::runtime::security_profile::ProfileType;
+use crate::api::runtime::LinuxContainerSecurityContext;
+use crate::error::{Error, Result};
+
+/// Every capability at the index that is its number in the kernel (include/uapi/linux/capability.h).
+pub const BY_NUMBER: [Capability; 41] = [
+    Capability::Chown,
+    Capability::DacOverride,
+    Capability::DacReadSearch,
+    Capability::Fowner,
+    Capability::Fsetid,
+    Capability::Kill,
+    Capability::Setgid,
+    Capability::Setuid,
+    Capability::Setpcap,
+    Capability::LinuxImmutable,
+    Capability::NetBindService,
+    Capability::NetBroadcast,
+    Capability::NetAdmin,
+    Capability::NetRaw,
+    Capability::IpcLock,
+    Capability::IpcOwner,
+    Capability::SysModule,
+    Capability::SysRawio,
+    Capability::SysChroot,
+    Capability::SysPtrace,
+    Capability::SysPacct,
+    Capability::SysAdmin,
+    Capability::SysBoot,
+    Capability::SysNice,
+    Capability::SysResource,
+    Capability::SysTime,
+    Capability::SysTtyConfig,
+    Capability::Mknod,
+    Capability::Lease,
+    Capability::AuditWrite,
+    Capability::AuditControl,
+    Capability::Setfcap,
+    Capability::MacOverride,
+    Capability::MacAdmin,
+    Capability::Syslog,
+    Capability::WakeAlarm,
+    Capability::BlockSuspend,
+    Capability::AuditRead,
+    Capability::Perfmon,
+    Capability::Bpf,
+    Capability::CheckpointRestore,
+];
+
+/// What a container has when nothing is said; the set of Docker and containerd.
+const DEFAULT: [Capability; 14] = [
+    Capability::AuditWrite,
+    Capability::Chown,
+    Capability::DacOverride,
+    Capability::Fowner,
+    Capability::Fsetid,
+    Capability::Kill,
+    Capability::Mknod,
+    Capability::NetBindService,
+    Capability::NetRaw,
+    Capability::Setfcap,
+    Capability::Setgid,
+    Capability::Setpcap,
+    Capability::Setuid,
+    Capability::SysChroot,
+];
+
+/// The sets of the container. ALL counts first, whatever its place: `drop ALL, add X` is X alone, `add ALL, drop X` is all
+/// but X. A capability asked for by name that the daemon has not is an error; of the default ones it goes with a warning,
+/// of ALL in silence (all that there are).
+pub(super) fn capabilities(
+    security: &LinuxContainerSecurityContext,
+    host: &HostFacts,
+    warnings: &mut Vec<String>,
+) -> Result<LinuxCapabilities> {
+    if security.privileged {
+        return Ok(sets(host.bounding.clone(), Capabilities::new()));
+    }
+    let add = Names::parse("add_capabilities", &security.capabilities.add_capabilities)?;
+    let drop = Names::parse("drop_capabilities", &security.capabilities.drop_capabilities)?;
+    let ambient = Names::parse("add_ambient_capabilities", &security.capabilities.add_ambient_capabilities)?;
+
+    let mut all: Capabilities = match (add.all || ambient.all, drop.all) {
+        (_, true) => Capabilities::new(),
+        (true, false) => host.bounding.clone(),
+        (false, false) => {
+            let missing: Vec<_> = DEFAULT.iter().filter(|c| !host.bounding.contains(c) && !drop.named.contains(c)).collect();
+            if !missing.is_empty() {
+                warnings.push(format!("default capabilities {missing:?} left out: the daemon does not have them"));
+            }
+            DEFAULT.into_iter().filter(|c| host.bounding.contains(c)).collect()
+        }
+    };
+    for (field, names) in [("add_capabilities", &add), ("add_ambient_capabilities", &ambient)] {
+        if let Some(missing) = names.named.iter().find(|c| !host.bounding.contains(c)) {
+            return Err(Error::precondition(format!("{field}: the daemon itself does not have CAP_{missing}")));
+        }
+        all.extend(&names.named);
+    }
+    all.retain(|c| !drop.named.contains(c));
+    let ambient = if ambient.all { all.clone() } else { ambient.named.intersection(&all).copied().collect() };
+    Ok(sets(all, ambient))
+}
+
+/// Inheritable holds no more than ambient needs: CVE-2022-24769.
+fn sets(all: Capabilities, ambient: Capabilities) -> LinuxCapabilities {
+    let mut sets = LinuxCapabilities::default();
+    sets.set_bounding(Some(all.clone()))
+        .set_effective(Some(all.clone()))
+        .set_permitted(Some(all))
+        .set_inheritable(Some(ambient.clone()))
+        .set_ambient(Some(ambient));
+    sets
+}
+
+struct Names {
+    all: bool,
+    named: Capabilities,
+}
+
+impl Names {
+    /// With or without CAP_, in any case.
+    fn parse(field: &str, names: &[String]) -> Result<Names> {
+        let mut parsed = Names { all: false, named: Capabilities::new() };
+        for name in names {
+            let upper = name.to_ascii_uppercase();
+            match upper.strip_prefix("CAP_").unwrap_or(&upper) {
+                "ALL" => parsed.all = true,
+                bare => {
+                    let capability = bare.parse().map_err(|_| Error::invalid(format!("{field}: {name:?} is not a capability")))?;
+                    parsed.named.insert(capability);
+                }
+            }
+        }
+        Ok(parsed)
+    }
+}
+
+/// The filter of a container with these capabilities in its bounding set; None: unconfined.
+pub(super) fn seccomp(security: &LinuxContainerSecurityContext, bounding: &Capabilities, host: &HostFacts) -> Result<Option<LinuxSeccomp>> {
+    if !default_seccomp_is_asked(security)? {
+        return Ok(None);
+    }
+    if !host.seccomp {
+        return Err(Error::precondition("seccomp: the kernel has no seccomp filters"));
+    }
+    Ok(Some(seccomp::runtime_default(bounding, &host.arch)))
+}
+
+/// The new field wins; without it the deprecated path counts, and without both there is no filter.
+fn default_seccomp_is_asked(security: &LinuxContainerSecurityContext) -> Result<bool> {
+    const LOCALHOST: &str = "seccomp: Localhost profiles are not built yet";
+    if security.privileged {
+        return Ok(false);
+    }
+    if let Some(profile) = security.seccomp.as_ref() {
+        return match profile.profile_type.enum_value() {
+            Ok(ProfileType::RuntimeDefault) => Ok(true),
+            Ok(ProfileType::Unconfined) => Ok(false),
+            Ok(ProfileType::Localhost) => Err(Error::unimplemented(LOCALHOST)),
+            Err(number) => Err(Error::invalid(format!("seccomp: profile type {number} is not known"))),
+        };
+    }
+    match security.seccomp_profile_path.as_str() {
+        "" | "unconfined" => Ok(false),
+        "runtime/default" | "docker/default" => Ok(true),
+        path if path.starts_with("localhost/") => Err(Error::unimplemented(LOCALHOST)),
+        path => Err(Error::invalid(format!("seccomp_profile_path: {path:?} is not a profile"))),
+    }
+}
+
+/// Exactly the list given; none for a privileged container.
+pub(super) fn masked_paths(security: &LinuxContainerSecurityContext) -> Result<Option<Vec<String>>> {
+    paths("masked_paths", &security.masked_paths, security.privileged)
+}
+
+/// Exactly the list given; none for a privileged container.
+pub(super) fn readonly_paths(security: &LinuxContainerSecurityContext) -> Result<Option<Vec<String>>> {
+    paths("readonly_paths", &security.readonly_paths, security.privileged)
+}
+
+fn paths(field: &str, list: &[String], privileged: bool) -> Result<Option<Vec<String>>> {
+    if privileged || list.is_empty() {
+        return Ok(None);
+    }
+    match list.iter().find(|path| !path.starts_with('/') || path.contains('\0')) {
+        Some(path) => Err(Error::invalid(format!("{field}: {path:?} is not an absolute path"))),
+        None => Ok(Some(list.to_vec())),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use protobuf::MessageField;
+
+    use super::super::fixture::{host, Fixture};
+    use super::*;
+    use crate::api::runtime::{Capability as Asked, SecurityProfile};
+    use crate::error::Code;
+
+    fn asking(add: &[&str], drop: &[&str], ambient: &[&str]) -> LinuxContainerSecurityContext {
+        let list = |names: &[&str]| names.iter().map(|n| n.to_string()).collect();
+        let asked = Asked {
+            add_capabilities: list(add),
+            drop_capabilities: list(drop),
+            add_ambient_capabilities: list(ambient),
+            ..Default::default()
+        };
+        LinuxContainerSecurityContext { capabilities: MessageField::some(asked), ..Default::default() }
+    }
+
+    fn sets_of(add: &[&str], drop: &[&str], ambient: &[&str]) -> (Capabilities, Capabilities) {
+        let sets = capabilities(&asking(add, drop, ambient), &host(), &mut Vec::new()).unwrap();
+        assert_eq!(sets.bounding(), sets.effective());
+        assert_eq!(sets.bounding(), sets.permitted());
+        assert_eq!(sets.inheritable(), sets.ambient());
+        (sets.bounding().clone().unwrap(), sets.ambient().clone().unwrap())
+    }
+
+    #[test]
+    fn default_capabilities_are_fourteen() {
+        let (all, ambient) = sets_of(&[], &[], &[]);
+        assert_eq!((all.len(), ambient.len()), (14, 0));
+        assert!(!all.contains(&Capability::SysAdmin));
+    }
+
+    #[test]
+    fn names_come_in_any_form() {
+        let (all, _) = sets_of(&["net_admin", "CAP_SYS_TIME", "cap_Bpf"], &["Mknod", "CAP_KILL"], &[]);
+        assert_eq!(all.len(), 15);
+        assert!(all.contains(&Capability::NetAdmin) && !all.contains(&Capability::Mknod));
+        for bad in ["NOPE", "", "CAP_", "CAP_CAP_KILL"] {
+            let error = capabilities(&asking(&[bad], &[], &[]), &host(), &mut Vec::new()).unwrap_err();
+            assert_eq!(error.code(), Code::InvalidArgument, "{bad}");
+        }
+    }
+
+    #[test]
+    fn all_counts_first() {
+        assert_eq!(sets_of(&["NET_ADMIN"], &["ALL"], &[]).0, [Capability::NetAdmin].into());
+        assert_eq!(sets_of(&["all"], &["KILL"], &[]).0.len(), 40);
+        assert_eq!(sets_of(&[], &["CAP_ALL"], &[]).0.len(), 0);
+        assert_eq!(sets_of(&["ALL"], &[], &[]).0.len(), 41);
+    }
+
+    #[test]
+    fn ambient_ones_are_in_all_sets() {
+        let (all, ambient) = sets_of(&[], &["ALL"], &["NET_BIND_SERVICE"]);
+        assert_eq!((all, ambient.clone()), (ambient, [Capability::NetBindService].into()));
+    }
+
+    #[test]
+    fn never_more_than_the_daemon_has() {
+        let mut host = host();
+        host.bounding.remove(&Capability::SysResource);
+        host.bounding.remove(&Capability::Mknod);
+        let mut warnings = Vec::new();
+        let of = |security: &LinuxContainerSecurityContext, warnings: &mut Vec<String>| capabilities(security, &host, warnings);
+        let privileged = LinuxContainerSecurityContext { privileged: true, ..Default::default() };
+        assert_eq!(of(&privileged, &mut warnings).unwrap().bounding().as_ref().unwrap().len(), 39);
+        assert_eq!(of(&asking(&["ALL"], &[], &[]), &mut warnings).unwrap().bounding().as_ref().unwrap().len(), 39);
+        assert!(warnings.is_empty());
+        assert_eq!(of(&asking(&[], &[], &[]), &mut warnings).unwrap().bounding().as_ref().unwrap().len(), 13);
+        assert_eq!(warnings.len(), 1);
+        let error = of(&asking(&["SYS_RESOURCE"], &[], &[]), &mut warnings).unwrap_err();
+        assert_eq!(error.code(), Code::FailedPrecondition);
+        assert!(error.message().contains("CAP_SYS_RESOURCE"), "{error}");
+    }
+
+    fn with_profile(kind: ProfileType) -> LinuxContainerSecurityContext {
+        let profile = SecurityProfile { profile_type: kind.into(), ..Default::default() };
+        LinuxContainerSecurityContext { seccomp: MessageField::some(profile), ..Default::default() }
+    }
+
+    #[test]
+    fn seccomp_field_wins_over_the_deprecated_path() {
+        let mut security = with_profile(ProfileType::Unconfined);
+        security.seccomp_profile_path = "runtime/default".into();
+        assert!(!default_seccomp_is_asked(&security).unwrap());
+        security.seccomp = MessageField::none();
+        assert!(default_seccomp_is_asked(&security).unwrap());
+        security.seccomp_profile_path = String::new();
+        assert!(!default_seccomp_is_asked(&security).unwrap());
+        security.seccomp_profile_path = "x".into();
+        assert_eq!(default_seccomp_is_asked(&security).unwrap_err().code(), Code::InvalidArgument);
+        security.seccomp_profile_path = "localhost//a.json".into();
+        assert_eq!(default_seccomp_is_asked(&security).unwrap_err().code(), Code::Unimplemented);
+        assert_eq!(default_seccomp_is_asked(&with_profile(ProfileType::Localhost)).unwrap_err().code(), Code::Unimplemented);
+        assert!(default_seccomp_is_asked(&with_profile(ProfileType::RuntimeDefault)).unwrap());
+    }
+
+    #[test]
+    fn seccomp_of_a_privileged_container_is_ignored() {
+        let mut security = with_profile(ProfileType::RuntimeDefault);
+        assert!(seccomp(&security, &Capabilities::new(), &host()).unwrap().is_some());
+        let none = HostFacts { seccomp: false, ..host() };
+        assert_eq!(seccomp(&security, &Capabilities::new(), &none).unwrap_err().code(), Code::FailedPrecondition);
+        security.privileged = true;
+        assert!(seccomp(&security, &Capabilities::new(), &none).unwrap().is_none());
+    }
+
+    #[test]
+    fn masks_are_exactly_those_given() {
+        let mut fixture = Fixture::new();
+        fixture.security().masked_paths = vec!["/proc/kcore".into()];
+        fixture.security().readonly_paths = vec!["/proc/sys".into(), "/proc/bus".into()];
+        let linux = fixture.build().0.linux().clone().unwrap();
+        assert_eq!(linux.masked_paths().as_ref().unwrap(), &["/proc/kcore"]);
+        assert_eq!(linux.readonly_paths().as_ref().unwrap().len(), 2);
+        fixture.set_privileged();
+        let linux = fixture.build().0.linux().clone().unwrap();
+        assert_eq!((linux.masked_paths(), linux.readonly_paths()), (&None, &None));
+        fixture.security().privileged = false;
+        fixture.security().masked_paths = vec!["proc".into()];
+        assert_eq!(fixture.error().code(), Code::InvalidArgument);
+    }
+}
