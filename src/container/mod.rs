@@ -1,1 +1,6 @@
 //! (being written)
+
+pub mod devices;
+pub mod host;
+pub mod mounts;
+pub mod user;
