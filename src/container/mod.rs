@@ -1,6 +1,31 @@
-//! (being written)
+//! Containers: from CREATED to EXITED. The OCI runtime runs at start, not at create: a created container is a bundle on disk
+//! and costs no process, and an exited one has neither shim nor runtime state.
 
+/// Host devices of a container.
 pub mod devices;
+/// ExecSync.
+pub mod exec;
+/// What exits of shims and containers do.
+pub mod exit;
+/// What the host can do.
 pub mod host;
+/// Start, stop, kill, update, log.
+pub mod lifecycle;
+/// Create, remove, lookup.
+pub mod manager;
+/// What never changes about a container.
+pub mod metadata;
+/// Host paths and propagation of mounts.
 pub mod mounts;
+/// Containers found at the daemon's start.
+pub mod restore;
+/// Signals by name.
+pub mod signal;
+/// What changes, and which transition is legal.
+pub mod status;
+/// The user of a container, from its rootfs.
 pub mod user;
+
+pub use manager::{Container, Containers, CreateInputs, Settings};
+pub use metadata::Metadata;
+pub use status::{State, Status};

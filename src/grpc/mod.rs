@@ -1,1 +1,123 @@
-//! (being written)
+//! The gRPC face of the daemon: one unix socket, the CRI under both its package names, our own admin service. The
+//! completion-queue threads decode and enqueue, nothing else; calls run on the workers of two lanes.
+
+/// From an arrived request to its answer: panics, status, the log line.
+mod call;
+/// Bounded queues with worker threads.
+mod lane;
+/// One handler per method, generated from the service tables.
+mod register;
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+use grpcio::{ChannelBuilder, Environment, ResourceQuota, ServerBuilder, ServerCredentials};
+
+use crate::error::{Context, Error, Result};
+use crate::service::Service;
+use lane::Lane;
+
+/// Requests may be this large; clients receive 16 MiB at most, but send more (contract.md).
+const REQUEST_LIMIT: i32 = 64 << 20;
+/// Workers of the fast lane: its calls read memory only, so more of them than cores would only wait for each other.
+const FAST_WORKERS: usize = 4;
+
+/// What the server needs to know.
+pub struct Settings {
+    pub socket: PathBuf,
+    /// Group of the socket, which gets mode 0660 then; else 0600.
+    pub group: Option<u32>,
+    pub slow_threads: usize,
+    pub queue: usize,
+}
+
+/// The two lanes: a hundred stuck slow calls never delay a list.
+pub(crate) struct Lanes {
+    fast: Arc<Lane>,
+    slow: Arc<Lane>,
+}
+
+/// A listening server.
+pub struct Server {
+    inner: grpcio::Server,
+    socket: PathBuf,
+}
+
+impl Server {
+    /// Binds the socket and serves. A stale socket is replaced; a living daemon on it is an error.
+    pub fn start(settings: Settings, service: Arc<Service>) -> Result<Server> {
+        claim_socket(&settings.socket)?;
+        let env = Arc::new(grpcio::EnvBuilder::new().cq_count(2).name_prefix("grpc").build());
+        let lanes = Arc::new(Lanes {
+            fast: Lane::new("fast", FAST_WORKERS, settings.queue),
+            slow: Lane::new("slow", settings.slow_threads, settings.queue),
+        });
+        let mut builder = ServerBuilder::new(env.clone()).channel_args(channel_args(&env));
+        for service in register::services(service, &lanes) {
+            builder = builder.register_service(service);
+        }
+        let mut inner = builder.build().map_err(|e| Error::internal(format!("build the gRPC server: {e}")))?;
+        bind(&mut inner, &settings)?;
+        inner.start();
+        Ok(Server { inner, socket: settings.socket })
+    }
+
+    /// Refuses new calls, lets running ones end for `grace`, cancels the rest. Containers do not notice.
+    pub fn stop(mut self, grace: Duration) {
+        let _ = crate::sys::file::remove_file(&self.socket);
+        let done = self.inner.shutdown();
+        let (tx, rx) = crossbeam_channel::bounded(1);
+        let waiter = crate::sys::thread::spawn("grpc-stop", move || {
+            let _ = futures_executor::block_on(done);
+            let _ = tx.send(());
+        });
+        if waiter.is_ok() && rx.recv_timeout(grace).is_err() {
+            log::warn!("calls still run {} s after the stop, cancelled", grace.as_secs());
+            self.inner.cancel_all_calls();
+            let _ = rx.recv_timeout(grace);
+        }
+    }
+}
+
+fn channel_args(env: &Arc<Environment>) -> grpcio::ChannelArgs {
+    ChannelBuilder::new(env.clone())
+        .max_receive_message_len(REQUEST_LIMIT)
+        .max_send_message_len(-1)
+        .set_resource_quota(ResourceQuota::new(Some("crispd")).resize_memory(256 << 20))
+        .build_args()
+}
+
+/// Removes a socket file nobody listens on.
+fn claim_socket(path: &Path) -> Result<()> {
+    use std::os::unix::fs::FileTypeExt;
+    if let Some(dir) = path.parent() {
+        crate::sys::file::make_dir(dir, 0o711)?;
+    }
+    match std::fs::symlink_metadata(path) {
+        Err(e) if e.kind() == std::io::ErrorKind::NotFound => Ok(()),
+        Err(e) => Err(e).context(|| format!("socket {}", path.display())),
+        Ok(meta) if !meta.file_type().is_socket() => {
+            Err(Error::precondition(format!("socket {}: the path is there and is not a socket", path.display())))
+        }
+        Ok(_) => match crate::sys::socket::connect(path) {
+            Ok(_) => Err(Error::precondition(format!("socket {}: another daemon lives on it", path.display()))),
+            Err(_) => crate::sys::file::remove_file(path),
+        },
+    }
+}
+
+fn bind(server: &mut grpcio::Server, settings: &Settings) -> Result<()> {
+    let path = &settings.socket;
+    // The library makes the socket with the process's umask; between that and a chmod anybody could connect.
+    let umask = nix::sys::stat::umask(nix::sys::stat::Mode::from_bits_truncate(0o177));
+    let bound = server.add_listening_port(format!("unix:{}", path.display()), ServerCredentials::insecure());
+    nix::sys::stat::umask(umask);
+    bound.map_err(|e| Error::internal(format!("listen on {}: {e}", path.display())))?;
+    if let Some(group) = settings.group {
+        std::os::unix::fs::chown(path, None, Some(group)).context(|| format!("give {} to group {group}", path.display()))?;
+        std::fs::set_permissions(path, std::os::unix::fs::PermissionsExt::from_mode(0o660))
+            .context(|| format!("chmod {}", path.display()))?;
+    }
+    Ok(())
+}

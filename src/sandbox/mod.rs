@@ -1,1 +1,22 @@
-//! (being written)
+//! Sandboxes: namespaces pinned without a pause container, the sandbox's files, its network, and the init that PID mode POD
+//! needs. Mode "container" for runtimes that want a pause container would be a second arm where `manager` calls
+//! `namespaces`.
+
+/// What CNI must know of a sandbox.
+pub mod attachment;
+/// hostname, hosts, resolv.conf and shm of a sandbox.
+pub mod files;
+/// Run, stop, remove, restore.
+pub mod manager;
+/// What never changes about a sandbox.
+pub mod metadata;
+/// Namespaces, init and the cgroup of a sandbox.
+pub mod namespaces;
+/// What changes, and which transition is legal.
+pub mod status;
+/// Which sandbox configs are accepted.
+pub mod validate;
+
+pub use manager::{Sandbox, Sandboxes, Settings};
+pub use metadata::{Metadata, PidMode};
+pub use status::Status;

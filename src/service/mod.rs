@@ -1,1 +1,223 @@
-//! (being written)
+//! The calls of CRI: each orders the nouns it needs. Requests and responses stop here; the managers below know configs only.
+//! A call that is not built answers UNIMPLEMENTED with its name: that is what the traits' default methods do.
+
+/// Import, pull with progress, facts of the daemon.
+mod admin;
+/// CreateContainer, StartContainer, StopContainer, RemoveContainer.
+mod container;
+/// ContainerStatus and ListContainers.
+mod container_status;
+/// From our nouns to CRI's messages.
+mod convert;
+/// ExecSync, UpdateContainerResources, ReopenContainerLog.
+mod exec;
+/// The ImageService.
+mod image;
+/// Version, Status, RuntimeConfig, UpdateRuntimeConfig.
+mod info;
+/// RunPodSandbox, StopPodSandbox, RemovePodSandbox.
+mod sandbox;
+/// PodSandboxStatus and ListPodSandbox.
+mod sandbox_status;
+
+use std::cell::RefCell;
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use crate::api::{self, admin as admin_api, runtime};
+use crate::container::Containers;
+use crate::error::{Error, Result};
+use crate::image::Images;
+use crate::network::Network;
+use crate::runtime::Handlers;
+use crate::sandbox::Sandboxes;
+use crate::sys::cancel::Cancel;
+
+/// One call, as far as a service cares.
+pub struct Call {
+    /// Set when the client is gone.
+    pub cancel: Cancel,
+    subject: RefCell<String>,
+}
+
+impl Call {
+    pub fn new(cancel: Cancel) -> Call {
+        Call { cancel, subject: RefCell::new(String::from("-")) }
+    }
+
+    /// Notes which object the call is about, for its log line.
+    pub fn about(&self, id: &str) {
+        let short = id.strip_prefix("sha256:").unwrap_or(id);
+        *self.subject.borrow_mut() = match short.len() {
+            64 => short[..13].to_owned(),
+            _ => short.chars().filter(|c| !c.is_control()).take(100).collect(),
+        };
+    }
+
+    pub fn subject(&self) -> String {
+        self.subject.borrow().clone()
+    }
+}
+
+macro_rules! service_trait {
+    ($(#[$doc:meta])* $service:ident, $messages:ident
+     $(($method:ident, $name:ident, $request:ident, $response:ident, $kind:ident, $paths:expr))*) => {
+        $(#[$doc])*
+        pub trait $service: Send + Sync {
+            $(service_trait!(@$kind $method, $name, $messages::$request, $messages::$response);)*
+        }
+    };
+    (@unary $method:ident, $name:ident, $request:ty, $response:ty) => {
+        fn $name(&self, _request: $request, _call: &Call) -> Result<$response> {
+            Err(not_built(stringify!($method)))
+        }
+    };
+    (@stream $method:ident, $name:ident, $request:ty, $response:ty) => {
+        fn $name(&self, _request: $request, _call: &Call, _send: &mut dyn FnMut($response) -> Result<()>) -> Result<()> {
+            Err(not_built(stringify!($method)))
+        }
+    };
+}
+
+api::for_each_runtime_rpc!(service_trait; #[doc = "CRI's RuntimeService; a method that is not overridden is not built."] RuntimeService, runtime);
+api::for_each_image_rpc!(service_trait; #[doc = "CRI's ImageService; a method that is not overridden is not built."] ImageService, runtime);
+api::for_each_admin_rpc!(service_trait; #[doc = "Our own service beside the CRI."] Admin, admin_api);
+
+fn not_built(method: &str) -> Error {
+    Error::unimplemented(format!("{method} is not implemented by this version of crisp"))
+}
+
+/// The managers, as the calls need them.
+pub struct Service {
+    pub sandboxes: Arc<Sandboxes>,
+    pub containers: Arc<Containers>,
+    pub images: Arc<Images>,
+    pub network: Arc<Network>,
+    pub handlers: Handlers,
+    pub systemd_cgroup: bool,
+    pub root: PathBuf,
+    pub run: PathBuf,
+    /// The configuration as text, for verbose Status.
+    pub config: String,
+    /// What the host can do, found out at start.
+    pub host: crate::spec::HostFacts,
+}
+
+impl RuntimeService for Service {
+    fn version(&self, request: runtime::VersionRequest, _: &Call) -> Result<runtime::VersionResponse> {
+        Ok(info::version(&request))
+    }
+
+    fn status(&self, request: runtime::StatusRequest, _: &Call) -> Result<runtime::StatusResponse> {
+        Ok(self.runtime_status(&request))
+    }
+
+    fn runtime_config(&self, _: runtime::RuntimeConfigRequest, _: &Call) -> Result<runtime::RuntimeConfigResponse> {
+        Ok(self.cgroup_driver())
+    }
+
+    fn update_runtime_config(&self, request: runtime::UpdateRuntimeConfigRequest, _: &Call) -> Result<runtime::UpdateRuntimeConfigResponse> {
+        self.set_runtime_config(&request)
+    }
+
+    fn run_pod_sandbox(&self, request: runtime::RunPodSandboxRequest, call: &Call) -> Result<runtime::RunPodSandboxResponse> {
+        self.run_sandbox(request, call)
+    }
+
+    fn stop_pod_sandbox(&self, request: runtime::StopPodSandboxRequest, call: &Call) -> Result<runtime::StopPodSandboxResponse> {
+        self.stop_sandbox(&request.pod_sandbox_id, call)?;
+        Ok(runtime::StopPodSandboxResponse::new())
+    }
+
+    fn remove_pod_sandbox(&self, request: runtime::RemovePodSandboxRequest, call: &Call) -> Result<runtime::RemovePodSandboxResponse> {
+        self.remove_sandbox(&request.pod_sandbox_id, call)?;
+        Ok(runtime::RemovePodSandboxResponse::new())
+    }
+
+    fn pod_sandbox_status(&self, request: runtime::PodSandboxStatusRequest, call: &Call) -> Result<runtime::PodSandboxStatusResponse> {
+        self.sandbox_status(&request, call)
+    }
+
+    fn list_pod_sandbox(&self, request: runtime::ListPodSandboxRequest, _: &Call) -> Result<runtime::ListPodSandboxResponse> {
+        self.list_sandboxes(&request)
+    }
+
+    fn create_container(&self, request: runtime::CreateContainerRequest, call: &Call) -> Result<runtime::CreateContainerResponse> {
+        self.create(request, call)
+    }
+
+    fn start_container(&self, request: runtime::StartContainerRequest, call: &Call) -> Result<runtime::StartContainerResponse> {
+        self.start(&request.container_id, call)?;
+        Ok(runtime::StartContainerResponse::new())
+    }
+
+    fn stop_container(&self, request: runtime::StopContainerRequest, call: &Call) -> Result<runtime::StopContainerResponse> {
+        self.stop(&request, call)?;
+        Ok(runtime::StopContainerResponse::new())
+    }
+
+    fn remove_container(&self, request: runtime::RemoveContainerRequest, call: &Call) -> Result<runtime::RemoveContainerResponse> {
+        self.remove(&request.container_id, call)?;
+        Ok(runtime::RemoveContainerResponse::new())
+    }
+
+    fn list_containers(&self, request: runtime::ListContainersRequest, _: &Call) -> Result<runtime::ListContainersResponse> {
+        self.list(&request)
+    }
+
+    fn container_status(&self, request: runtime::ContainerStatusRequest, call: &Call) -> Result<runtime::ContainerStatusResponse> {
+        self.status_of(&request, call)
+    }
+
+    fn update_container_resources(
+        &self,
+        request: runtime::UpdateContainerResourcesRequest,
+        call: &Call,
+    ) -> Result<runtime::UpdateContainerResourcesResponse> {
+        self.update_resources(&request, call)
+    }
+
+    fn reopen_container_log(&self, request: runtime::ReopenContainerLogRequest, call: &Call) -> Result<runtime::ReopenContainerLogResponse> {
+        self.reopen_log(&request, call)
+    }
+
+    fn exec_sync(&self, request: runtime::ExecSyncRequest, call: &Call) -> Result<runtime::ExecSyncResponse> {
+        self.exec(&request, call)
+    }
+}
+
+impl ImageService for Service {
+    fn list_images(&self, request: runtime::ListImagesRequest, _: &Call) -> Result<runtime::ListImagesResponse> {
+        self.images_list(&request)
+    }
+
+    fn image_status(&self, request: runtime::ImageStatusRequest, call: &Call) -> Result<runtime::ImageStatusResponse> {
+        self.image_info(&request, call)
+    }
+
+    fn pull_image(&self, request: runtime::PullImageRequest, call: &Call) -> Result<runtime::PullImageResponse> {
+        self.pull(&request, call)
+    }
+
+    fn remove_image(&self, request: runtime::RemoveImageRequest, call: &Call) -> Result<runtime::RemoveImageResponse> {
+        self.image_remove(&request, call)
+    }
+
+    fn image_fs_info(&self, _: runtime::ImageFsInfoRequest, _: &Call) -> Result<runtime::ImageFsInfoResponse> {
+        self.fs_info()
+    }
+}
+
+impl Admin for Service {
+    fn import_image(&self, request: admin_api::ImportImageRequest, call: &Call) -> Result<admin_api::ImportImageResponse> {
+        self.import(&request, call)
+    }
+
+    fn pull_image(&self, request: admin_api::PullRequest, call: &Call, send: &mut dyn FnMut(admin_api::PullProgress) -> Result<()>) -> Result<()> {
+        self.pull_with_progress(&request, call, send)
+    }
+
+    fn info(&self, _: admin_api::InfoRequest, _: &Call) -> Result<admin_api::InfoResponse> {
+        Ok(self.daemon_info())
+    }
+}

@@ -2,6 +2,9 @@
 
 /// Cancellation and deadline of a call.
 pub mod cancel;
+/// Crash points of debug builds.
+#[cfg(feature = "daemon")]
+pub mod crash;
 /// Files: atomic writes, bounded reads, removal of trees.
 pub mod file;
 /// Ranked locks: the order is asserted in debug builds.
@@ -24,5 +27,8 @@ pub mod process;
 pub mod rooted;
 /// Unix sockets: peer credentials, passing of file descriptors.
 pub mod socket;
+/// One thread that waits on many descriptors.
+#[cfg(feature = "daemon")]
+pub mod watch;
 /// Threads with names.
 pub mod thread;

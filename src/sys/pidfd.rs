@@ -55,6 +55,17 @@ impl PidFd {
         Ok(flags[0].contains(PollFlags::POLLIN))
     }
 
+    /// Reaps the process if it is a child of ours that has ended; else nothing.
+    pub fn reap(&self) {
+        use rustix::process::{waitid, WaitId, WaitIdOptions};
+        let _ = waitid(WaitId::PidFd(self.fd.as_fd()), WaitIdOptions::EXITED | WaitIdOptions::NOHANG);
+    }
+
+    /// The descriptor alone: readable when the process has ended.
+    pub fn into_fd(self) -> OwnedFd {
+        self.fd
+    }
+
     pub fn has_ended(&self) -> bool {
         matches!(Cancel::never().poll(&[(self.fd.as_fd(), PollFlags::POLLIN)], Some(Duration::ZERO)), Ok(f) if !f[0].is_empty())
     }

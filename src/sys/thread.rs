@@ -17,3 +17,21 @@ pub fn run_apart<T: Send + 'static>(name: &str, body: impl FnOnce() -> Result<T>
         Err(_) => Err(crate::error::Error::internal(format!("thread {name} panicked"))),
     }
 }
+
+/// Runs `work` for each item on a thread of its own, at most 32 at a time, and gives the results in order.
+pub fn for_each<T: Sync, R: Send>(name: &str, items: &[T], work: &(impl Fn(&T) -> R + Sync)) -> Vec<R> {
+    let mut results = Vec::with_capacity(items.len());
+    for chunk in items.chunks(32) {
+        std::thread::scope(|scope| {
+            let started: Vec<_> = chunk
+                .iter()
+                .map(|item| std::thread::Builder::new().name(name.to_owned()).stack_size(512 * 1024).spawn_scoped(scope, move || work(item)).ok())
+                .collect();
+            for (thread, item) in started.into_iter().zip(chunk) {
+                // Without a thread, and after a panic, the work is done here: it must be done.
+                results.push(thread.and_then(|t| t.join().ok()).unwrap_or_else(|| work(item)));
+            }
+        });
+    }
+    results
+}

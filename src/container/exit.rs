@@ -1,0 +1,102 @@
+//! What exits of shims and containers do. The exits thread waits on all shims; it takes no op lock and starts no process: a
+//! shim that died leaves work that goes to a thread of its own.
+
+use std::os::fd::AsFd;
+use std::sync::Arc;
+
+use super::manager::{Container, Containers};
+use super::status::State;
+use crate::shim::client::{self, Client, Watch};
+use crate::shim::protocol::{Event, ExitRecord};
+use crate::store::now_ns;
+use crate::sys::file;
+use crate::sys::thread;
+use crate::sys::watch::Keep;
+
+impl Containers {
+    /// Follows the container's shim from now on. A shim that is already gone is treated as one that goes now.
+    pub(super) fn watch(self: &Arc<Self>, container: &Arc<Container>) {
+        let watched = Client::new(&container.meta.dir).watch().and_then(|watch| {
+            let fd = rustix::io::fcntl_dupfd_cloexec(watch.as_fd(), 3);
+            let fd = crate::error::Context::context(fd, || "duplicate the shim's socket")?;
+            self.watcher.add(fd, self.on_event(container, watch))
+        });
+        if let Err(e) = watched {
+            log::debug!("container {}: watch its shim: {e}", container.id());
+            self.shim_gone(container);
+        }
+    }
+
+    fn on_event(self: &Arc<Self>, container: &Arc<Container>, mut watch: Watch) -> Box<dyn FnMut() -> Keep + Send> {
+        let (manager, container) = (self.clone(), container.clone());
+        Box::new(move || match watch.next() {
+            Ok(Some(Event::Exit(record))) => {
+                manager.ended(&container, &record);
+                Keep::Yes
+            }
+            Ok(Some(_)) => Keep::Yes,
+            Ok(None) => {
+                manager.shim_gone(&container);
+                Keep::No
+            }
+            Err(e) => {
+                log::warn!("container {}: its shim: {e}", container.id());
+                manager.shim_gone(&container);
+                Keep::No
+            }
+        })
+    }
+
+    /// The container has ended by itself or was killed.
+    pub(super) fn ended(&self, container: &Container, record: &ExitRecord) {
+        if container.status.lock().state == State::Exited {
+            return;
+        }
+        log::info!("container {} exited: code {}{}", container.id(), record.exit_code, if record.oom { ", out of memory" } else { "" });
+        if let Err(e) = self.update(container, |s| s.end(record.exit_code, record.oom, record.finished_at)) {
+            log::error!("container {}: record its exit: {e}", container.id());
+        }
+    }
+
+    /// The shim has closed its socket: after its work, or because it died.
+    fn shim_gone(self: &Arc<Self>, container: &Arc<Container>) {
+        match client::exit_record(&container.meta.dir) {
+            Ok(Some(record)) => {
+                self.ended(container, &record);
+                container.status.lock().shim_alive = false;
+                container.changed.notify_all();
+            }
+            found => {
+                if let Err(e) = found {
+                    log::error!("container {}: {e}", container.id());
+                }
+                let (manager, theirs) = (self.clone(), container.clone());
+                let started = thread::spawn("shim-died", move || manager.bury(&theirs, 137, "ShimDied", "its shim died, so it was killed"));
+                if let Err(e) = started {
+                    log::error!("container {}: {e}", container.id());
+                }
+            }
+        }
+    }
+
+    /// Kills what is left of a container whose shim is not there, deletes the runtime's state, and says how it ended.
+    pub(super) fn bury(&self, container: &Container, exit_code: i32, reason: &str, message: &str) {
+        let (id, meta) = (container.id(), &container.meta);
+        log::warn!("container {id}: {message}");
+        if let Err(e) = client::cleanup_dead(&meta.handler, id, &meta.dir, &meta.cgroups_path) {
+            log::error!("container {id}: clean up after its shim: {e}");
+        }
+        // What was written between our look and the kill is the truth.
+        match client::exit_record(&meta.dir) {
+            Ok(Some(record)) => self.ended(container, &record),
+            _ => {
+                if let Err(e) = self.update(container, |s| s.end_because(exit_code, reason, message.to_owned(), now_ns())) {
+                    log::error!("container {id}: record its exit: {e}");
+                }
+            }
+        }
+        let _ = file::remove_file(&meta.dir.join(crate::shim::protocol::SOCKET_FILE));
+        container.status.lock().shim_alive = false;
+        container.changed.notify_all();
+    }
+}

@@ -1,0 +1,204 @@
+//! Start, stop, kill, update, log: transitions of one container. An op lock covers a transition, not a wait.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use super::manager::{Container, Containers};
+use super::signal;
+use super::status::State;
+use crate::api::runtime::{ContainerConfig, LinuxContainerResources};
+use crate::error::{Context, Error, Result};
+use crate::image::Image;
+use crate::shim::client::{self, Client};
+use crate::store::now_ns;
+use crate::sys::cancel::Cancel;
+use crate::sys::crash;
+use crate::sys::file::{self, Durability};
+
+/// What a shim needs beyond the OCI runtime's own time: to start, to answer.
+const SHIM_MARGIN: Duration = Duration::from_secs(15);
+/// Longest wait for a killed container to be gone, and for its shim to have cleaned up.
+const KILL_WAIT: Duration = Duration::from_secs(30);
+/// How late a gone client may be noticed while we wait for something else.
+const CANCEL_SLICE: Duration = Duration::from_millis(200);
+
+/// The stop signal: the request's, else the image's, else TERM.
+pub(super) fn stop_signal(config: &ContainerConfig, image: &Image) -> Result<i32> {
+    let asked = config.stop_signal.enum_value().map_err(|n| Error::invalid(format!("config.stop_signal: no signal {n}")))?;
+    if let Some(number) = signal::of_cri(asked)? {
+        return Ok(number);
+    }
+    match image.stop_signal() {
+        Some(name) => signal::number(&name).context(|| format!("image {}", image.id)),
+        None => Ok(libc::SIGTERM),
+    }
+}
+
+impl Containers {
+    /// StartContainer. A failed start leaves the container EXITED with reason StartError and exit code 128.
+    pub fn start(self: &Arc<Self>, container: &Arc<Container>) -> Result<()> {
+        let id = container.id();
+        let _op = container.op.lock();
+        container.status.lock().can_start(id)?;
+        if let Some(target) = &container.meta.target {
+            let running = self.find(target)?.is_some_and(|t| t.status.lock().state == State::Running);
+            if !running {
+                return Err(Error::precondition(format!("start container {id}: its target container {target} is not running")));
+            }
+        }
+        self.update(container, |s| s.starting = true)?;
+        crash::step("start:1-intent");
+        let limit = self.settings.runtime_timeout + SHIM_MARGIN;
+        // Not cancelled with the client: a start is finished and found by the retry's status.
+        let started = client::start(&self.settings.shim, &container.meta.dir, &Cancel::never(), limit);
+        crash::step("start:2-started");
+        match started {
+            Ok(started) => {
+                self.update(container, |s| {
+                    s.state = State::Running;
+                    s.starting = false;
+                    s.pid = started.pid;
+                    s.started_at = now_ns();
+                    s.shim_alive = true;
+                })?;
+                crash::step("start:3-running");
+                self.watch(container);
+                Ok(())
+            }
+            Err(error) => {
+                let error = Err::<(), _>(error).context(|| format!("start container {id}")).unwrap_err();
+                self.update(container, |s| s.end_because(128, "StartError", error.message().to_owned(), now_ns()))?;
+                Err(error)
+            }
+        }
+    }
+
+    /// StopContainer: the stop signal, up to `grace` for it to work, then KILL for every process. Success when it does not
+    /// run any more. A second stop with a shorter grace just kills earlier.
+    pub fn stop(self: &Arc<Self>, container: &Arc<Container>, grace: Duration, cancel: &Cancel) -> Result<()> {
+        let id = container.id();
+        if !self.is_running(container) {
+            return Ok(());
+        }
+        if !grace.is_zero() {
+            self.signal(container, container.meta.stop_signal, false)?;
+            crash::step("stop:1-signalled");
+            if self.wait_exit(container, grace, cancel)? {
+                return Ok(());
+            }
+        }
+        self.signal(container, libc::SIGKILL, true)?;
+        if self.wait_exit(container, KILL_WAIT, cancel)? {
+            crash::step("stop:2-exited");
+            return Ok(());
+        }
+        Err(Error::deadline(format!("stop container {id}: still running {} s after SIGKILL", KILL_WAIT.as_secs())))
+    }
+
+    /// Whether it runs; a start that is under way is waited for.
+    fn is_running(&self, container: &Container) -> bool {
+        let _op = container.op.lock();
+        container.status.lock().state == State::Running
+    }
+
+    fn signal(self: &Arc<Self>, container: &Arc<Container>, signal: i32, all: bool) -> Result<()> {
+        match Client::new(&container.meta.dir).kill(signal, all) {
+            Ok(()) => Ok(()),
+            // The shim may have gone with its container between our look and our message.
+            Err(_) if container.status.lock().state != State::Running => Ok(()),
+            Err(_) if client::exit_record(&container.meta.dir)?.is_some() => Ok(()),
+            Err(e) => Err(e).context(|| format!("send signal {signal} to container {}", container.id())),
+        }
+    }
+
+    /// Waits until the container has exited; false when `limit` passed.
+    fn wait_exit(&self, container: &Container, limit: Duration, cancel: &Cancel) -> Result<bool> {
+        self.wait_until(container, limit, cancel, |s| s.state != State::Running)
+    }
+
+    fn wait_until(&self, container: &Container, limit: Duration, cancel: &Cancel, done: impl Fn(&super::Status) -> bool) -> Result<bool> {
+        let end = Instant::now() + limit;
+        let mut status = container.status.lock();
+        loop {
+            if done(&status) {
+                return Ok(true);
+            }
+            let now = Instant::now();
+            if now >= end {
+                return Ok(false);
+            }
+            cancel.check()?;
+            status.wait_for(&container.changed, (end - now).min(CANCEL_SLICE));
+        }
+    }
+
+    /// RemoveContainer: a running one is killed first.
+    pub fn remove(self: &Arc<Self>, container: &Arc<Container>, cancel: &Cancel) -> Result<()> {
+        self.stop(container, Duration::ZERO, cancel)?;
+        // The shim deletes the runtime's state and cgroups after it reported the exit.
+        if !self.wait_until(container, KILL_WAIT, cancel, |s| !s.shim_alive)? {
+            return Err(Error::deadline(format!("remove container {}: its shim is still at work", container.id())));
+        }
+        self.forget(container)
+    }
+
+    /// UpdateContainerResources: all of it or none.
+    pub fn update_resources(&self, container: &Container, new: &LinuxContainerResources) -> Result<()> {
+        let id = container.id();
+        let what = || format!("update container {id}");
+        let _op = container.op.lock();
+        container.status.lock().can_update(id)?;
+        let path = container.meta.spec_path();
+        let mut spec: oci_spec::runtime::Spec =
+            serde_json::from_slice(&file::read(&path, 16 << 20)?).context(|| format!("{}: read {}", what(), path.display()))?;
+        let resources = crate::spec::update_resources(&mut spec, new, &self.settings.host)?;
+        if container.status.lock().state == State::Running {
+            let json = serde_json::to_value(&resources).context(what)?;
+            Client::new(&container.meta.dir).update(json).context(what)?;
+        }
+        let json = serde_json::to_vec(&spec).context(what)?;
+        file::write(&path, &json, 0o600, Durability::Atomic)?;
+        let mut now: LinuxContainerResources = protobuf::Message::parse_from_bytes(&container.status().resources).context(what)?;
+        merge(&mut now, new);
+        let bytes = protobuf::Message::write_to_bytes(&now).context(what)?;
+        self.update(container, |s| s.resources = bytes)
+    }
+
+    /// ReopenContainerLog: the new file exists when this returns.
+    pub fn reopen_log(&self, container: &Container) -> Result<()> {
+        let id = container.id();
+        container.status.lock().can_talk(id, "reopen the log of")?;
+        let Some(path) = &container.meta.log_path else { return Ok(()) };
+        Client::new(&container.meta.dir).reopen_log(path).context(|| format!("reopen the log of container {id}"))
+    }
+}
+
+/// 0 and "" of an update mean unchanged.
+fn merge(now: &mut LinuxContainerResources, new: &LinuxContainerResources) {
+    macro_rules! numbers {
+        ($($field:ident),*) => {$( if new.$field != 0 { now.$field = new.$field; } )*};
+    }
+    numbers!(cpu_period, cpu_quota, cpu_shares, memory_limit_in_bytes, memory_swap_limit_in_bytes, oom_score_adj);
+    for (now, new) in [(&mut now.cpuset_cpus, &new.cpuset_cpus), (&mut now.cpuset_mems, &new.cpuset_mems)] {
+        if !new.is_empty() {
+            now.clone_from(new);
+        }
+    }
+    for limit in &new.hugepage_limits {
+        now.hugepage_limits.retain(|l| l.page_size != limit.page_size);
+        now.hugepage_limits.push(limit.clone());
+    }
+    now.unified.extend(new.unified.clone());
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn zero_and_empty_mean_unchanged() {
+        let mut now = LinuxContainerResources { cpu_shares: 100, cpuset_cpus: "0".into(), memory_limit_in_bytes: 5, ..Default::default() };
+        merge(&mut now, &LinuxContainerResources { cpu_shares: 200, cpuset_mems: "0".into(), ..Default::default() });
+        assert_eq!((now.cpu_shares, now.memory_limit_in_bytes, now.cpuset_cpus.as_str(), now.cpuset_mems.as_str()), (200, 5, "0", "0"));
+    }
+}

@@ -1,0 +1,352 @@
+//! Create, remove, lookup. Whatever a container has is undone by `release`: after a failed create, at removal, and for what
+//! a killed daemon left.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+use parking_lot::Condvar;
+use serde::{Deserialize, Serialize};
+
+use super::metadata::Metadata;
+use super::status::{State, Status, User};
+use crate::api::runtime::{ContainerConfig, PodSandboxConfig};
+use crate::error::{Context, Error, ErrorList, Result};
+use crate::image::{Image, Images};
+use crate::runtime::Handler;
+use crate::shim::protocol::ShimConfig;
+use crate::snapshot::Snapshots;
+use crate::spec::{self, Defaults, HostFacts, NamespacePaths, SandboxFiles};
+use crate::store::{new_id, now_ns, Claim, Index, Names, Records};
+use crate::sys::cancel::Cancel;
+use crate::sys::crash;
+use crate::sys::file::{self, Durability};
+use crate::sys::lock::{Lock, Rank};
+use crate::sys::watch::Watcher;
+
+/// What the manager needs to know.
+pub struct Settings {
+    pub root: PathBuf,
+    pub run: PathBuf,
+    pub shim: PathBuf,
+    /// For one command of the OCI runtime.
+    pub runtime_timeout: Duration,
+    /// Bytes kept of one ExecSync.
+    pub exec_output: usize,
+    pub defaults: Defaults,
+    pub host: HostFacts,
+}
+
+/// One container.
+pub struct Container {
+    pub meta: Metadata,
+    pub config: ContainerConfig,
+    pub(super) status: Lock<Status>,
+    /// Notified whenever the status changes.
+    pub(super) changed: Condvar,
+    /// Held across a transition, never across a wait.
+    pub(super) op: Lock<()>,
+}
+
+impl Container {
+    pub(super) fn new(meta: Metadata, config: ContainerConfig, status: Status) -> Arc<Container> {
+        let (status, op) = (Lock::new(Rank::Status, status), Lock::new(Rank::ContainerOp, ()));
+        Arc::new(Container { meta, config, status, changed: Condvar::new(), op })
+    }
+
+    pub fn status(&self) -> Status {
+        self.status.lock().clone()
+    }
+
+    pub fn id(&self) -> &str {
+        &self.meta.id
+    }
+}
+
+#[derive(Serialize)]
+pub(super) struct RecordOut<'a> {
+    metadata: &'a Metadata,
+    status: &'a Status,
+}
+
+#[derive(Deserialize)]
+pub(super) struct RecordIn {
+    pub metadata: Metadata,
+    pub status: Status,
+}
+
+/// What a sandbox and a request say of a new container.
+pub struct CreateInputs<'a> {
+    pub sandbox_id: &'a str,
+    pub sandbox: &'a PodSandboxConfig,
+    pub config: ContainerConfig,
+    pub handler: Handler,
+    pub namespaces: NamespacePaths,
+    /// Set when `namespaces.pid` is another container's.
+    pub target: Option<String>,
+    pub files: SandboxFiles,
+    pub hostname: &'a str,
+    pub cgroup_parent: &'a str,
+}
+
+/// All containers.
+pub struct Containers {
+    pub(super) settings: Settings,
+    pub(super) records: Records,
+    pub(super) names: Names,
+    pub(super) index: Index<Container>,
+    pub(super) images: Arc<Images>,
+    pub(super) snapshots: Arc<Snapshots>,
+    pub(super) watcher: Watcher,
+}
+
+impl Containers {
+    pub fn open(settings: Settings, images: Arc<Images>, snapshots: Arc<Snapshots>, watcher: Watcher) -> Result<Containers> {
+        let records = Records::open(&settings.root, "containers")?;
+        file::make_dir(&settings.run.join("containers"), 0o711)?;
+        Ok(Containers { settings, records, names: Names::new("container"), index: Index::new("container"), images, snapshots, watcher })
+    }
+
+    pub fn get(&self, id: &str) -> Result<Arc<Container>> {
+        self.index.get(id)
+    }
+
+    pub fn find(&self, id: &str) -> Result<Option<Arc<Container>>> {
+        self.index.find(id)
+    }
+
+    pub fn all(&self) -> Vec<Arc<Container>> {
+        self.index.all()
+    }
+
+    /// The containers of a sandbox.
+    pub fn of_sandbox(&self, sandbox_id: &str) -> Vec<Arc<Container>> {
+        self.index.all().into_iter().filter(|c| c.meta.sandbox_id == sandbox_id).collect()
+    }
+
+    /// Takes the name for a new container, or says which one has it already: an equal call is joined.
+    pub fn create(self: &Arc<Self>, inputs: CreateInputs, cancel: &Cancel) -> Result<String> {
+        let Some(m) = inputs.config.metadata.as_ref() else { return Err(Error::invalid("config.metadata is missing")) };
+        if m.name.is_empty() || m.name.bytes().any(|b| b.is_ascii_control()) {
+            return Err(Error::invalid(format!("config.metadata.name: expected printable text, found {:?}", m.name)));
+        }
+        let name = format!("{}_{}_{}", m.name, inputs.sandbox_id, m.attempt);
+        let mut request = protobuf::Message::write_to_bytes(&inputs.config).context(|| "encode the container config")?;
+        let config_bytes = request.len();
+        request.extend_from_slice(inputs.sandbox_id.as_bytes());
+        let id = new_id()?;
+        match self.names.claim(&name, &id, &request, cancel)? {
+            Claim::Made(id) => match self.index.find(&id)? {
+                Some(c) if c.status.lock().state == State::Created => Ok(id),
+                _ => Err(self.names.taken(&name, &id)),
+            },
+            Claim::Make(making) => {
+                let result = self.make(id, name, inputs, &request[..config_bytes]);
+                making.finish(result.clone(), false);
+                result
+            }
+        }
+    }
+
+    fn make(self: &Arc<Self>, id: String, name: String, inputs: CreateInputs, config_bytes: &[u8]) -> Result<String> {
+        let image = self.image(&inputs.config)?;
+        let config = &inputs.config;
+        let log_path = log_path(&inputs.sandbox.log_directory, &config.log_path)?;
+        let specified = &config.image.user_specified_image;
+        let meta = Metadata {
+            sandbox_id: inputs.sandbox_id.to_owned(),
+            name,
+            created_at: now_ns(),
+            handler: inputs.handler.clone(),
+            image_id: image.id.clone(),
+            image: if specified.is_empty() { image.repo_tags.first().unwrap_or(&image.id).clone() } else { specified.clone() },
+            image_ref: image.repo_digests.first().unwrap_or(&image.id).clone(),
+            log_path,
+            stop_signal: super::lifecycle::stop_signal(config, &image)?,
+            cgroups_path: crate::cgroup::path::below(inputs.cgroup_parent, &id),
+            target: inputs.target.clone(),
+            dir: self.settings.run.join("containers").join(&id),
+            id,
+        };
+        let container = Container::new(meta, inputs.config.clone(), Status::default());
+        if let Err(error) = self.build(&container, &image, &inputs, config_bytes) {
+            if let Err(undo) = self.release(&container).and_then(|()| self.records.remove(container.id())) {
+                // The record stays and says "making": the next start of the daemon tries again.
+                log::error!("container {}: undo of a failed create: {undo}", container.id());
+            }
+            return Err(error);
+        }
+        let id = container.id().to_owned();
+        self.index.insert(&id, container);
+        Ok(id)
+    }
+
+    /// The local image of a config.
+    fn image(&self, config: &ContainerConfig) -> Result<Arc<Image>> {
+        let Some(wanted) = config.image.as_ref().filter(|i| !i.image.is_empty()) else {
+            return Err(Error::invalid("config.image.image is empty"));
+        };
+        if !wanted.runtime_handler.is_empty() {
+            return Err(Error::invalid(format!("config.image.runtime_handler: no images of runtime handler {:?}", wanted.runtime_handler)));
+        }
+        self.images.status(&wanted.image)?.ok_or_else(|| Error::not_found(format!("image {} is not on this host", wanted.image)))
+    }
+
+    /// Makes the container step by step, each recorded before it is done.
+    fn build(&self, container: &Arc<Container>, image: &Image, inputs: &CreateInputs, config_bytes: &[u8]) -> Result<()> {
+        let (meta, config) = (&container.meta, &inputs.config);
+        self.records.save_config(&meta.id, config_bytes)?;
+        let resources = config.linux.as_ref().and_then(|l| l.resources.as_ref()).map(protobuf::Message::write_to_bytes);
+        let resources = resources.transpose().context(|| "encode resources")?.unwrap_or_default();
+        self.update(container, |s| s.resources = resources)?;
+        crash::step("create:1-recorded");
+        file::make_dir(&meta.dir, 0o700)?;
+        let layers = self.images.hold(&meta.image_id, &meta.id)?;
+        self.snapshots.prepare(&meta.id, &layers, &meta.rootfs())?;
+        crash::step("create:2-snapshot");
+        let rootfs = meta.rootfs();
+        let user = super::user::resolve(&rootfs, config, &image.config)?;
+        let mounts = super::mounts::resolve(&rootfs, config, &image.config)?;
+        let devices = super::devices::resolve(config)?;
+        let (built, warnings) = spec::build(&spec::Inputs {
+            sandbox_id: inputs.sandbox_id,
+            sandbox: inputs.sandbox,
+            config,
+            image: &image.config,
+            user: &user,
+            namespaces: &inputs.namespaces,
+            rootfs: &rootfs,
+            mounts: &mounts,
+            devices: &devices,
+            cgroups_path: &meta.cgroups_path,
+            hostname: inputs.hostname,
+            host: &self.settings.host,
+            files: &inputs.files,
+            defaults: &self.settings.defaults,
+        })?;
+        for warning in warnings {
+            log::warn!("container {}: {warning}", meta.id);
+        }
+        write_json(&meta.spec_path(), &built)?;
+        let shim = ShimConfig {
+            version: crate::shim::protocol::VERSION,
+            id: meta.id.clone(),
+            handler: meta.handler.clone(),
+            cgroup: meta.cgroups_path.clone(),
+            log_path: meta.log_path.clone(),
+            tty: config.tty,
+            stdin: config.stdin,
+            stdio_uid: Some(user.uid),
+            stdio_gid: Some(user.gid),
+            runtime_timeout_ms: self.settings.runtime_timeout.as_millis() as u64,
+        };
+        write_json(&meta.dir.join(crate::shim::protocol::CONFIG_FILE), &shim)?;
+        crash::step("create:3-spec");
+        self.update(container, |s| {
+            s.state = State::Created;
+            s.user = User { uid: user.uid, gid: user.gid, groups: user.additional_gids.clone() };
+        })?;
+        crash::step("create:4-created");
+        Ok(())
+    }
+
+    /// Changes the status and writes the record, both under the status lock: the file is never older than memory.
+    pub(super) fn update(&self, container: &Container, change: impl FnOnce(&mut Status)) -> Result<()> {
+        let mut status = container.status.lock();
+        let mut next = status.clone();
+        change(&mut next);
+        let saved = self.records.save(&container.meta.id, &RecordOut { metadata: &container.meta, status: &next });
+        // An exit is true whether or not the disk took it.
+        if saved.is_ok() || next.state == State::Exited {
+            *status = next;
+        }
+        container.changed.notify_all();
+        saved
+    }
+
+    /// RemoveContainer of a container that does not run any more.
+    pub(super) fn forget(&self, container: &Container) -> Result<()> {
+        let _op = container.op.lock();
+        let what = || format!("remove container {}", container.meta.id);
+        if container.status.lock().state == State::Running {
+            return Err(Error::precondition(format!("{}: it is RUNNING", what())));
+        }
+        self.update(container, |s| s.removing = true)?;
+        self.release(container).context(what)?;
+        crash::step("remove:2-files");
+        self.records.remove(&container.meta.id).context(what)?;
+        self.index.remove(&container.meta.id);
+        self.names.release(&container.meta.name, &container.meta.id);
+        Ok(())
+    }
+
+    /// Undoes everything a container without processes may have, but its record.
+    pub(super) fn release(&self, container: &Container) -> Result<()> {
+        let meta = &container.meta;
+        let mut errors = ErrorList::default();
+        errors.keep(self.snapshots.remove(&meta.id, &meta.rootfs()));
+        crash::step("remove:1-snapshot");
+        errors.keep(self.images.release(&meta.id));
+        if errors.is_empty() {
+            errors.keep(file::remove_tree(&meta.dir));
+        }
+        errors.finish()
+    }
+}
+
+fn write_json(path: &Path, value: &impl Serialize) -> Result<()> {
+    let json = serde_json::to_vec(value).context(|| format!("encode {}", path.display()))?;
+    file::write(path, &json, 0o600, Durability::Atomic)
+}
+
+/// The absolute log path: `path` below `directory`, no link followed on the way. Either empty: no log.
+fn log_path(directory: &str, path: &str) -> Result<Option<PathBuf>> {
+    if directory.is_empty() || path.is_empty() {
+        return Ok(None);
+    }
+    let (dir, relative) = (Path::new(directory), Path::new(path));
+    if !dir.is_absolute() {
+        return Err(Error::invalid(format!("log_directory: expected an absolute path, found {directory:?}")));
+    }
+    let plain = relative.components().all(|c| matches!(c, std::path::Component::Normal(_) | std::path::Component::CurDir));
+    if !plain || relative.file_name().is_none() {
+        return Err(Error::invalid(format!("config.log_path: expected a path below log_directory, found {path:?}")));
+    }
+    file::make_dir(dir, 0o755)?;
+    // Components below the directory come from the container's config: none of them may be a link out of it.
+    let mut at = dir.to_owned();
+    let parents: Vec<_> = relative.parent().into_iter().flat_map(Path::components).collect();
+    for part in parents {
+        at.push(part);
+        match std::fs::symlink_metadata(&at) {
+            Ok(meta) if meta.is_dir() => {}
+            Ok(_) => return Err(Error::invalid(format!("config.log_path: {} is not a directory", at.display()))),
+            Err(_) => file::make_dir(&at, 0o755)?,
+        }
+    }
+    let full = dir.join(relative);
+    match std::fs::symlink_metadata(&full) {
+        Ok(meta) if !meta.is_file() => Err(Error::invalid(format!("config.log_path: {} is there and is not a regular file", full.display()))),
+        _ => Ok(Some(full)),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::log_path;
+
+    #[test]
+    fn log_paths_stay_below_their_directory() {
+        let dir = tempfile::tempdir().unwrap();
+        let d = dir.path().to_str().unwrap();
+        assert_eq!(log_path("", "a").unwrap(), None);
+        assert_eq!(log_path(d, "").unwrap(), None);
+        assert_eq!(log_path(d, "c/0.log").unwrap().unwrap(), dir.path().join("c/0.log"));
+        std::os::unix::fs::symlink("/etc", dir.path().join("out")).unwrap();
+        std::os::unix::fs::symlink("/etc/passwd", dir.path().join("link.log")).unwrap();
+        for bad in ["../x", "/etc/x", "c/../../x", "out/x", "link.log", "."] {
+            assert!(log_path(d, bad).is_err(), "{bad}");
+        }
+        assert!(log_path("relative", "x").is_err());
+    }
+}

@@ -1,0 +1,46 @@
+//! What never changes about a container. It is on disk before anything else is made.
+
+use std::path::PathBuf;
+
+use serde::{Deserialize, Serialize};
+
+use crate::runtime::Handler;
+
+/// Immutable facts, beside the config message.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Metadata {
+    pub id: String,
+    pub sandbox_id: String,
+    /// `<name>_<sandbox name>_<attempt>`: one container at a time has it.
+    pub name: String,
+    /// Nanoseconds since the epoch.
+    pub created_at: i64,
+    /// The OCI runtime, as configured when the container was created: a changed configuration does not strand it.
+    pub handler: Handler,
+    /// Digest of the image's config.
+    pub image_id: String,
+    /// What the user called the image.
+    pub image: String,
+    /// repo@digest, or the id when there is none.
+    pub image_ref: String,
+    /// Absolute; None: no log.
+    pub log_path: Option<PathBuf>,
+    /// Signal number.
+    pub stop_signal: i32,
+    /// `linux.cgroupsPath`.
+    pub cgroups_path: String,
+    /// The container whose PID namespace this one joins (PID mode TARGET).
+    pub target: Option<String>,
+    /// run/containers/<id>
+    pub dir: PathBuf,
+}
+
+impl Metadata {
+    pub fn rootfs(&self) -> PathBuf {
+        self.dir.join("rootfs")
+    }
+
+    pub fn spec_path(&self) -> PathBuf {
+        self.dir.join("config.json")
+    }
+}

@@ -1,0 +1,132 @@
+//! Containers found at the daemon's start: running ones are reconnected, exits that happened meanwhile are taken from their
+//! records, half-made ones are undone.
+
+use std::sync::Arc;
+
+use super::manager::{Container, Containers, RecordIn};
+use super::status::State;
+use crate::api::runtime::ContainerConfig;
+use crate::error::{Context, Error, ErrorList, Result};
+use crate::shim::client::{self, Client};
+use crate::shim::protocol::Phase;
+use crate::store::record::Restored;
+use crate::sys::file;
+
+impl Containers {
+    /// Reads the records, in parallel; then removes what has none. `sandbox_exists` says which sandboxes were restored.
+    pub fn restore(self: &Arc<Self>, sandbox_exists: impl Fn(&str) -> bool + Sync) -> Result<()> {
+        use rayon::prelude::*;
+        let restored = self.records.load::<RecordIn>()?;
+        restored.into_par_iter().for_each(|record| {
+            let id = record.id.clone();
+            if let Err(e) = self.restore_one(record, &sandbox_exists) {
+                log::error!("restore container {id}: {e}");
+            }
+        });
+        self.sweep()
+    }
+
+    fn restore_one(self: &Arc<Self>, restored: Restored<RecordIn>, sandbox_exists: &impl Fn(&str) -> bool) -> Result<()> {
+        let RecordIn { metadata: meta, mut status } = restored.record;
+        let config: ContainerConfig = match protobuf::Message::parse_from_bytes(&restored.config) {
+            Ok(config) => config,
+            Err(e) => {
+                self.records.set_aside(&meta.id, &Error::internal(format!("config: {e}")));
+                return Ok(());
+            }
+        };
+        let mut request = restored.config;
+        request.extend_from_slice(meta.sandbox_id.as_bytes());
+        let found = (status.state, status.starting);
+        status.shim_alive = false;
+        let container = Container::new(meta, config, status);
+        let meta = &container.meta;
+        match found {
+            (State::Making, _) => {
+                log::info!("container {}: half made by a daemon that ended, undone", meta.id);
+                self.release(&container)?;
+                return self.records.remove(&meta.id);
+            }
+            (State::Running, _) | (State::Created, true) => self.reconnect(&container),
+            (State::Exited, _) if meta.dir.join(crate::shim::protocol::SOCKET_FILE).exists() => self.follow(&container),
+            _ => {}
+        }
+        if !sandbox_exists(&meta.sandbox_id) {
+            log::warn!("container {}: its sandbox {} is gone, removed", meta.id, meta.sandbox_id);
+            self.bury(&container, 137, "ContainerStatusUnknown", "its sandbox is gone");
+            self.release(&container)?;
+            return self.records.remove(&meta.id);
+        }
+        if let Err(e) = self.images.hold(&meta.image_id, &meta.id) {
+            // It may run on: its layers are mounted. But it cannot be trusted to start.
+            log::error!("container {}: {e}", meta.id);
+        }
+        self.names.restore(&meta.name, &meta.id, &request);
+        self.index.insert(&meta.id.clone(), container);
+        Ok(())
+    }
+
+    /// A container that ran, or was being started.
+    fn reconnect(self: &Arc<Self>, container: &Arc<Container>) {
+        let meta = &container.meta;
+        if let Ok(state) = Client::new(&meta.dir).state() {
+            if state.phase != Phase::Starting {
+                let now = crate::store::now_ns();
+                let changed = self.update(container, |s| {
+                    if s.starting {
+                        s.started_at = now;
+                    }
+                    s.state = State::Running;
+                    s.starting = false;
+                    s.pid = state.pid;
+                });
+                if let Err(e) = changed {
+                    log::error!("container {}: {e}", meta.id);
+                }
+                self.follow(container);
+                return;
+            }
+        }
+        let starting = container.status.lock().starting;
+        match (client::exit_record(&meta.dir), starting) {
+            (Ok(Some(_)), _) => self.follow(container),
+            (_, true) => {
+                // The record first: a shim that is only now starting finds it and gives up.
+                if let Err(e) = client::refuse_start(&meta.dir) {
+                    log::error!("container {}: {e}", meta.id);
+                }
+                self.bury(container, 128, "StartError", "the daemon ended while it was being started");
+            }
+            (_, false) => self.bury(container, 255, "Unknown", "its shim is gone, and left no exit record"),
+        }
+    }
+
+    /// Follows a shim that is there, or takes the exit record of one that is not.
+    fn follow(self: &Arc<Self>, container: &Arc<Container>) {
+        container.status.lock().shim_alive = true;
+        self.watch(container);
+    }
+
+    /// Removes bundles and snapshots without a record.
+    fn sweep(&self) -> Result<()> {
+        let mut errors = ErrorList::default();
+        let dir = self.settings.run.join("containers");
+        let known = |id: &str| self.index.find(id).ok().flatten().is_some();
+        for entry in std::fs::read_dir(&dir).context(|| format!("list {}", dir.display()))?.flatten() {
+            let id = entry.file_name().to_string_lossy().into_owned();
+            if known(&id) {
+                continue;
+            }
+            log::warn!("container {id}: left without a record, removed");
+            let bundle = dir.join(&id);
+            errors.keep(self.snapshots.remove(&id, &bundle.join("rootfs")));
+            errors.keep(file::remove_tree(&bundle));
+        }
+        for id in self.snapshots.list()? {
+            if !known(&id) {
+                errors.keep(self.snapshots.remove(&id, &dir.join(&id).join("rootfs")));
+            }
+        }
+        errors.finish()
+    }
+}

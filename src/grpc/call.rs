@@ -1,0 +1,136 @@
+//! From an arrived request to its answer. Every call is run under catch_unwind and leaves one log line: method, id, duration,
+//! code.
+
+use std::panic::{catch_unwind, AssertUnwindSafe};
+use std::pin::Pin;
+use std::sync::Arc;
+use std::task::{Wake, Waker};
+use std::time::Instant;
+
+use futures_util::sink::{Sink, SinkExt};
+use grpcio::{RpcStatus, RpcStatusCode, ServerStreamingSink, UnarySink, WriteFlags};
+
+use super::lane::Lane;
+use crate::error::{Code, Error, Result};
+use crate::service::Call;
+use crate::sys::cancel::Cancel;
+
+/// What is known of a method.
+#[derive(Clone, Copy)]
+pub(super) struct Method {
+    pub name: &'static str,
+    /// Lists and status calls are logged at debug: kubelet makes several a second.
+    pub quiet: bool,
+}
+
+/// Runs `body` and logs; a panic is INTERNAL.
+fn run<T>(method: Method, call: &Call, body: impl FnOnce(&Call) -> Result<T>) -> Result<T> {
+    let begin = Instant::now();
+    let result = catch_unwind(AssertUnwindSafe(|| body(call))).unwrap_or_else(|panic| {
+        let text = panic.downcast_ref::<String>().map(String::as_str).or_else(|| panic.downcast_ref::<&str>().copied());
+        Err(Error::internal(format!("{} panicked: {}", method.name, text.unwrap_or("no message"))))
+    });
+    let id = call.subject();
+    let ms = begin.elapsed().as_secs_f64() * 1e3;
+    match &result {
+        Ok(_) if method.quiet => log::debug!("{} {id} {ms:.1} ms OK", method.name),
+        Ok(_) => log::info!("{} {id} {ms:.1} ms OK", method.name),
+        Err(e) if method.quiet && matches!(e.code(), Code::NotFound | Code::Unimplemented) => {
+            log::debug!("{} {id} {ms:.1} ms {}: {e}", method.name, e.code().name())
+        }
+        Err(e) => log::warn!("{} {id} {ms:.1} ms {}: {e}", method.name, e.code().name()),
+    }
+    result
+}
+
+fn status(error: &Error) -> RpcStatus {
+    RpcStatus::with_message(RpcStatusCode::from(error.code() as i32), error.message().to_owned())
+}
+
+fn full(lane: &str) -> Error {
+    Error::new(Code::ResourceExhausted, format!("too many calls wait in the {lane} lane"))
+}
+
+/// Serves a call that reads memory only.
+pub(super) fn fast<P: Send + 'static, Q: Send + 'static>(
+    lane: &Arc<Lane>,
+    method: Method,
+    request: P,
+    sink: UnarySink<Q>,
+    body: impl FnOnce(P, &Call) -> Result<Q> + Send + 'static,
+) {
+    // The sink goes along with the job, so a refused job gives it back.
+    let sink = Arc::new(parking_lot::Mutex::new(Some(sink)));
+    let theirs = sink.clone();
+    let job = Box::new(move || {
+        let call = Call::new(Cancel::never());
+        let result = run(method, &call, |call| body(request, call));
+        if let Some(sink) = theirs.lock().take() {
+            // A client that is gone does not need the answer to a question about memory.
+            let _ = futures_executor::block_on(match result {
+                Ok(answer) => sink.success(answer),
+                Err(e) => sink.fail(status(&e)),
+            });
+        }
+    });
+    if let Err(job) = lane.submit(job) {
+        drop(job);
+        if let Some(sink) = sink.lock().take() {
+            drop(sink.fail(status(&full("fast"))));
+        }
+    }
+}
+
+/// Serves a call that may block. It is registered as server-streaming, which has the same form on the wire: only that sink
+/// shows a cancellation before the answer. `body` sends its answers through the closure it gets.
+pub(super) fn slow<P: Send + 'static, Q: Send + 'static>(
+    lane: &Arc<Lane>,
+    method: Method,
+    request: P,
+    sink: ServerStreamingSink<Q>,
+    body: impl FnOnce(P, &Call, &mut dyn FnMut(Q) -> Result<()>) -> Result<()> + Send + 'static,
+) {
+    let cancel = Cancel::never();
+    let waker = Waker::from(Arc::new(OnCancel(cancel.clone())));
+    let mut sink = sink;
+    // Registers the waker: nothing is buffered yet, so it is woken by the end of the call alone.
+    let mut context = std::task::Context::from_waker(&waker);
+    if let std::task::Poll::Ready(Err(_)) = Pin::new(&mut sink).poll_ready(&mut context) {
+        return;
+    }
+    let sink = Arc::new(parking_lot::Mutex::new(Some(sink)));
+    let theirs = sink.clone();
+    let job = Box::new(move || {
+        let Some(mut sink) = theirs.lock().take() else { return };
+        let call = Call::new(cancel.clone());
+        let result = run(method, &call, |call| {
+            let mut send = |answer: Q| {
+                futures_executor::block_on(sink.send((answer, WriteFlags::default())))
+                    .map_err(|_| Error::cancelled("the client is gone before its answer"))
+            };
+            body(request, call, &mut send)
+        });
+        let ended = match result {
+            Ok(()) => futures_executor::block_on(sink.close()),
+            Err(e) => futures_executor::block_on(sink.fail(status(&e))),
+        };
+        if ended.is_err() {
+            // Whoever made something for this client must know that it never heard of it.
+            cancel.set();
+        }
+    });
+    if let Err(job) = lane.submit(job) {
+        drop(job);
+        if let Some(sink) = sink.lock().take() {
+            drop(sink.fail(status(&full("slow"))));
+        }
+    }
+}
+
+struct OnCancel(Cancel);
+
+impl Wake for OnCancel {
+    fn wake(self: Arc<Self>) {
+        self.0.set();
+    }
+}

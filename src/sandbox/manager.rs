@@ -1,0 +1,454 @@
+//! Run, stop, remove, restore. Whatever a sandbox has is undone by `release`, which knows no shortcut: after a failed run,
+//! in stop and remove, and for what a killed daemon left.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use super::metadata::Metadata;
+use super::status::{Phase, Process, Status};
+use super::{attachment, files, namespaces, validate};
+use crate::api::runtime::PodSandboxConfig;
+use crate::error::{Context, Error, ErrorList, Result};
+use crate::network::{Attachment, Network};
+use crate::store::names::Making;
+use crate::store::{new_id, now_ns, record::Restored, Claim, Index, Names, Records};
+use crate::sys::cancel::Cancel;
+use crate::sys::crash;
+use crate::sys::lock::{Lock, Rank};
+use crate::sys::namespace;
+use crate::sys::pidfd::PidFd;
+use crate::sys::watch::{Keep, Watcher};
+use serde::{Deserialize, Serialize};
+
+/// Annotation with conflist names, comma-separated, of networks beside the default one.
+pub const NETWORKS_ANNOTATION: &str = "crisp.dev/networks";
+
+/// What the manager needs to know.
+pub struct Settings {
+    pub root: PathBuf,
+    pub run: PathBuf,
+    pub netns_dir: PathBuf,
+    pub shim: PathBuf,
+    pub systemd_cgroup: bool,
+    /// Defaults for sandboxes with a network namespace.
+    pub sysctls: BTreeMap<String, String>,
+    pub extra_networks: bool,
+}
+
+/// One sandbox.
+pub struct Sandbox {
+    pub meta: Metadata,
+    pub config: PodSandboxConfig,
+    status: Lock<Status>,
+    /// Held across a transition, never across a wait.
+    pub op: Lock<()>,
+}
+
+impl Sandbox {
+    pub fn status(&self) -> Status {
+        self.status.lock().clone()
+    }
+
+    pub fn id(&self) -> &str {
+        &self.meta.id
+    }
+}
+
+#[derive(Serialize)]
+struct RecordOut<'a> {
+    metadata: &'a Metadata,
+    status: &'a Status,
+}
+
+#[derive(Deserialize)]
+struct RecordIn {
+    metadata: Metadata,
+    status: Status,
+}
+
+/// All sandboxes.
+pub struct Sandboxes {
+    settings: Settings,
+    records: Records,
+    names: Names,
+    index: Index<Sandbox>,
+    network: Arc<Network>,
+    watcher: Watcher,
+}
+
+impl Sandboxes {
+    pub fn open(settings: Settings, network: Arc<Network>, watcher: Watcher) -> Result<Sandboxes> {
+        let records = Records::open(&settings.root, "sandboxes")?;
+        crate::sys::file::make_dir(&settings.run.join("sandboxes"), 0o711)?;
+        Ok(Sandboxes { settings, records, names: Names::new("sandbox"), index: Index::new("sandbox"), network, watcher })
+    }
+
+    pub fn get(&self, id: &str) -> Result<Arc<Sandbox>> {
+        self.index.get(id)
+    }
+
+    pub fn find(&self, id: &str) -> Result<Option<Arc<Sandbox>>> {
+        self.index.find(id)
+    }
+
+    pub fn all(&self) -> Vec<Arc<Sandbox>> {
+        self.index.all()
+    }
+
+    /// RunPodSandbox with the handler already resolved. An equal call that is still running is joined.
+    pub fn run(self: &Arc<Self>, config: PodSandboxConfig, handler: &str, requested_handler: &str, cancel: &Cancel) -> Result<String> {
+        let m = validate::metadata(&config)?;
+        let name = format!("{}_{}_{}_{}", m.name, m.namespace, m.uid, m.attempt);
+        let mut request = protobuf::Message::write_to_bytes(&config).context(|| "encode the sandbox config")?;
+        let config_bytes = request.len();
+        request.extend_from_slice(requested_handler.as_bytes());
+        let id = new_id()?;
+        match self.names.claim(&name, &id, &request, cancel)? {
+            Claim::Made(id) => {
+                let still_ready = self.index.find(&id)?.is_some_and(|s| s.status.lock().is_ready());
+                if still_ready {
+                    Ok(id)
+                } else {
+                    Err(self.names.taken(&name, &id))
+                }
+            }
+            Claim::Make(making) => self.make(making, id, name, config, &request[..config_bytes], handler, requested_handler, cancel),
+        }
+    }
+
+    #[allow(clippy::too_many_arguments)] // the facts of one new sandbox, each used once
+    fn make(
+        self: &Arc<Self>,
+        making: Making,
+        id: String,
+        name: String,
+        config: PodSandboxConfig,
+        config_bytes: &[u8],
+        handler: &str,
+        requested_handler: &str,
+        cancel: &Cancel,
+    ) -> Result<String> {
+        let prepared = self.prepare(id, name, &config, handler, requested_handler);
+        let (meta, sysctls) = match prepared {
+            Ok(prepared) => prepared,
+            Err(e) => {
+                making.finish(Err(e.clone()), false);
+                return Err(e);
+            }
+        };
+        let sandbox = Arc::new(Sandbox { meta, config, status: Lock::new(Rank::Status, Status::new()), op: Lock::new(Rank::SandboxOp, ()) });
+        let id = sandbox.id().to_owned();
+        let result = self.build(&sandbox, config_bytes, sysctls, cancel);
+        let Err(error) = result else {
+            self.index.insert(&id, sandbox);
+            making.finish(Ok(id.clone()), false);
+            return Ok(id);
+        };
+        let keep = match self.release(&sandbox).and_then(|()| self.records.remove(&id)) {
+            Ok(()) => false,
+            Err(undo) => {
+                // kubelet sees a sandbox that is not ready and stops it again: that retries the undo.
+                log::error!("sandbox {id}: undo of a failed run: {undo}");
+                let _ = self.update(&sandbox, |s| {
+                    s.phase = Phase::NotReady;
+                    s.reason = format!("{error}; undo: {undo}");
+                });
+                self.index.insert(&id, sandbox);
+                true
+            }
+        };
+        making.finish(Err(error.clone()), keep);
+        Err(error)
+    }
+
+    /// Checks the config and decides what the sandbox will be; makes nothing.
+    fn prepare(&self, id: String, name: String, config: &PodSandboxConfig, handler: &str, requested: &str) -> Result<(Metadata, Vec<(String, String)>)> {
+        let ns = validate::namespaces(config)?;
+        let linux = config.linux.as_ref();
+        let mut sysctls: BTreeMap<String, String> = BTreeMap::new();
+        if !ns.host_network {
+            for (key, value) in &self.settings.sysctls {
+                sysctls.insert(validate::sysctl_path(key)?, value.clone());
+            }
+        }
+        sysctls.extend(validate::sysctls(linux, &ns)?);
+        let mut hostname = validate::hostname(config)?;
+        if hostname.is_empty() || ns.host_network {
+            hostname = nix::unistd::gethostname().context(|| "read the host name")?.to_string_lossy().into_owned();
+        }
+        let asked = linux.map(|l| l.cgroup_parent.clone()).unwrap_or_default();
+        if asked.split('/').any(|p| p == "..") || asked.contains('\0') {
+            return Err(Error::invalid(format!("linux.cgroup_parent: expected a path without .., found {asked:?}")));
+        }
+        let own_cgroup_parent = asked.is_empty() && !self.settings.systemd_cgroup;
+        let cgroup_parent = match (asked.is_empty(), self.settings.systemd_cgroup) {
+            (true, false) => format!("/crisp/{id}"),
+            (true, true) => "crisp.slice".to_owned(),
+            (false, true) if !asked.ends_with(".slice") => {
+                return Err(Error::invalid(format!("linux.cgroup_parent: the systemd driver expects a slice, found {asked:?}")));
+            }
+            (false, _) => asked,
+        };
+        let meta = Metadata {
+            name,
+            handler: handler.to_owned(),
+            requested_handler: requested.to_owned(),
+            created_at: now_ns(),
+            netns: (!ns.host_network).then(|| self.settings.netns_dir.join(format!("crisp-{id}"))),
+            ipc: !ns.host_ipc,
+            pid: ns.pid,
+            hostname,
+            cgroup_parent,
+            own_cgroup_parent,
+            dir: self.settings.run.join("sandboxes").join(&id),
+            id,
+        };
+        // Everything CNI would refuse is refused before anything is made.
+        if meta.netns.is_some() {
+            self.attachment(&meta, config)?;
+        }
+        Ok((meta, sysctls.into_iter().collect()))
+    }
+
+    /// Makes the sandbox step by step, each recorded before it is done.
+    fn build(self: &Arc<Self>, sandbox: &Arc<Sandbox>, config_bytes: &[u8], sysctls: Vec<(String, String)>, cancel: &Cancel) -> Result<()> {
+        let meta = &sandbox.meta;
+        self.records.save_config(&meta.id, config_bytes)?;
+        self.update(sandbox, |_| {})?;
+        crash::step("run:1-recorded");
+        files::create(meta, &sandbox.config)?;
+        crash::step("run:2-files");
+        let init = namespaces::create(meta, sysctls, &self.settings.shim)?;
+        crash::step("run:3-namespaces");
+        self.update(sandbox, |s| {
+            s.init = init;
+            s.network_ready = meta.netns.is_some();
+        })?;
+        crash::step("run:4-network-intent");
+        let mut ips = Vec::new();
+        if meta.netns.is_some() {
+            ips = self.network.setup(&self.attachment(meta, &sandbox.config)?, cancel)?.ips;
+            files::write_hosts(meta, &ips)?;
+        }
+        crash::step("run:5-network");
+        self.update(sandbox, |s| {
+            s.ips = ips;
+            s.phase = Phase::Ready;
+        })?;
+        if let Some(init) = init {
+            self.watch_init(sandbox, init)?;
+        }
+        crash::step("run:6-ready");
+        Ok(())
+    }
+
+    /// What CNI must know of the sandbox.
+    fn attachment(&self, meta: &Metadata, config: &PodSandboxConfig) -> Result<Attachment> {
+        let extra = match config.annotations.get(NETWORKS_ANNOTATION) {
+            Some(list) if self.settings.extra_networks => list.split(',').map(|n| n.trim().to_owned()).filter(|n| !n.is_empty()).collect(),
+            _ => Vec::new(),
+        };
+        attachment::build(meta, config, extra)
+    }
+
+    /// Changes the status and writes the record, both under the status lock: the file is never older than memory.
+    pub fn update(&self, sandbox: &Sandbox, change: impl FnOnce(&mut Status)) -> Result<()> {
+        let mut status = sandbox.status.lock();
+        let mut next = status.clone();
+        change(&mut next);
+        self.records.save(&sandbox.meta.id, &RecordOut { metadata: &sandbox.meta, status: &next })?;
+        *status = next;
+        Ok(())
+    }
+
+    /// First half of StopPodSandbox: from here on the sandbox takes no containers. True when it was ready.
+    pub fn begin_stop(&self, sandbox: &Sandbox) -> Result<bool> {
+        let _op = sandbox.op.lock();
+        let was_ready = sandbox.status.lock().is_ready();
+        if was_ready {
+            self.update(sandbox, |s| s.phase = Phase::NotReady)?;
+        }
+        crash::step("stop-sandbox:1-stopping");
+        Ok(was_ready)
+    }
+
+    /// Second half, after the containers: network, namespaces, init. Every step runs; what failed is tried again by the next
+    /// stop.
+    pub fn finish_stop(&self, sandbox: &Sandbox) -> Result<()> {
+        let _op = sandbox.op.lock();
+        self.unplug(sandbox)
+    }
+
+    fn unplug(&self, sandbox: &Sandbox) -> Result<()> {
+        let meta = &sandbox.meta;
+        let status = sandbox.status();
+        let mut errors = ErrorList::default();
+        let mut network_down = true;
+        if status.network_ready {
+            let down = self.attachment(meta, &sandbox.config).and_then(|a| self.network.teardown(&a));
+            network_down = errors.keep(down.context(|| format!("tear down the network of sandbox {}", meta.id))).is_some();
+        }
+        crash::step("stop-sandbox:3-network");
+        errors.keep(namespaces::remove(meta, status.init));
+        if network_down {
+            if let Some(netns) = &meta.netns {
+                network_down = errors.keep(namespace::unpin(netns)).is_some();
+            }
+        }
+        crash::step("stop-sandbox:4-namespaces");
+        if errors.is_empty() && (status.network_ready || status.init.is_some()) {
+            errors.keep(self.update(sandbox, |s| {
+                s.network_ready = !network_down;
+                s.init = None;
+            }));
+        }
+        errors.finish()
+    }
+
+    /// RemovePodSandbox after its containers are gone.
+    pub fn remove(&self, sandbox: &Sandbox) -> Result<()> {
+        let _op = sandbox.op.lock();
+        let what = || format!("remove sandbox {}", sandbox.meta.id);
+        self.release(sandbox).context(what)?;
+        crash::step("remove-sandbox:2-files");
+        self.records.remove(&sandbox.meta.id).context(what)?;
+        self.index.remove(&sandbox.meta.id);
+        self.names.release(&sandbox.meta.name, &sandbox.meta.id);
+        Ok(())
+    }
+
+    /// Undoes everything a sandbox may have but its record.
+    fn release(&self, sandbox: &Sandbox) -> Result<()> {
+        let mut errors = ErrorList::default();
+        errors.keep(self.unplug(sandbox));
+        if errors.is_empty() {
+            errors.keep(files::remove(&sandbox.meta));
+        }
+        errors.finish()
+    }
+
+    /// The PID namespace of the sandbox, as a path: its init is started if it has none yet.
+    pub fn pid_namespace(self: &Arc<Self>, sandbox: &Arc<Sandbox>) -> Result<PathBuf> {
+        let _op = sandbox.op.lock();
+        let init = match sandbox.status().init {
+            Some(init) => init,
+            None => {
+                let init = namespaces::start_init(&sandbox.meta, &self.settings.shim)?;
+                if let Err(e) = self.update(sandbox, |s| s.init = Some(init)) {
+                    namespaces::stop_init(init)?;
+                    return Err(e);
+                }
+                self.watch_init(sandbox, init)?;
+                init
+            }
+        };
+        Ok(Path::new("/proc").join(init.pid.to_string()).join("ns/pid"))
+    }
+
+    /// A sandbox whose init dies is not ready any more.
+    fn watch_init(self: &Arc<Self>, sandbox: &Arc<Sandbox>, init: Process) -> Result<()> {
+        let Some(process) = PidFd::open_started(init.pid, init.start_time)? else {
+            return Err(Error::internal(format!("init {} of sandbox {} is gone", init.pid, sandbox.meta.id)));
+        };
+        let (manager, weak) = (Arc::downgrade(self), Arc::downgrade(sandbox));
+        let on_exit = move || {
+            let (Some(manager), Some(sandbox)) = (manager.upgrade(), weak.upgrade()) else { return Keep::No };
+            if let Ok(Some(process)) = PidFd::open_started(init.pid, init.start_time) {
+                process.reap();
+            }
+            if sandbox.status.lock().is_ready() {
+                log::warn!("sandbox {}: its init {} has died", sandbox.meta.id, init.pid);
+                let changed = manager.update(&sandbox, |s| {
+                    s.phase = Phase::NotReady;
+                    s.reason = "its init has died".to_owned();
+                });
+                if let Err(e) = changed {
+                    log::error!("sandbox {}: {e}", sandbox.meta.id);
+                }
+            }
+            Keep::No
+        };
+        self.watcher.add(process.into_fd(), Box::new(on_exit))
+    }
+
+    /// Reads the records at start: half-made sandboxes are undone, the others come back as they are found.
+    pub fn restore(self: &Arc<Self>) -> Result<()> {
+        use rayon::prelude::*;
+        let restored = self.records.load::<RecordIn>()?;
+        restored.into_par_iter().for_each(|record| {
+            let id = record.id.clone();
+            if let Err(e) = self.restore_one(record) {
+                log::error!("restore sandbox {id}: {e}");
+            }
+        });
+        self.sweep()
+    }
+
+    fn restore_one(self: &Arc<Self>, restored: Restored<RecordIn>) -> Result<()> {
+        let RecordIn { metadata: meta, status } = restored.record;
+        let config: PodSandboxConfig = match protobuf::Message::parse_from_bytes(&restored.config) {
+            Ok(config) => config,
+            Err(e) => {
+                self.records.set_aside(&meta.id, &Error::internal(format!("config: {e}")));
+                return Ok(());
+            }
+        };
+        let mut request = restored.config;
+        request.extend_from_slice(meta.requested_handler.as_bytes());
+        let sandbox = Arc::new(Sandbox { meta, config, status: Lock::new(Rank::Status, status.clone()), op: Lock::new(Rank::SandboxOp, ()) });
+        let meta = &sandbox.meta;
+        if status.phase == Phase::Making {
+            log::info!("sandbox {}: half made by a daemon that ended, undone", meta.id);
+            match self.release(&sandbox).and_then(|()| self.records.remove(&meta.id)) {
+                Ok(()) => return Ok(()),
+                Err(undo) => self.update(&sandbox, |s| {
+                    s.phase = Phase::NotReady;
+                    s.reason = format!("undo: {undo}");
+                })?,
+            }
+        }
+        let mut lost = meta.netns.as_deref().filter(|p| !namespace::is_pinned(p)).map(|_| "its network namespace is gone");
+        if let Some(init) = status.init {
+            match PidFd::open_started(init.pid, init.start_time)? {
+                Some(_) if status.is_ready() => self.watch_init(&sandbox, init)?,
+                Some(_) => {}
+                None => lost = Some("its init is gone"),
+            }
+        }
+        if let Some(reason) = lost.filter(|_| status.is_ready()) {
+            log::warn!("sandbox {}: {reason}", meta.id);
+            self.update(&sandbox, |s| {
+                s.phase = Phase::NotReady;
+                s.reason = reason.to_owned();
+            })?;
+        }
+        self.names.restore(&meta.name, &meta.id, &request);
+        self.index.insert(&meta.id.clone(), sandbox);
+        Ok(())
+    }
+
+    /// Removes what has no record: directories with their mounts and pins, network attachments.
+    fn sweep(&self) -> Result<()> {
+        let mut errors = ErrorList::default();
+        let dir = self.settings.run.join("sandboxes");
+        for entry in std::fs::read_dir(&dir).context(|| format!("list {}", dir.display()))?.flatten() {
+            let id = entry.file_name().to_string_lossy().into_owned();
+            if self.index.find(&id).ok().flatten().is_some() {
+                continue;
+            }
+            log::warn!("sandbox {id}: left without a record, removed");
+            let orphan = Metadata::orphan(&id, &dir, &self.settings.netns_dir);
+            errors.keep(self.network.teardown(&attachment::orphan(&orphan)));
+            errors.keep(orphan.netns.as_deref().map_or(Ok(()), namespace::unpin));
+            errors.keep(files::remove(&orphan));
+        }
+        for id in self.network.cached_sandboxes() {
+            if self.index.find(&id).ok().flatten().is_none() {
+                log::warn!("sandbox {id}: network left without a record, torn down");
+                errors.keep(self.network.teardown(&attachment::orphan(&Metadata::orphan(&id, &dir, &self.settings.netns_dir))));
+            }
+        }
+        errors.finish()
+    }
+}

@@ -1,0 +1,125 @@
+//! Namespaces, init and the cgroup of a sandbox.
+
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use super::metadata::{Metadata, PidMode};
+use super::status::Process;
+use crate::cgroup::{Cgroup, Layout};
+use crate::error::{Error, ErrorList, Result};
+use crate::sys::cancel::Cancel;
+use crate::sys::file;
+use crate::sys::namespace::{self, NewNamespaces};
+use crate::sys::pidfd::{self, PidFd};
+use crate::sys::process::Program;
+
+/// Longest wait for a killed init to be gone.
+const KILL_WAIT: Duration = Duration::from_secs(10);
+
+/// Makes and pins the namespaces; with PID mode POD starts the init in them, whose process is the result.
+pub fn create(meta: &Metadata, sysctls: Vec<(String, String)>, shim: &Path) -> Result<Option<Process>> {
+    if let Some(dir) = meta.netns.as_deref().and_then(Path::parent) {
+        file::make_dir(dir, 0o755)?;
+    }
+    let wants_init = meta.pid == PidMode::Sandbox;
+    let new = NewNamespaces {
+        net: meta.netns.clone(),
+        ipc: meta.ipc_pin(),
+        uts: meta.uts_pin(),
+        hostname: Some(meta.hostname.clone()),
+        sysctls,
+        init: wants_init.then(|| init_program(shim)),
+    };
+    match namespace::create(new)? {
+        Some(pid) => settle_init(meta, pid).map(Some),
+        None => Ok(None),
+    }
+}
+
+/// Starts the init of a sandbox that was made without one: a container asked for PID mode POD.
+pub fn start_init(meta: &Metadata, shim: &Path) -> Result<Process> {
+    let join: Vec<PathBuf> = [meta.netns.clone(), meta.ipc_pin(), meta.uts_pin()].into_iter().flatten().collect();
+    settle_init(meta, namespace::spawn_init(join, init_program(shim))?)
+}
+
+fn init_program(shim: &Path) -> Program {
+    Program::new(shim).arg("init")
+}
+
+/// Moves a started init into the sandbox's cgroup; one that cannot be is killed again.
+fn settle_init(meta: &Metadata, pid: i32) -> Result<Process> {
+    let moved = init_cgroup(meta).and_then(|cgroup| {
+        cgroup.create()?;
+        cgroup.enter(pid)
+    });
+    let start_time = pidfd::start_time_of(pid);
+    match (moved, start_time) {
+        (Ok(()), Some(start_time)) => Ok(Process { pid, start_time }),
+        (moved, start_time) => {
+            if let Some(start_time) = start_time {
+                stop_init(Process { pid, start_time })?;
+            }
+            moved?;
+            Err(Error::internal("the sandbox's init ended at once"))
+        }
+    }
+}
+
+/// The init's own cgroup, below the parent as a container's.
+fn init_cgroup(meta: &Metadata) -> Result<Cgroup> {
+    Cgroup::at(&Layout::detect()?, &cgroups_path(&meta.cgroup_parent, &meta.id))
+}
+
+/// `linux.cgroupsPath` of something called `name` below a sandbox's cgroup parent, in the form of the cgroup driver: a parent
+/// that ends in `.slice` is systemd's.
+pub fn cgroups_path(parent: &str, name: &str) -> String {
+    match parent.rsplit('/').next() {
+        Some(slice) if slice.ends_with(".slice") => format!("{slice}:crisp:{name}"),
+        _ => format!("{}/{name}", parent.trim_end_matches('/')),
+    }
+}
+
+/// Kills an init and waits until it is gone, and with it every process of its PID namespace.
+pub fn stop_init(init: Process) -> Result<()> {
+    let Some(process) = PidFd::open_started(init.pid, init.start_time)? else { return Ok(()) };
+    process.kill(libc::SIGKILL)?;
+    if !process.wait(&Cancel::never(), Some(KILL_WAIT))? {
+        return Err(Error::internal(format!("init {} is still there {} s after SIGKILL", init.pid, KILL_WAIT.as_secs())));
+    }
+    // Ours to reap when this daemon started it; else it is the host init's.
+    process.reap();
+    Ok(())
+}
+
+/// Undoes `create` and `start_init` but for the network namespace, which CNI DEL may still need.
+pub fn remove(meta: &Metadata, init: Option<Process>) -> Result<()> {
+    let mut errors = ErrorList::default();
+    if let Some(init) = init {
+        errors.keep(stop_init(init));
+    }
+    errors.keep(remove_cgroups(meta));
+    for pin in [meta.ipc_pin(), meta.uts_pin()].into_iter().flatten() {
+        errors.keep(namespace::unpin(&pin));
+    }
+    errors.finish()
+}
+
+fn remove_cgroups(meta: &Metadata) -> Result<()> {
+    init_cgroup(meta)?.remove()?;
+    if meta.own_cgroup_parent {
+        Cgroup::at(&Layout::detect()?, &meta.cgroup_parent)?.remove()?;
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn cgroup_paths_of_both_drivers() {
+        assert_eq!(cgroups_path("/kubepods/pod1", "a"), "/kubepods/pod1/a");
+        assert_eq!(cgroups_path("/", "a"), "/a");
+        assert_eq!(cgroups_path("/kubepods.slice/kubepods-pod1.slice", "a"), "kubepods-pod1.slice:crisp:a");
+    }
+}

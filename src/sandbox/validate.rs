@@ -1,0 +1,189 @@
+//! Which sandbox configs are accepted. What a sandbox without a process cannot use (run_as_user, seccomp, capabilities,
+//! selinux_options and the like of LinuxSandboxSecurityContext) is accepted and does not apply; what matters for
+//! security and cannot be honoured is refused by name.
+
+use crate::api::runtime::{LinuxPodSandboxConfig, NamespaceMode, PodSandboxConfig, PodSandboxMetadata};
+use crate::error::{Error, Result};
+use crate::sandbox::PidMode;
+
+/// Longest host name of Linux (HOST_NAME_MAX), bytes.
+const HOSTNAME_LIMIT: usize = 64;
+/// Characters that end up in names, CNI_ARGS and files.
+fn is_plain(text: &str) -> bool {
+    !text.bytes().any(|b| b.is_ascii_control())
+}
+
+/// The namespaces a config asks for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Namespaces {
+    pub host_network: bool,
+    pub host_ipc: bool,
+    pub pid: PidMode,
+}
+
+/// Metadata of a sandbox: name, namespace and uid are required.
+pub fn metadata(config: &PodSandboxConfig) -> Result<&PodSandboxMetadata> {
+    let Some(m) = config.metadata.as_ref() else { return Err(Error::invalid("config.metadata is missing")) };
+    for (field, value) in [("name", &m.name), ("namespace", &m.namespace), ("uid", &m.uid)] {
+        if value.is_empty() {
+            return Err(Error::invalid(format!("config.metadata.{field} is empty")));
+        }
+        if !is_plain(value) {
+            return Err(Error::invalid(format!("config.metadata.{field}: control characters in {value:?}")));
+        }
+    }
+    Ok(m)
+}
+
+/// Checks the rest of the config and gives the namespaces it asks for.
+pub fn namespaces(config: &PodSandboxConfig) -> Result<Namespaces> {
+    let linux = config.linux.as_ref();
+    let context = linux.and_then(|l| l.security_context.as_ref());
+    let options = context.and_then(|c| c.namespace_options.as_ref()).cloned().unwrap_or_default();
+    let field = "linux.security_context.namespace_options";
+    let mode = |name: &str, value: protobuf::EnumOrUnknown<NamespaceMode>| {
+        value.enum_value().map_err(|n| Error::invalid(format!("{field}.{name}: no namespace mode {n}")))
+    };
+    let two = |name: &str, value| match mode(name, value)? {
+        NamespaceMode::POD => Ok(false),
+        NamespaceMode::NODE => Ok(true),
+        other => Err(Error::invalid(format!("{field}.{name}: expected POD or NODE, found {other:?}"))),
+    };
+    let pid = match mode("pid", options.pid)? {
+        NamespaceMode::POD => PidMode::Sandbox,
+        NamespaceMode::CONTAINER => PidMode::Container,
+        NamespaceMode::NODE => PidMode::Node,
+        NamespaceMode::TARGET => return Err(Error::invalid(format!("{field}.pid: TARGET is a container's mode, not a sandbox's"))),
+    };
+    if let Some(userns) = options.userns_options.as_ref() {
+        match mode("userns_options.mode", userns.mode)? {
+            NamespaceMode::NODE => {}
+            NamespaceMode::POD => return Err(Error::unimplemented(format!("{field}.userns_options: user namespaces are not supported yet"))),
+            other => return Err(Error::invalid(format!("{field}.userns_options.mode: expected POD or NODE, found {other:?}"))),
+        }
+    }
+    Ok(Namespaces { host_network: two("network", options.network)?, host_ipc: two("ipc", options.ipc)?, pid })
+}
+
+/// The host name of the sandbox: its own, or the host's when it has none.
+pub fn hostname(config: &PodSandboxConfig) -> Result<String> {
+    let name = &config.hostname;
+    if name.len() > HOSTNAME_LIMIT || !is_plain(name) || name.contains('/') {
+        return Err(Error::invalid(format!("config.hostname: expected at most {HOSTNAME_LIMIT} printable bytes, found {name:?}")));
+    }
+    Ok(name.clone())
+}
+
+/// The sysctls to set, as paths below /proc/sys: only namespaced ones that the sandbox has a namespace for, `a.b` or `a/b`.
+pub fn sysctls(linux: Option<&LinuxPodSandboxConfig>, ns: &Namespaces) -> Result<Vec<(String, String)>> {
+    let Some(linux) = linux else { return Ok(Vec::new()) };
+    let mut list = Vec::with_capacity(linux.sysctls.len());
+    for (key, value) in &linux.sysctls {
+        let path = sysctl_path(key)?;
+        let (has, needs) = match sysctl_namespace(&path) {
+            Some("net") => (!ns.host_network, "a network namespace of its own"),
+            Some("ipc") => (!ns.host_ipc, "an IPC namespace of its own"),
+            Some(_) => (!ns.host_network, "a UTS namespace of its own"),
+            None => return Err(Error::invalid(format!("linux.sysctls: {key} is not namespaced, it would change the host"))),
+        };
+        if !has {
+            return Err(Error::invalid(format!("linux.sysctls: {key} needs {needs}")));
+        }
+        if !is_plain(value) && value.trim_end_matches('\n').bytes().any(|b| b.is_ascii_control() && b != b'\t') {
+            return Err(Error::invalid(format!("linux.sysctls: {key}: control characters in the value")));
+        }
+        list.push((path, value.clone()));
+    }
+    Ok(list)
+}
+
+/// `net.ipv4.ip_forward` or `net/ipv4/ip_forward` as a path. As in sysctl(8), the first separator found decides which one separates;
+/// with slashes, a dot belongs to a name (interfaces such as eth0.100), with dots a slash does.
+pub fn sysctl_path(key: &str) -> Result<String> {
+    let bad = || Error::invalid(format!("linux.sysctls: {key:?} is not a sysctl name"));
+    let allowed = |b: u8| b.is_ascii_alphanumeric() || matches!(b, b'.' | b'/' | b'-' | b'_' | b'*' | b':' | b'@');
+    if key.is_empty() || key.len() > 253 || !key.bytes().all(allowed) {
+        return Err(bad());
+    }
+    let path = match key.find(['.', '/']).map(|i| key.as_bytes()[i]) {
+        Some(b'.') => key.chars().map(|c| match c { '.' => '/', '/' => '.', c => c }).collect(),
+        _ => key.to_owned(),
+    };
+    if path.split('/').any(|part| part.is_empty() || part == "." || part == "..") {
+        return Err(bad());
+    }
+    Ok(path)
+}
+
+/// Which namespace a sysctl belongs to (kernel documentation, admin-guide/sysctl).
+fn sysctl_namespace(path: &str) -> Option<&'static str> {
+    const IPC: &[&str] = &["kernel/msgmax", "kernel/msgmnb", "kernel/msgmni", "kernel/sem", "kernel/shmall", "kernel/shmmax", "kernel/shmmni", "kernel/shm_rmid_forced"];
+    match path {
+        _ if path.starts_with("net/") => Some("net"),
+        _ if path.starts_with("fs/mqueue/") || IPC.contains(&path) => Some("ipc"),
+        "kernel/domainname" => Some("uts"),
+        _ => None,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::api::runtime::{LinuxSandboxSecurityContext, NamespaceOption};
+    use protobuf::MessageField;
+
+    const POD: Namespaces = Namespaces { host_network: false, host_ipc: false, pid: PidMode::Container };
+
+    fn config(options: NamespaceOption) -> PodSandboxConfig {
+        let context = LinuxSandboxSecurityContext { namespace_options: MessageField::some(options), ..Default::default() };
+        let linux = LinuxPodSandboxConfig { security_context: MessageField::some(context), ..Default::default() };
+        PodSandboxConfig { linux: MessageField::some(linux), ..Default::default() }
+    }
+
+    #[test]
+    fn modes() {
+        let ns = namespaces(&PodSandboxConfig::default()).unwrap();
+        assert_eq!(ns, Namespaces { host_network: false, host_ipc: false, pid: PidMode::Sandbox });
+        let host = NamespaceOption { network: NamespaceMode::NODE.into(), pid: NamespaceMode::CONTAINER.into(), ..Default::default() };
+        assert!(namespaces(&config(host)).unwrap().host_network);
+        for bad in [
+            NamespaceOption { network: NamespaceMode::CONTAINER.into(), ..Default::default() },
+            NamespaceOption { pid: NamespaceMode::TARGET.into(), ..Default::default() },
+            NamespaceOption { ipc: protobuf::EnumOrUnknown::from_i32(9), ..Default::default() },
+        ] {
+            assert_eq!(namespaces(&config(bad)).unwrap_err().code(), crate::error::Code::InvalidArgument);
+        }
+    }
+
+    #[test]
+    fn sysctl_names() {
+        assert_eq!(sysctl_path("net.ipv4.ip_forward").unwrap(), "net/ipv4/ip_forward");
+        assert_eq!(sysctl_path("net/ipv4/conf/eth0.1/rp_filter").unwrap(), "net/ipv4/conf/eth0.1/rp_filter");
+        assert_eq!(sysctl_path("net.ipv4.conf.eth0/1.rp_filter").unwrap(), "net/ipv4/conf/eth0.1/rp_filter");
+        for bad in ["", "net.+", "net..ipv4", "net/../kernel", "/net/a", "net.ipv4.", "a b", "net/./x"] {
+            assert!(sysctl_path(bad).is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn sysctls_need_their_namespace() {
+        let with = |key: &str| LinuxPodSandboxConfig { sysctls: [(key.to_owned(), "1".to_owned())].into(), ..Default::default() };
+        let host = Namespaces { host_network: true, host_ipc: true, ..POD };
+        for key in ["net.ipv4.ip_forward", "kernel.shmmax", "fs.mqueue.msg_max", "kernel.domainname"] {
+            assert_eq!(sysctls(Some(&with(key)), &POD).unwrap().len(), 1, "{key}");
+            assert!(sysctls(Some(&with(key)), &host).is_err(), "{key}");
+        }
+        for key in ["kernel.panic", "vm.swappiness", "kernel.hostname", "kernel.shm_next_id"] {
+            assert!(sysctls(Some(&with(key)), &POD).unwrap_err().message().contains("not namespaced"), "{key}");
+        }
+    }
+
+    proptest::proptest! {
+        #[test]
+        fn sysctl_paths_stay_below(key in "\\PC{0,40}") {
+            if let Ok(path) = sysctl_path(&key) {
+                proptest::prop_assert!(!path.starts_with('/') && !path.split('/').any(|p| p == ".." || p.is_empty()));
+            }
+        }
+    }
+}

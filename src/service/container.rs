@@ -1,0 +1,126 @@
+//! CreateContainer, StartContainer, StopContainer, RemoveContainer.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+
+use super::{Call, Service};
+use crate::api::runtime::{ContainerConfig, CreateContainerRequest, CreateContainerResponse, NamespaceMode, StopContainerRequest};
+use crate::container::{Container, CreateInputs, State};
+use crate::error::{Context, Error, Result};
+use crate::sandbox::{PidMode, Sandbox};
+use crate::spec::{NamespacePaths, Pid, SandboxFiles};
+
+impl Service {
+    /// The config of the sandbox in the request is not used: what the sandbox was made with counts.
+    pub(super) fn create(&self, request: CreateContainerRequest, call: &Call) -> Result<CreateContainerResponse> {
+        let Some(config) = request.config.into_option() else { return Err(Error::invalid("config is missing")) };
+        call.about(&config.metadata.name);
+        let sandbox = self.sandboxes.get(&request.pod_sandbox_id)?;
+        let what = || format!("create container {:?} in sandbox {}", config.metadata.name, sandbox.id());
+        sandbox.status().can_hold_containers(sandbox.id()).context(what)?;
+        let privileged = |c: bool, s: bool| c && !s;
+        if privileged(config.linux.security_context.privileged, sandbox.config.linux.security_context.privileged) {
+            return Err(Error::invalid(format!("{}: config.linux.security_context.privileged: the sandbox is not privileged", what())));
+        }
+        let (pid, target) = self.pid_namespace(&sandbox, &config).context(what)?;
+        let inputs = CreateInputs {
+            sandbox_id: sandbox.id(),
+            sandbox: &sandbox.config,
+            handler: self.handlers.named(&sandbox.meta.handler).context(what)?.clone(),
+            namespaces: NamespacePaths { net: sandbox.meta.netns.clone(), ipc: sandbox.meta.ipc_pin(), uts: sandbox.meta.uts_pin(), pid },
+            target,
+            files: files(&sandbox),
+            hostname: &sandbox.meta.hostname,
+            cgroup_parent: &sandbox.meta.cgroup_parent,
+            config: config.clone(),
+        };
+        let id = self.containers.create(inputs, &call.cancel).context(what)?;
+        // A stop that began meanwhile has not seen this container.
+        if let Err(e) = sandbox.status().can_hold_containers(sandbox.id()) {
+            if let Some(container) = self.containers.find(&id)? {
+                self.containers.remove(&container, &call.cancel)?;
+            }
+            return Err(e).context(what);
+        }
+        call.about(&id);
+        Ok(CreateContainerResponse { container_id: id, ..Default::default() })
+    }
+
+    /// The PID namespace of a container, and whose it is with mode TARGET. Network, IPC and UTS are the sandbox's whatever the
+    /// container says, as peers do.
+    fn pid_namespace(&self, sandbox: &Arc<Sandbox>, config: &ContainerConfig) -> Result<(Pid, Option<String>)> {
+        let context = config.linux.as_ref().and_then(|l| l.security_context.as_ref());
+        let options = context.and_then(|c| c.namespace_options.as_ref());
+        let Some(options) = options else {
+            // Nothing said: what the sandbox was made for.
+            return Ok(match sandbox.meta.pid {
+                PidMode::Sandbox => (Pid::Path(self.sandboxes.pid_namespace(sandbox)?), None),
+                PidMode::Container => (Pid::Own, None),
+                PidMode::Node => (Pid::Host, None),
+            });
+        };
+        let field = "linux.security_context.namespace_options";
+        let mode = options.pid.enum_value().map_err(|n| Error::invalid(format!("{field}.pid: no namespace mode {n}")))?;
+        match mode {
+            NamespaceMode::POD => Ok((Pid::Path(self.sandboxes.pid_namespace(sandbox)?), None)),
+            NamespaceMode::CONTAINER => Ok((Pid::Own, None)),
+            NamespaceMode::NODE => Ok((Pid::Host, None)),
+            NamespaceMode::TARGET => {
+                let found = self.containers.find(&options.target_id).context(|| format!("{field}.target_id"))?;
+                let target = found.filter(|t| t.meta.sandbox_id == sandbox.id());
+                let Some(target) = target else {
+                    return Err(Error::invalid(format!("{field}.target_id: no container {} in this sandbox", options.target_id)));
+                };
+                let status = target.status();
+                if status.state != State::Running {
+                    return Err(Error::precondition(format!("{field}.target_id: container {} is not running", target.id())));
+                }
+                Ok((Pid::Path(PathBuf::from(format!("/proc/{}/ns/pid", status.pid))), Some(target.id().to_owned())))
+            }
+        }
+    }
+
+    pub(super) fn start(&self, id: &str, call: &Call) -> Result<()> {
+        call.about(id);
+        self.warmer.warm();
+        let container = self.containers.get(id)?;
+        call.about(container.id());
+        let sandbox = self.sandboxes.get(&container.meta.sandbox_id)?;
+        sandbox.status().can_hold_containers(sandbox.id()).context(|| format!("start container {}", container.id()))?;
+        self.containers.start(&container)?;
+        // A stop of the sandbox that began meanwhile may have looked at this container before it ran.
+        if let Err(e) = sandbox.status().can_hold_containers(sandbox.id()) {
+            self.containers.stop(&container, Duration::ZERO, &call.cancel)?;
+            return Err(e).context(|| format!("start container {}", container.id()));
+        }
+        Ok(())
+    }
+
+    /// Unknown or not running is success.
+    pub(super) fn stop(&self, request: &StopContainerRequest, call: &Call) -> Result<()> {
+        call.about(&request.container_id);
+        let Some(container) = self.containers.find(&request.container_id)? else { return Ok(()) };
+        call.about(container.id());
+        let grace = Duration::from_secs(request.timeout.max(0) as u64);
+        self.containers.stop(&container, grace, &call.cancel)
+    }
+
+    /// Unknown is success.
+    pub(super) fn remove(&self, id: &str, call: &Call) -> Result<()> {
+        call.about(id);
+        let Some(container): Option<Arc<Container>> = self.containers.find(id)? else { return Ok(()) };
+        call.about(container.id());
+        self.containers.remove(&container, &call.cancel)
+    }
+}
+
+/// The files of a sandbox that its containers see.
+fn files(sandbox: &Sandbox) -> SandboxFiles {
+    SandboxFiles {
+        resolv_conf: Some(sandbox.meta.file("resolv.conf")),
+        hosts: Some(sandbox.meta.file("hosts")),
+        hostname: Some(sandbox.meta.file("hostname")),
+        shm: Some(sandbox.meta.shm()),
+    }
+}

@@ -1,0 +1,153 @@
+//! ContainerStatus and ListContainers: memory only, no op lock.
+
+use std::collections::BTreeMap;
+
+use super::convert::matches;
+use super::{Call, Service};
+use crate::api::runtime;
+use crate::api::runtime::{
+    ContainerResources, ContainerStatusRequest, ContainerStatusResponse, ContainerUser, ImageSpec, LinuxContainerUser, ListContainersRequest,
+    ListContainersResponse,
+};
+use crate::container::{signal, Container, State, Status};
+use crate::error::{Error, Result};
+use protobuf::MessageField;
+
+fn state(status: &Status) -> runtime::ContainerState {
+    match status.state {
+        State::Making | State::Created => runtime::ContainerState::CONTAINER_CREATED,
+        State::Running => runtime::ContainerState::CONTAINER_RUNNING,
+        State::Exited => runtime::ContainerState::CONTAINER_EXITED,
+    }
+}
+
+/// What the user called the image, never empty, also after the image is removed.
+fn image(container: &Container) -> ImageSpec {
+    let given = &container.config.image;
+    ImageSpec {
+        image: container.meta.image.clone(),
+        annotations: given.annotations.clone(),
+        user_specified_image: given.user_specified_image.clone(),
+        runtime_handler: given.runtime_handler.clone(),
+        ..Default::default()
+    }
+}
+
+fn user(status: &Status) -> ContainerUser {
+    let linux = LinuxContainerUser {
+        uid: status.user.uid.into(),
+        gid: status.user.gid.into(),
+        supplemental_groups: status.user.groups.iter().map(|g| i64::from(*g)).collect(),
+        ..Default::default()
+    };
+    ContainerUser { linux: MessageField::some(linux), ..Default::default() }
+}
+
+fn full(container: &Container, status: &Status) -> runtime::ContainerStatus {
+    let (meta, config) = (&container.meta, &container.config);
+    let linux = protobuf::Message::parse_from_bytes(&status.resources).ok();
+    let resources = config.linux.resources.as_ref().map(|_| ContainerResources { linux: linux.into(), ..Default::default() });
+    runtime::ContainerStatus {
+        id: meta.id.clone(),
+        metadata: config.metadata.clone(),
+        state: state(status).into(),
+        created_at: meta.created_at,
+        started_at: status.started_at,
+        finished_at: status.finished_at,
+        exit_code: status.exit_code,
+        image: MessageField::some(image(container)),
+        image_ref: meta.image_ref.clone(),
+        image_id: meta.image_id.clone(),
+        reason: status.reason.clone(),
+        message: status.message.clone(),
+        labels: config.labels.clone(),
+        annotations: config.annotations.clone(),
+        mounts: config.mounts.clone(),
+        log_path: meta.log_path.as_ref().map(|p| p.to_string_lossy().into_owned()).unwrap_or_default(),
+        resources: resources.into(),
+        user: MessageField::some(user(status)),
+        stop_signal: signal::to_cri(meta.stop_signal).into(),
+        ..Default::default()
+    }
+}
+
+fn brief(container: &Container, status: &Status) -> runtime::Container {
+    let (meta, config) = (&container.meta, &container.config);
+    runtime::Container {
+        id: meta.id.clone(),
+        pod_sandbox_id: meta.sandbox_id.clone(),
+        metadata: config.metadata.clone(),
+        image: MessageField::some(image(container)),
+        // kubelet's image garbage collection compares it with Image.id.
+        image_ref: meta.image_id.clone(),
+        image_id: meta.image_id.clone(),
+        state: state(status).into(),
+        created_at: meta.created_at,
+        labels: config.labels.clone(),
+        annotations: config.annotations.clone(),
+        ..Default::default()
+    }
+}
+
+/// What `crictl inspect` shows beside the status.
+fn verbose(container: &Container, status: &Status) -> BTreeMap<String, String> {
+    let meta = &container.meta;
+    let spec = crate::sys::file::read(&meta.spec_path(), 16 << 20).ok();
+    let spec: Option<serde_json::Value> = spec.and_then(|s| serde_json::from_slice(&s).ok());
+    let info = serde_json::json!({
+        "sandboxID": meta.sandbox_id,
+        "pid": status.pid,
+        "removing": status.removing,
+        "runtimeHandler": meta.handler.name,
+        "runtimePath": meta.handler.path,
+        "runtimeSpec": spec,
+        "cgroupsPath": meta.cgroups_path,
+        "dir": meta.dir,
+    });
+    BTreeMap::from([("info".to_owned(), info.to_string())])
+}
+
+impl Service {
+    pub(super) fn status_of(&self, request: &ContainerStatusRequest, call: &Call) -> Result<ContainerStatusResponse> {
+        call.about(&request.container_id);
+        let container = self.containers.get(&request.container_id)?;
+        let status = container.status();
+        Ok(ContainerStatusResponse {
+            status: MessageField::some(full(&container, &status)),
+            info: if request.verbose { verbose(&container, &status) } else { BTreeMap::new() },
+            ..Default::default()
+        })
+    }
+
+    pub(super) fn list(&self, request: &ListContainersRequest) -> Result<ListContainersResponse> {
+        let filter = &request.filter;
+        let wanted = match filter.state.as_ref() {
+            Some(value) => Some(value.state.enum_value().map_err(|n| Error::invalid(format!("filter.state: no container state {n}")))?),
+            None => None,
+        };
+        let candidates = match filter.id.as_str() {
+            "" => self.containers.all(),
+            // An unknown or ambiguous id in a filter selects nothing.
+            id => self.containers.find(id).ok().flatten().into_iter().collect(),
+        };
+        let sandbox = match filter.pod_sandbox_id.as_str() {
+            "" => None,
+            id => match self.sandboxes.find(id).ok().flatten() {
+                Some(sandbox) => Some(sandbox.id().to_owned()),
+                None => return Ok(ListContainersResponse::new()),
+            },
+        };
+        let mut containers = Vec::with_capacity(candidates.len());
+        for container in candidates {
+            let here = sandbox.as_ref().is_none_or(|s| *s == container.meta.sandbox_id);
+            if !here || !matches(&container.config.labels, &filter.label_selector) {
+                continue;
+            }
+            let status = container.status();
+            if wanted.is_none_or(|w| w == state(&status)) {
+                containers.push(brief(&container, &status));
+            }
+        }
+        Ok(ListContainersResponse { containers, ..Default::default() })
+    }
+}

@@ -1,0 +1,35 @@
+//! From our nouns to CRI's messages, where more than one call needs it.
+
+use std::collections::BTreeMap;
+
+use crate::api::runtime::{NamespaceMode, NamespaceOption, PodSandboxConfig, UserNamespace};
+use protobuf::MessageField;
+
+/// Whether `labels` has everything that `selector` wants.
+pub(super) fn matches(labels: &BTreeMap<String, String>, selector: &BTreeMap<String, String>) -> bool {
+    selector.iter().all(|(key, value)| labels.get(key) == Some(value))
+}
+
+/// The namespaces of a sandbox as given, with the user namespace's mode always said.
+pub(super) fn namespace_option(config: &PodSandboxConfig) -> NamespaceOption {
+    let mut options = config.linux.security_context.namespace_options.as_ref().cloned().unwrap_or_default();
+    if options.userns_options.is_none() {
+        options.userns_options = MessageField::some(UserNamespace { mode: NamespaceMode::NODE.into(), ..Default::default() });
+    }
+    options
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn selectors_are_anded() {
+        let map = |pairs: &[(&str, &str)]| pairs.iter().map(|(k, v)| (k.to_string(), v.to_string())).collect();
+        let labels = map(&[("a", "1"), ("b", "2")]);
+        assert!(matches(&labels, &map(&[])));
+        assert!(matches(&labels, &map(&[("a", "1"), ("b", "2")])));
+        assert!(!matches(&labels, &map(&[("a", "1"), ("b", "3")])));
+        assert!(!matches(&labels, &map(&[("c", "")])));
+    }
+}

@@ -1,0 +1,116 @@
+//! PodSandboxStatus and ListPodSandbox: memory only, no op lock.
+
+use std::collections::BTreeMap;
+
+use super::convert::{matches, namespace_option};
+use super::{Call, Service};
+use crate::api::runtime::{
+    LinuxPodSandboxStatus, ListPodSandboxRequest, ListPodSandboxResponse, Namespace, PodIP, PodSandbox, PodSandboxNetworkStatus, PodSandboxState,
+    PodSandboxStatus, PodSandboxStatusRequest, PodSandboxStatusResponse,
+};
+use crate::error::{Error, Result};
+use crate::sandbox::{Sandbox, Status};
+use protobuf::MessageField;
+
+fn state(status: &Status) -> PodSandboxState {
+    if status.is_ready() {
+        PodSandboxState::SANDBOX_READY
+    } else {
+        PodSandboxState::SANDBOX_NOTREADY
+    }
+}
+
+fn network(status: &Status) -> PodSandboxNetworkStatus {
+    let mut ips = status.ips.iter().map(|ip| ip.to_string());
+    PodSandboxNetworkStatus {
+        ip: ips.next().unwrap_or_default(),
+        additional_ips: ips.map(|ip| PodIP { ip, ..Default::default() }).collect(),
+        ..Default::default()
+    }
+}
+
+fn full(sandbox: &Sandbox, status: &Status) -> PodSandboxStatus {
+    let options = namespace_option(&sandbox.config);
+    let namespaces = Namespace { options: MessageField::some(options), ..Default::default() };
+    let linux = LinuxPodSandboxStatus { namespaces: MessageField::some(namespaces), ..Default::default() };
+    PodSandboxStatus {
+        id: sandbox.meta.id.clone(),
+        metadata: sandbox.config.metadata.clone(),
+        state: state(status).into(),
+        created_at: sandbox.meta.created_at,
+        network: MessageField::some(network(status)),
+        linux: MessageField::some(linux),
+        labels: sandbox.config.labels.clone(),
+        annotations: sandbox.config.annotations.clone(),
+        runtime_handler: sandbox.meta.requested_handler.clone(),
+        ..Default::default()
+    }
+}
+
+fn brief(sandbox: &Sandbox, status: &Status) -> PodSandbox {
+    PodSandbox {
+        id: sandbox.meta.id.clone(),
+        metadata: sandbox.config.metadata.clone(),
+        state: state(status).into(),
+        created_at: sandbox.meta.created_at,
+        labels: sandbox.config.labels.clone(),
+        annotations: sandbox.config.annotations.clone(),
+        runtime_handler: sandbox.meta.requested_handler.clone(),
+        ..Default::default()
+    }
+}
+
+/// What `crictl inspectp` shows beside the status.
+fn verbose(sandbox: &Sandbox, status: &Status) -> BTreeMap<String, String> {
+    let meta = &sandbox.meta;
+    let info = serde_json::json!({
+        "sandboxID": meta.id,
+        "pid": status.init.map_or(0, |i| i.pid),
+        "runtimeHandler": meta.handler,
+        "runtimeType": "crisp.pinned",
+        "network": {"namespace": meta.netns, "ready": status.network_ready, "ips": status.ips},
+        "ipcNamespace": meta.ipc_pin(),
+        "utsNamespace": meta.uts_pin(),
+        "cgroupParent": meta.cgroup_parent,
+        "dir": meta.dir,
+        "reason": status.reason,
+    });
+    BTreeMap::from([("info".to_owned(), info.to_string())])
+}
+
+impl Service {
+    pub(super) fn sandbox_status(&self, request: &PodSandboxStatusRequest, call: &Call) -> Result<PodSandboxStatusResponse> {
+        call.about(&request.pod_sandbox_id);
+        let sandbox = self.sandboxes.get(&request.pod_sandbox_id)?;
+        let status = sandbox.status();
+        Ok(PodSandboxStatusResponse {
+            status: MessageField::some(full(&sandbox, &status)),
+            info: if request.verbose { verbose(&sandbox, &status) } else { BTreeMap::new() },
+            ..Default::default()
+        })
+    }
+
+    pub(super) fn list_sandboxes(&self, request: &ListPodSandboxRequest) -> Result<ListPodSandboxResponse> {
+        let filter = &request.filter;
+        let wanted = match filter.state.as_ref() {
+            Some(value) => Some(value.state.enum_value().map_err(|n| Error::invalid(format!("filter.state: no sandbox state {n}")))?),
+            None => None,
+        };
+        let candidates = match filter.id.as_str() {
+            "" => self.sandboxes.all(),
+            // An unknown or ambiguous id in a filter selects nothing.
+            id => self.sandboxes.find(id).ok().flatten().into_iter().collect(),
+        };
+        let mut items = Vec::with_capacity(candidates.len());
+        for sandbox in candidates {
+            if !matches(&sandbox.config.labels, &filter.label_selector) {
+                continue;
+            }
+            let status = sandbox.status();
+            if wanted.is_none_or(|w| w == state(&status)) {
+                items.push(brief(&sandbox, &status));
+            }
+        }
+        Ok(ListPodSandboxResponse { items, ..Default::default() })
+    }
+}

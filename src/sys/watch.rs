@@ -1,0 +1,111 @@
+//! One thread that waits on many descriptors (epoll(7)) and runs a closure for each that becomes readable.
+
+use std::collections::HashMap;
+use std::os::fd::{AsFd, OwnedFd};
+use std::sync::Arc;
+
+use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
+
+use super::lock::{Lock, Rank};
+use crate::error::{Context, Result};
+
+/// What a closure says of its descriptor.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub enum Keep {
+    Yes,
+    No,
+}
+
+/// Called when the descriptor is readable or hung up. Must not block: it would delay every other descriptor.
+pub type OnReady = Box<dyn FnMut() -> Keep + Send>;
+
+struct Watched {
+    fd: OwnedFd,
+    on_ready: OnReady,
+}
+
+/// The watcher; clones share the thread.
+#[derive(Clone)]
+pub struct Watcher {
+    shared: Arc<Shared>,
+}
+
+struct Shared {
+    epoll: Epoll,
+    map: Lock<(u64, HashMap<u64, Watched>)>,
+}
+
+impl Watcher {
+    /// Starts the thread `name`.
+    pub fn start(name: &str) -> Result<Watcher> {
+        let epoll = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC).context(|| "create epoll")?;
+        let shared = Arc::new(Shared { epoll, map: Lock::new(Rank::Leaf, (0, HashMap::new())) });
+        let watcher = Watcher { shared: shared.clone() };
+        super::thread::spawn(name, move || shared.run())?;
+        Ok(watcher)
+    }
+
+    /// Watches `fd` until `on_ready` answers `Keep::No`.
+    pub fn add(&self, fd: OwnedFd, on_ready: OnReady) -> Result<()> {
+        let mut map = self.shared.map.lock();
+        map.0 += 1;
+        let token = map.0;
+        self.shared.epoll.add(fd.as_fd(), EpollEvent::new(EpollFlags::EPOLLIN, token)).context(|| "watch a descriptor")?;
+        map.1.insert(token, Watched { fd, on_ready });
+        Ok(())
+    }
+}
+
+impl Shared {
+    fn run(&self) {
+        let mut events = [EpollEvent::empty(); 64];
+        loop {
+            let count = match self.epoll.wait(&mut events, EpollTimeout::NONE) {
+                Ok(count) => count,
+                Err(nix::errno::Errno::EINTR) => continue,
+                Err(e) => {
+                    log::error!("wait for exits: {e}");
+                    return;
+                }
+            };
+            for event in &events[..count] {
+                // Taken out while it runs: the closure may add descriptors or take other locks.
+                let Some(mut watched) = self.map.lock().1.remove(&event.data()) else { continue };
+                if (watched.on_ready)() == Keep::Yes {
+                    self.map.lock().1.insert(event.data(), watched);
+                } else {
+                    let _ = self.epoll.delete(watched.fd.as_fd());
+                }
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn ready_descriptors_run_until_they_say_no() {
+        let watcher = Watcher::start("test").unwrap();
+        let (ours, theirs) = std::os::unix::net::UnixStream::pair().unwrap();
+        let (tx, rx) = crossbeam_channel::unbounded();
+        let mut reader = ours.try_clone().unwrap();
+        watcher
+            .add(
+                ours.into(),
+                Box::new(move || {
+                    let mut byte = [0];
+                    let n = std::io::Read::read(&mut reader, &mut byte).unwrap();
+                    tx.send((n, byte[0])).unwrap();
+                    if n == 0 { Keep::No } else { Keep::Yes }
+                }),
+            )
+            .unwrap();
+        std::io::Write::write_all(&mut &theirs, b"ab").unwrap();
+        assert_eq!((rx.recv().unwrap(), rx.recv().unwrap()), ((1, b'a'), (1, b'b')));
+        drop(theirs);
+        assert_eq!(rx.recv().unwrap().0, 0);
+        assert!(rx.recv().is_err());
+    }
+}
