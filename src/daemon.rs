@@ -1,1 +1,214 @@
-//! (being written)
+//! The composition root: builds everything, restores, serves, stops in order.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+use nix::sys::signal::{SigSet, Signal};
+
+use crate::cgroup::{warm::Warmer, Layout};
+use crate::config::{Config, Overrides};
+use crate::container::{self, Containers};
+use crate::error::{Context, Error, Result};
+use crate::grpc;
+use crate::image::{self, Images};
+use crate::network::{self, Network};
+use crate::runtime::Handlers;
+use crate::sandbox::{self, Sandboxes};
+use crate::service::Service;
+use crate::snapshot::{self, Snapshots};
+use crate::sys::file;
+use crate::sys::watch::Watcher;
+
+/// Time that running calls get at a stop.
+const STOP_GRACE: Duration = Duration::from_secs(5);
+
+/// A running daemon. Dropping it leaves the containers running.
+pub struct Daemon {
+    server: Option<grpc::Server>,
+    network: Arc<Network>,
+    images: Images,
+    _locks: Vec<std::fs::File>,
+}
+
+/// Runs until SIGTERM or SIGINT.
+pub fn run(config: Config, file: Option<PathBuf>, overrides: Overrides) -> Result<()> {
+    // Before any thread: all of them inherit the mask, this one takes the signals.
+    let signals = [Signal::SIGTERM, Signal::SIGINT, Signal::SIGHUP].into_iter().collect::<SigSet>();
+    signals.thread_block().context(|| "block signals")?;
+    crate::sys::process::limit_arenas();
+    start_log(config.log_level);
+    let mut daemon = Daemon::start(&config)?;
+    log::info!("crispd {} serves CRI on {}", env!("CARGO_PKG_VERSION"), config.socket.display());
+    loop {
+        match signals.wait().context(|| "wait for signals")? {
+            Signal::SIGHUP => match Config::load(file.as_deref(), &overrides) {
+                Ok(new) => daemon.reload(&new),
+                Err(e) => log::error!("SIGHUP: {e}; the old configuration stays"),
+            },
+            signal => {
+                log::info!("{signal}: stopping, containers keep running");
+                daemon.stop();
+                return Ok(());
+            }
+        }
+    }
+}
+
+fn start_log(level: log::LevelFilter) {
+    let mut builder = env_logger::Builder::new();
+    // The filter is log's own maximum, so that SIGHUP can change it.
+    builder.filter_level(log::LevelFilter::Trace).filter_module("ureq", log::LevelFilter::Warn).filter_module("rustls", log::LevelFilter::Warn);
+    builder.format(|out, record| {
+        use std::io::Write;
+        let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap_or_default();
+        writeln!(out, "{}.{:03} {:5} {}", now.as_secs(), now.subsec_millis(), record.level(), record.args())
+    });
+    let _ = builder.try_init();
+    log::set_max_level(level);
+}
+
+impl Daemon {
+    /// Builds the managers, brings back what a former daemon left, then listens.
+    pub fn start(config: &Config) -> Result<Daemon> {
+        file::make_dir(&config.root, 0o711)?;
+        file::make_dir(&config.run, 0o711)?;
+        let locks = vec![lock(&config.root)?, lock(&config.run)?];
+        if !config.shim.is_file() {
+            return Err(Error::precondition(format!("shim: {} is not there (build it with make, or set shim in the configuration)", config.shim.display())));
+        }
+        let layout = Layout::detect()?;
+        let watcher = Watcher::start("exits")?;
+        let network = Network::start(network_settings(config))?;
+        let images = Images::open(image_settings(config))?;
+        let snapshots = Arc::new(Snapshots::open(&config.root, snapshot_choice(config))?);
+        let host = container::host::detect()?;
+        let handlers = Handlers::probe(&config.runtimes, config.default_runtime.as_deref(), &config.run.join("probe"), &config.shim);
+        let sandboxes = Arc::new(Sandboxes::open(sandbox_settings(config), network.clone(), watcher.clone())?);
+        let settings = container_settings(config, host.clone());
+        let containers = Arc::new(Containers::open(settings, images.clone(), snapshots, watcher)?);
+        sandboxes.restore()?;
+        containers.restore(|id| sandboxes.find(id).ok().flatten().is_some())?;
+        images.collect()?;
+        let preload = images.clone();
+        let dir = config.images.preload_dir.clone();
+        crate::sys::thread::spawn("preload", move || preload.preload(&dir))?;
+        let service = Arc::new(Service {
+            sandboxes,
+            containers,
+            images: images.clone(),
+            network: network.clone(),
+            handlers,
+            warmer: Warmer::start(&layout)?,
+            systemd_cgroup: config.systemd_cgroup,
+            root: config.root.clone(),
+            run: config.run.clone(),
+            config: describe(config),
+            host,
+        });
+        let settings = grpc::Settings {
+            socket: config.socket.clone(),
+            group: config.socket_group,
+            slow_threads: config.limits.slow_threads,
+            queue: config.limits.queue,
+        };
+        let server = grpc::Server::start(settings, service)?;
+        Ok(Daemon { server: Some(server), network, images, _locks: locks })
+    }
+
+    /// What SIGHUP can change: log level, CNI configuration, registry configuration.
+    fn reload(&self, config: &Config) {
+        log::set_max_level(config.log_level);
+        if let Err(e) = self.network.reload() {
+            log::error!("SIGHUP: {e}");
+        }
+        self.images.set_registry(registry_settings(config));
+        log::info!("SIGHUP: configuration reloaded (log level, CNI, registries; the rest needs a restart)");
+    }
+
+    /// Ends calls, not containers.
+    pub fn stop(&mut self) {
+        if let Some(server) = self.server.take() {
+            server.stop(STOP_GRACE);
+        }
+    }
+}
+
+/// One daemon per directory.
+fn lock(dir: &Path) -> Result<std::fs::File> {
+    let path = dir.join("lock");
+    let file = std::fs::OpenOptions::new().create(true).truncate(false).write(true).open(&path).context(|| format!("open {}", path.display()))?;
+    match rustix::fs::flock(&file, rustix::fs::FlockOperation::NonBlockingLockExclusive) {
+        Ok(()) => Ok(file),
+        Err(rustix::io::Errno::WOULDBLOCK) => Err(Error::precondition(format!("{} belongs to another crispd that is running", dir.display()))),
+        Err(e) => Err(e).context(|| format!("lock {}", path.display())),
+    }
+}
+
+fn network_settings(config: &Config) -> network::Settings {
+    network::Settings {
+        conf_dir: config.cni.conf_dir.clone(),
+        bin_dirs: config.cni.bin_dirs.clone(),
+        cache_dir: config.cni.cache_dir.clone(),
+        plugin_timeout: config.cni.plugin_timeout,
+        template: config.cni.conf_template.clone(),
+    }
+}
+
+fn registry_settings(config: &Config) -> image::RegistrySettings {
+    image::RegistrySettings { config_dir: config.images.registry_dir.clone(), plain_http: config.images.plain_http.clone() }
+}
+
+fn image_settings(config: &Config) -> image::Settings {
+    let mut settings = image::Settings::new(&config.root);
+    settings.pinned = config.images.pinned.clone();
+    settings.registry = registry_settings(config);
+    settings.downloads = config.images.layer_downloads;
+    settings
+}
+
+fn snapshot_choice(config: &Config) -> snapshot::Choice {
+    match config.snapshotter {
+        crate::config::Snapshotter::Auto => snapshot::Choice::Auto,
+        crate::config::Snapshotter::Overlay => snapshot::Choice::Overlay,
+        crate::config::Snapshotter::Copy => snapshot::Choice::Copy,
+    }
+}
+
+fn sandbox_settings(config: &Config) -> sandbox::Settings {
+    sandbox::Settings {
+        root: config.root.clone(),
+        run: config.run.clone(),
+        netns_dir: config.netns_dir.clone(),
+        shim: config.shim.clone(),
+        systemd_cgroup: config.systemd_cgroup,
+        sysctls: config.sysctls.clone(),
+        extra_networks: config.cni.extra_networks,
+    }
+}
+
+fn container_settings(config: &Config, host: crate::spec::HostFacts) -> container::Settings {
+    container::Settings {
+        root: config.root.clone(),
+        run: config.run.clone(),
+        shim: config.shim.clone(),
+        runtime_timeout: config.limits.runtime_timeout,
+        exec_output: config.limits.exec_output,
+        defaults: crate::spec::Defaults::default(),
+        host,
+    }
+}
+
+/// The configuration for the admin service; there are no secrets in it.
+fn describe(config: &Config) -> String {
+    serde_json::json!({
+        "socket": config.socket,
+        "root": config.root,
+        "run": config.run,
+        "shim": config.shim,
+        "cgroup_driver": if config.systemd_cgroup { "systemd" } else { "cgroupfs" },
+        "cni": {"conf_dir": config.cni.conf_dir, "bin_dirs": config.cni.bin_dirs, "cache_dir": config.cni.cache_dir},
+        "images": {"registry_dir": config.images.registry_dir, "preload_dir": config.images.preload_dir},
+    })
+    .to_string()
+}

@@ -1,1 +1,58 @@
-fn main() {}
+//! crispd: reads flags and configuration, then hands over to `crisp::daemon`.
+
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+
+use crisp::config::{self, Config, Overrides};
+use crisp::daemon;
+use lexopt::prelude::*;
+
+const HELP: &str = "\
+crispd - a Kubernetes CRI runtime
+
+usage: crispd [--config FILE] [--socket PATH] [--root DIR] [--run DIR] [--log-level LEVEL]
+       crispd config default        print the commented default configuration
+       crispd config check FILE     check a configuration; exit 2 when it is wrong
+       crispd debug steps           print the crash points of debug builds
+
+Without --config, /etc/crisp/config.toml is read when it is there. SIGHUP reloads the log level, the CNI and the registry
+configuration; SIGTERM and SIGINT stop the daemon and leave the containers running.
+";
+
+fn main() -> ExitCode {
+    match run() {
+        Ok(()) => ExitCode::SUCCESS,
+        Err((code, message)) => {
+            eprintln!("crispd: {message}");
+            ExitCode::from(code)
+        }
+    }
+}
+
+fn run() -> Result<(), (u8, String)> {
+    let usage = |e: lexopt::Error| (2, format!("{e}; see crispd --help"));
+    let (mut file, mut overrides, mut words) = (None::<PathBuf>, Overrides::default(), Vec::new());
+    let mut parser = lexopt::Parser::from_env();
+    while let Some(arg) = parser.next().map_err(usage)? {
+        let mut text = || parser.value().and_then(|v| v.string()).map_err(usage);
+        match arg {
+            Short('h') | Long("help") => return Ok(print!("{HELP}")),
+            Short('V') | Long("version") => return Ok(println!("crispd {}", env!("CARGO_PKG_VERSION"))),
+            Short('c') | Long("config") => file = Some(text()?.into()),
+            Long("socket") => overrides.socket = Some(text()?),
+            Long("root") => overrides.root = Some(text()?),
+            Long("run") => overrides.run = Some(text()?),
+            Long("log-level") => overrides.log_level = Some(text()?),
+            Value(word) => words.push(word.string().map_err(usage)?),
+            other => return Err(usage(other.unexpected())),
+        }
+    }
+    let load = |path: Option<&Path>| Config::load(path, &overrides).map_err(|e| (2, e.to_string()));
+    match words.iter().map(String::as_str).collect::<Vec<_>>()[..] {
+        [] => daemon::run(load(file.as_deref())?, file, overrides).map_err(|e| (1, e.to_string())),
+        ["config", "default"] => Ok(print!("{}", config::DEFAULT)),
+        ["config", "check", path] => load(Some(Path::new(path))).map(|_| println!("{path}: good")),
+        ["debug", "steps"] => Ok(crisp::sys::crash::STEPS.iter().for_each(|s| println!("{s}"))),
+        _ => Err((2, format!("unknown command {:?}; see crispd --help", words.join(" ")))),
+    }
+}

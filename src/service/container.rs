@@ -27,7 +27,7 @@ impl Service {
         let inputs = CreateInputs {
             sandbox_id: sandbox.id(),
             sandbox: &sandbox.config,
-            handler: self.handlers.named(&sandbox.meta.handler).context(what)?.clone(),
+            handler: self.handlers.get(&sandbox.meta.handler).context(what)?.clone(),
             namespaces: NamespacePaths { net: sandbox.meta.netns.clone(), ipc: sandbox.meta.ipc_pin(), uts: sandbox.meta.uts_pin(), pid },
             target,
             files: files(&sandbox),

@@ -1,0 +1,77 @@
+//! The handler table: which runtimes are configured, which passed their probe, which is the default.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+
+use super::{probe, Handler};
+use crate::error::{Error, Result};
+
+/// Tried in this order when the configuration names no default.
+const PREFERRED: [&str; 2] = ["crun", "runc"];
+
+struct Entry {
+    handler: Handler,
+    /// The version it reports, or why it cannot be used.
+    state: Result<String>,
+}
+
+/// All handlers.
+pub struct Handlers {
+    entries: BTreeMap<String, Entry>,
+    default: String,
+}
+
+impl Handlers {
+    /// Probes each configured handler with a real container (`scratch` is a directory for it) and chooses the default: the
+    /// configured one, else the first of crun, runc that works.
+    pub fn probe(configured: &BTreeMap<String, Handler>, default: Option<&str>, scratch: &Path, shim: &Path) -> Handlers {
+        let handlers: Vec<&Handler> = configured.values().collect();
+        let states = crate::sys::thread::for_each("probe", &handlers, &|h| probe::probe(h, &scratch.join(&h.name), shim));
+        let mut entries = BTreeMap::new();
+        for (handler, state) in handlers.into_iter().zip(states) {
+            match &state {
+                Ok(version) => log::info!("runtime handler {}: {} ({version})", handler.name, handler.path.display()),
+                Err(e) => log::warn!("runtime handler {} cannot be used: {e}", handler.name),
+            }
+            let state = state.map(|v| v.to_string());
+            entries.insert(handler.name.clone(), Entry { handler: handler.clone(), state });
+        }
+        let works = |name: &&str| entries.get(*name).is_some_and(|e| e.state.is_ok());
+        let chosen = default.or_else(|| PREFERRED.into_iter().find(works)).unwrap_or(PREFERRED[0]).to_owned();
+        log::info!("default runtime handler: {chosen}");
+        Handlers { entries, default: chosen }
+    }
+
+    /// The handler that a sandbox asks for; "" is the default. An unknown name is INVALID_ARGUMENT, one that failed its probe
+    /// FAILED_PRECONDITION with the reason.
+    pub fn get(&self, name: &str) -> Result<&Handler> {
+        let name = if name.is_empty() { &self.default } else { name };
+        let Some(entry) = self.entries.get(name) else {
+            let known = self.entries.keys().cloned().collect::<Vec<_>>().join(", ");
+            return Err(Error::invalid(format!("runtime_handler: no handler {name:?}; configured: {known}")));
+        };
+        match &entry.state {
+            Ok(_) => Ok(&entry.handler),
+            Err(e) => Err(Error::precondition(format!("runtime_handler: {name} cannot be used on this host: {e}"))),
+        }
+    }
+
+    /// Handlers that can be used.
+    pub fn usable(&self) -> impl Iterator<Item = &Handler> {
+        self.entries.values().filter(|e| e.state.is_ok()).map(|e| &e.handler)
+    }
+
+    /// All, each with its version or its problem.
+    pub fn all(&self) -> impl Iterator<Item = (&Handler, String)> {
+        self.entries.values().map(|e| (&e.handler, e.state.as_ref().map_or_else(|p| p.to_string(), String::clone)))
+    }
+
+    pub fn default_name(&self) -> &str {
+        &self.default
+    }
+
+    /// Why the default handler cannot be used.
+    pub fn problem(&self) -> Option<String> {
+        self.get("").err().map(|e| e.message().to_owned())
+    }
+}

@@ -1,0 +1,137 @@
+//! The ImageService.
+
+use std::collections::BTreeMap;
+
+use super::{Call, Service};
+use crate::api::runtime::{
+    AuthConfig, FilesystemIdentifier, FilesystemUsage, ImageFsInfoResponse, ImageSpec, ImageStatusRequest, ImageStatusResponse, Int64Value,
+    ListImagesRequest, ListImagesResponse, PullImageRequest, PullImageResponse, RemoveImageRequest, RemoveImageResponse, UInt64Value,
+};
+use crate::api::runtime;
+use crate::error::{Context, Error, Result};
+use crate::image::{Auth, FsUsage, Image};
+use crate::store::now_ns;
+use protobuf::MessageField;
+
+fn message(image: &Image) -> runtime::Image {
+    let uid = image.uid();
+    runtime::Image {
+        id: image.id.clone(),
+        repo_tags: image.repo_tags.clone(),
+        repo_digests: image.repo_digests.clone(),
+        size: image.size,
+        uid: uid.map(|value| Int64Value { value, ..Default::default() }).into(),
+        username: if uid.is_some() { String::new() } else { image.user().to_owned() },
+        spec: MessageField::some(ImageSpec { image: image.id.clone(), ..Default::default() }),
+        pinned: image.pinned,
+        ..Default::default()
+    }
+}
+
+/// Credentials of a request; None when it has none.
+pub(super) fn auth(given: &AuthConfig) -> Option<Auth> {
+    let some = |text: &String| Some(text.clone()).filter(|t| !t.is_empty());
+    let auth = Auth {
+        username: some(&given.username),
+        password: some(&given.password),
+        auth: some(&given.auth),
+        identity_token: some(&given.identity_token),
+        registry_token: some(&given.registry_token),
+        server_address: some(&given.server_address),
+    };
+    (auth != Auth::default()).then_some(auth)
+}
+
+fn wanted(spec: &MessageField<ImageSpec>) -> Result<&str> {
+    let Some(spec) = spec.as_ref().filter(|s| !s.image.is_empty()) else { return Err(Error::invalid("image.image is empty")) };
+    if !spec.runtime_handler.is_empty() {
+        return Err(Error::invalid(format!("image.runtime_handler: images are not kept per runtime handler, found {:?}", spec.runtime_handler)));
+    }
+    Ok(&spec.image)
+}
+
+fn usage(fs: &FsUsage) -> FilesystemUsage {
+    let id = FilesystemIdentifier { mountpoint: fs.mountpoint.to_string_lossy().into_owned(), ..Default::default() };
+    FilesystemUsage {
+        timestamp: now_ns(),
+        fs_id: MessageField::some(id),
+        used_bytes: MessageField::some(UInt64Value { value: fs.used_bytes, ..Default::default() }),
+        inodes_used: MessageField::some(UInt64Value { value: fs.inodes_used, ..Default::default() }),
+        ..Default::default()
+    }
+}
+
+impl Service {
+    pub(super) fn images_list(&self, request: &ListImagesRequest) -> Result<ListImagesResponse> {
+        let images = match request.filter.image.image.as_str() {
+            "" => self.images.list(),
+            // What is not a reference selects nothing.
+            reference => self.images.status(reference).ok().flatten().into_iter().collect(),
+        };
+        Ok(ListImagesResponse { images: images.iter().map(|i| message(i)).collect(), ..Default::default() })
+    }
+
+    /// An absent image is an answer, not an error.
+    pub(super) fn image_info(&self, request: &ImageStatusRequest, call: &Call) -> Result<ImageStatusResponse> {
+        let reference = wanted(&request.image)?;
+        call.about(reference);
+        let Some(image) = self.images.status(reference)? else { return Ok(ImageStatusResponse::new()) };
+        let mut info = BTreeMap::new();
+        if request.verbose {
+            let json = serde_json::json!({ "chainID": image.chain.last(), "imageSpec": *image.config });
+            info.insert("info".to_owned(), json.to_string());
+        }
+        Ok(ImageStatusResponse { image: MessageField::some(message(&image)), info, ..Default::default() })
+    }
+
+    pub(super) fn pull(&self, request: &PullImageRequest, call: &Call) -> Result<PullImageResponse> {
+        let reference = wanted(&request.image)?;
+        call.about(reference);
+        let auth = request.auth.as_ref().and_then(auth);
+        let image = self.images.pull(reference, auth, &call.cancel, None).context(|| format!("pull {reference}")).map_err(lead)?;
+        Ok(PullImageResponse { image_ref: image.id.clone(), ..Default::default() })
+    }
+
+    /// Unknown is success.
+    pub(super) fn image_remove(&self, request: &RemoveImageRequest, call: &Call) -> Result<RemoveImageResponse> {
+        let reference = wanted(&request.image)?;
+        call.about(reference);
+        self.images.remove(reference).context(|| format!("remove image {reference}"))?;
+        Ok(RemoveImageResponse::new())
+    }
+
+    pub(super) fn fs_info(&self) -> Result<ImageFsInfoResponse> {
+        let info = self.images.fs_info()?;
+        Ok(ImageFsInfoResponse {
+            image_filesystems: vec![usage(&info.image)],
+            container_filesystems: vec![usage(&info.container)],
+            ..Default::default()
+        })
+    }
+}
+
+/// kubelet knows some errors only by the word their message starts with (contract.md): it goes to the front.
+pub(super) fn lead(error: Error) -> Error {
+    const WORDS: &[&str] = &["RegistryUnavailable", "SignatureValidationFailed"];
+    for word in WORDS {
+        if let Some(at) = error.message().find(word).filter(|at| *at > 0) {
+            let (before, after) = error.message().split_at(at);
+            let rest = after[word.len()..].trim_start_matches(':').trim_start();
+            return Error::new(error.code(), format!("{word}: {before}{rest}"));
+        }
+    }
+    error
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::error::Code;
+
+    #[test]
+    fn known_words_come_first() {
+        let e = lead(Error::new(Code::Unknown, "pull a: RegistryUnavailable: connect to b: refused"));
+        assert_eq!(e.message(), "RegistryUnavailable: pull a: connect to b: refused");
+        assert_eq!(lead(Error::internal("x")).message(), "x");
+    }
+}
