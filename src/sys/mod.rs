@@ -19,6 +19,9 @@ pub mod netlink;
 pub mod pidfd;
 /// Child processes: bounded output, timeout, process group killed.
 pub mod process;
+/// File operations confined to a directory that holds a stranger's files.
+#[cfg(feature = "daemon")]
+pub mod rooted;
 /// Unix sockets: peer credentials, passing of file descriptors.
 pub mod socket;
 /// Threads with names.
