@@ -8,7 +8,7 @@ use crate::api::runtime::{Mount, MountPropagation};
 use crate::error::{Context, Error, Result};
 use crate::spec::{process, refuse, HostFacts, Propagation, ResolvedMount};
 use crate::sys::mount::{holding, table, MountInfo};
-use crate::sys::{file, rooted};
+use crate::sys::{file, inroot};
 
 /// Checks all mounts, then resolves their host paths; a missing one becomes a directory (0755), as with containerd.
 /// INVALID_ARGUMENT and others as [`refuse::mount`] has them; FAILED_PRECONDITION when the host path is not on a mount that
@@ -43,7 +43,7 @@ pub fn resolve(mounts: &[Mount], host: &HostFacts) -> Result<Vec<ResolvedMount>>
 /// Creates the working directory in the root filesystem, and an empty directory for each volume the image declares.
 /// Returns nothing: links inside the image may move them, which the runtime will follow the same way.
 pub fn make_directories(rootfs: &Path, working_dir: &Path, volumes: &[String]) -> Result<()> {
-    let root = rooted::Root::open(rootfs)?;
+    let root = inroot::Root::open(rootfs)?;
     let place = root.make_dirs(working_dir)?;
     if process::leads_out(&place) {
         return Err(Error::invalid(format!(

@@ -9,7 +9,7 @@ use protobuf::MessageField;
 use crate::api::runtime::{ContainerUser, LinuxContainerSecurityContext, LinuxContainerUser, SupplementalGroupsPolicy};
 use crate::error::{Error, Result};
 use crate::spec::ResolvedUser;
-use crate::sys::rooted::Root;
+use crate::sys::inroot::Root;
 
 /// Larger databases are not read.
 const MAX_DATABASE: u64 = 1 << 20;

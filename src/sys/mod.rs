@@ -22,7 +22,10 @@ pub mod netlink;
 pub mod pidfd;
 /// Child processes: bounded output, timeout, process group killed.
 pub mod process;
-/// Paths inside a foreign directory tree.
+/// Paths inside a root filesystem, as a process in it would see them.
+#[cfg(feature = "daemon")]
+pub mod inroot;
+/// File operations confined to a directory that holds a layer of a stranger.
 #[cfg(feature = "daemon")]
 pub mod rooted;
 /// Unix sockets: peer credentials, passing of file descriptors.

@@ -1,0 +1,307 @@
+//! Images from files: OCI layout directories, OCI archives and docker-archives (tar, plain or gzip).
+
+use std::collections::HashMap;
+use std::fs::File;
+use std::io::{BufReader, Read, Seek, SeekFrom};
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use serde::Deserialize;
+
+use super::assemble::{assemble, Parts};
+use super::catalog::Image;
+use super::decompress::Decompress;
+use super::digest::Digest;
+use super::layers::Stream;
+use super::manifest::{self, Descriptor, Document, OCI_CONFIG, OCI_LAYER, OCI_MANIFEST};
+use super::metadata::NAME;
+use super::reference::{Reference, Version};
+use super::tarball::{Kind, Tarball};
+use super::Inner;
+use crate::error::{Context, Error, Result};
+use crate::sys::cancel::Cancel;
+use crate::sys::rooted::{self, Rooted};
+
+/// containerd's annotation with the full name; the standard one often has the tag alone.
+const CONTAINERD_NAME: &str = "io.containerd.image.name";
+/// Indexes inside of indexes.
+const DEPTH: usize = 4;
+const ARCHIVE_ENTRIES: usize = 100_000;
+
+/// Where the files of an archive are read from; several threads may read at once.
+#[derive(Clone)]
+enum Source {
+    Dir(Arc<Rooted>),
+    /// Position and length of each member.
+    Tar(Arc<File>, Arc<HashMap<PathBuf, (u64, u64)>>),
+}
+
+/// A stretch of a file.
+struct Part {
+    file: Arc<File>,
+    at: u64,
+    end: u64,
+}
+
+impl Read for Part {
+    fn read(&mut self, buffer: &mut [u8]) -> std::io::Result<usize> {
+        let want = buffer.len().min(usize::try_from(self.end - self.at).unwrap_or(usize::MAX));
+        let n = self.file.read_at(&mut buffer[..want], self.at)?;
+        self.at += n as u64;
+        Ok(n)
+    }
+}
+
+impl Source {
+    /// Opens a file with its size.
+    fn open(&self, name: &str) -> Result<(Box<dyn Read + Send>, u64)> {
+        let path = rooted::normalise(name.as_bytes())?;
+        match self {
+            Source::Dir(dir) => {
+                let file = dir.file(&path).context(|| format!("open {name}"))?;
+                let size = file.metadata().context(|| format!("open {name}"))?.len();
+                Ok((Box::new(file), size))
+            }
+            Source::Tar(file, members) => {
+                let (at, size) = *members.get(&path).ok_or_else(|| Error::precondition(format!("{name} is missing in the archive")))?;
+                Ok((Box::new(Part { file: file.clone(), at, end: at + size }), size))
+            }
+        }
+    }
+
+    fn has(&self, name: &str) -> bool {
+        self.open(name).is_ok()
+    }
+
+    fn read(&self, name: &str, limit: u64) -> Result<Vec<u8>> {
+        let (reader, size) = self.open(name)?;
+        if size > limit {
+            return Err(Error::precondition(format!("{name}: more than {limit} bytes")));
+        }
+        let mut data = Vec::new();
+        reader.take(limit).read_to_end(&mut data).context(|| format!("read {name}"))?;
+        Ok(data)
+    }
+
+    fn blob(&self, descriptor: &Descriptor, limit: u64) -> Result<Vec<u8>> {
+        let data = self.read(&blob_name(&descriptor.digest), limit)?;
+        if Digest::of(&data) != descriptor.digest {
+            return Err(Error::precondition(format!("blob {} does not match its digest", descriptor.digest)));
+        }
+        Ok(data)
+    }
+}
+
+fn blob_name(digest: &Digest) -> String {
+    format!("blobs/sha256/{}", digest.hex())
+}
+
+/// Imports all images of a file or directory. `name` overrides the name of a single image.
+pub(super) fn import(inner: &Arc<Inner>, path: &Path, name: Option<&str>, cancel: &Cancel) -> Result<Vec<Arc<Image>>> {
+    let name = name.map(Reference::parse).transpose()?;
+    if matches!(name.as_ref().map(Reference::version), Some(Version::Digest(_))) {
+        return Err(Error::invalid("the name of an imported image is a tag: its digest is what it is"));
+    }
+    let what = || format!("import {}", path.display());
+    let source = open(path, &inner.scratch, cancel).context(what)?;
+    let images = if source.has("index.json") {
+        import_layout(inner, &source, name.as_ref(), cancel)
+    } else if source.has("manifest.json") {
+        import_docker(inner, &source, name.as_ref(), cancel)
+    } else {
+        Err(Error::precondition("neither an OCI layout (index.json) nor a docker-archive (manifest.json)"))
+    };
+    images.context(what)
+}
+
+fn open(path: &Path, scratch: &Path, cancel: &Cancel) -> Result<Source> {
+    let meta = std::fs::metadata(path).context(|| "open")?;
+    if meta.is_dir() {
+        return Ok(Source::Dir(Arc::new(Rooted::open(path)?)));
+    }
+    if !meta.is_file() {
+        return Err(Error::invalid("neither a file nor a directory"));
+    }
+    let file = File::open(path).context(|| "open")?;
+    let file = match Decompress::new(&file).context(|| "read")? {
+        Decompress::Plain(_) => file,
+        // Members are read out of order and at once: that needs a plain archive.
+        Decompress::Gzip(_) => inflate(&file, scratch, cancel)?,
+    };
+    (&file).seek(SeekFrom::Start(0)).context(|| "seek")?;
+    let members = index(&file)?;
+    Ok(Source::Tar(Arc::new(file), Arc::new(members)))
+}
+
+/// The plain form of a compressed archive, in a file that has no name and so goes with its descriptor.
+fn inflate(file: &File, scratch: &Path, cancel: &Cancel) -> Result<File> {
+    use rustix::fs::{Mode, OFlags};
+    let mut from = file;
+    from.seek(SeekFrom::Start(0)).context(|| "seek")?;
+    let plain = rustix::fs::open(scratch, OFlags::TMPFILE | OFlags::RDWR | OFlags::CLOEXEC, Mode::from(0o600))
+        .context(|| format!("make a file in {}", scratch.display()))?;
+    let mut plain = File::from(plain);
+    let mut stream = Decompress::new(file).context(|| "decompress")?;
+    let mut buffer = vec![0u8; 256 << 10];
+    loop {
+        cancel.check()?;
+        let n = stream.read(&mut buffer).context(|| "decompress")?;
+        if n == 0 {
+            return Ok(plain);
+        }
+        std::io::Write::write_all(&mut plain, &buffer[..n]).context(|| "write the plain archive")?;
+    }
+}
+
+/// Where each member is. Links between members (docker save makes them for equal layers) are resolved once.
+fn index(file: &File) -> Result<HashMap<PathBuf, (u64, u64)>> {
+    let mut members = HashMap::new();
+    let mut links = Vec::new();
+    let mut tar = Tarball::new(BufReader::with_capacity(16 << 10, file));
+    while let Some(entry) = tar.next_entry().context(|| "read archive")? {
+        let path = rooted::normalise(&entry.path)?;
+        match entry.kind {
+            Kind::File if entry.pieces.is_none() => {
+                members.insert(path, (entry.offset, entry.stored));
+            }
+            Kind::Symlink => {
+                let above = path.parent().unwrap_or(Path::new("")).join(PathBuf::from(String::from_utf8_lossy(&entry.link).into_owned()));
+                links.push((path, rooted::normalise(above.to_string_lossy().as_bytes())?));
+            }
+            Kind::Hardlink => links.push((path, rooted::normalise(&entry.link)?)),
+            _ => {}
+        }
+        tar.seek_over_data().context(|| "read archive")?;
+        if members.len() + links.len() > ARCHIVE_ENTRIES {
+            return Err(Error::precondition(format!("more than {ARCHIVE_ENTRIES} files in the archive")));
+        }
+    }
+    for (path, target) in links {
+        if let Some(at) = members.get(&target).copied() {
+            members.entry(path).or_insert(at);
+        }
+    }
+    Ok(members)
+}
+
+#[derive(Deserialize)]
+struct LayoutIndex {
+    manifests: Vec<Descriptor>,
+}
+
+fn import_layout(inner: &Arc<Inner>, source: &Source, name: Option<&Reference>, cancel: &Cancel) -> Result<Vec<Arc<Image>>> {
+    let data = source.read("index.json", inner.bounds.max_manifest_bytes)?;
+    let index: LayoutIndex = serde_json::from_slice(&data).context(|| "parse index.json")?;
+    if name.is_some() && index.manifests.len() > 1 {
+        return Err(Error::invalid("a name was given, but the archive has several images"));
+    }
+    let mut images = Vec::new();
+    for top in &index.manifests {
+        let names = match name {
+            Some(name) => vec![name.clone()],
+            None => annotated_name(top).into_iter().collect(),
+        };
+        let (descriptor, manifest_data, manifest) = resolve(inner, source, top)?;
+        let config_data = source.blob(&manifest.config, inner.bounds.max_config_bytes)?;
+        let digest_names = names.iter().map(|n| n.with_digest(&top.digest).to_string());
+        let parts = Parts {
+            names: names.iter().map(|n| n.to_string()).chain(digest_names).collect(),
+            manifest: Descriptor::new(&descriptor.media_type, descriptor.digest.clone(), manifest_data.len() as u64),
+            manifest_data,
+            config_data,
+            layers: manifest.layers,
+            layers_have_digests: true,
+        };
+        let from = source.clone();
+        let open = move |layer: &Descriptor| from.open(&blob_name(&layer.digest)).map(|(reader, _)| Stream::new(reader));
+        images.push(assemble(inner, parts, Arc::new(open), &one_image(cancel), None)?);
+    }
+    Ok(images)
+}
+
+/// A failure of one image cancels its layers; the caller's flag must not be touched by it.
+fn one_image(cancel: &Cancel) -> Cancel {
+    Cancel::new(cancel.deadline())
+}
+
+fn resolve(inner: &Inner, source: &Source, top: &Descriptor) -> Result<(Descriptor, Vec<u8>, manifest::Manifest)> {
+    let mut descriptor = top.clone();
+    for _ in 0..DEPTH {
+        let data = source.blob(&descriptor, inner.bounds.max_manifest_bytes)?;
+        match manifest::parse(&data, &descriptor.media_type)? {
+            Document::Manifest(manifest) => {
+                if descriptor.media_type.is_empty() {
+                    descriptor.media_type = OCI_MANIFEST.to_owned();
+                }
+                return Ok((descriptor, data, manifest));
+            }
+            Document::Index(entries) => descriptor = manifest::choose(&entries, &inner.platform)?.clone(),
+        }
+    }
+    Err(Error::precondition("indexes nested too deep"))
+}
+
+/// The name in a descriptor's annotations. A bare tag (`latest`), as some tools write it, is no name.
+fn annotated_name(descriptor: &Descriptor) -> Option<Reference> {
+    [CONTAINERD_NAME, NAME].into_iter().filter_map(|key| descriptor.annotations.get(key)).find_map(|text| {
+        let full = text.contains(['/', ':']);
+        Reference::parse(text).ok().filter(|r| full && matches!(r.version(), Version::Tag(_)))
+    })
+}
+
+#[derive(Deserialize)]
+#[serde(rename_all = "PascalCase")]
+struct DockerImage {
+    config: String,
+    repo_tags: Option<Vec<String>>,
+    layers: Vec<String>,
+}
+
+fn import_docker(inner: &Arc<Inner>, source: &Source, name: Option<&Reference>, cancel: &Cancel) -> Result<Vec<Arc<Image>>> {
+    let data = source.read("manifest.json", inner.bounds.max_manifest_bytes)?;
+    let list: Vec<DockerImage> = serde_json::from_slice(&data).context(|| "parse manifest.json")?;
+    if name.is_some() && list.len() > 1 {
+        return Err(Error::invalid("a name was given, but the archive has several images"));
+    }
+    let mut images = Vec::new();
+    for image in list {
+        let names = match name {
+            Some(name) => vec![name.to_string()],
+            None => image
+                .repo_tags
+                .unwrap_or_default()
+                .iter()
+                .map(|t| Reference::parse(t).map(|r| r.to_string()))
+                .collect::<Result<_>>()
+                .context(|| "parse manifest.json")?,
+        };
+        let config_data = source.read(&image.config, inner.bounds.max_config_bytes)?;
+        let config = Descriptor::new(OCI_CONFIG, Digest::of(&config_data), config_data.len() as u64);
+        let (_, diff_ids) = manifest::parse_config(&config_data, image.layers.len(), &inner.platform)?;
+        // The archive names files, not digests: a layer is known by its diff ID, which is checked in any case.
+        let mut files = HashMap::new();
+        let mut layers = Vec::new();
+        for (file, diff_id) in image.layers.iter().zip(diff_ids) {
+            let (_, size) = source.open(file)?;
+            layers.push(Descriptor::new(OCI_LAYER, diff_id.clone(), size));
+            files.insert(diff_id, file.clone());
+        }
+        let manifest_data = manifest::compose(&config, &layers)?;
+        let parts = Parts {
+            manifest: Descriptor::new(OCI_MANIFEST, Digest::of(&manifest_data), manifest_data.len() as u64),
+            manifest_data,
+            config_data,
+            layers,
+            layers_have_digests: false,
+            names,
+        };
+        let from = source.clone();
+        let open = move |layer: &Descriptor| {
+            let file = files.get(&layer.digest).ok_or_else(|| Error::internal("layer without a file"))?;
+            from.open(file).map(|(reader, _)| Stream::new(reader))
+        };
+        images.push(assemble(inner, parts, Arc::new(open), &one_image(cancel), None)?);
+    }
+    Ok(images)
+}

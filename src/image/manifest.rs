@@ -1,0 +1,329 @@
+//! Manifests, indexes and configs (OCI image-spec; Docker image manifest v2 schema 2): parsed strictly where a lenient
+//! reading could mean two things, and chosen by platform.
+
+use std::collections::BTreeMap;
+
+use oci_spec::image::ImageConfiguration;
+use serde::{Deserialize, Serialize};
+
+use super::digest::Digest;
+use crate::error::{Context, Error, Result};
+
+pub const OCI_INDEX: &str = "application/vnd.oci.image.index.v1+json";
+pub const OCI_MANIFEST: &str = "application/vnd.oci.image.manifest.v1+json";
+pub const OCI_CONFIG: &str = "application/vnd.oci.image.config.v1+json";
+pub const OCI_LAYER: &str = "application/vnd.oci.image.layer.v1.tar";
+pub const DOCKER_LIST: &str = "application/vnd.docker.distribution.manifest.list.v2+json";
+pub const DOCKER_MANIFEST: &str = "application/vnd.docker.distribution.manifest.v2+json";
+const DOCKER_CONFIG: &str = "application/vnd.docker.container.image.v1+json";
+
+/// A pointer to a blob.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Descriptor {
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pub media_type: String,
+    pub digest: Digest,
+    pub size: u64,
+    #[serde(default, skip_serializing_if = "Vec::is_empty", deserialize_with = "null_is_empty")]
+    pub urls: Vec<String>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub platform: Option<Platform>,
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty", deserialize_with = "null_is_empty")]
+    pub annotations: BTreeMap<String, String>,
+}
+
+impl Descriptor {
+    pub fn new(media_type: &str, digest: Digest, size: u64) -> Descriptor {
+        Descriptor { media_type: media_type.to_owned(), digest, size, urls: Vec::new(), platform: None, annotations: BTreeMap::new() }
+    }
+}
+
+fn null_is_empty<'de, T: Deserialize<'de> + Default, D: serde::Deserializer<'de>>(d: D) -> std::result::Result<T, D::Error> {
+    Ok(Option::deserialize(d)?.unwrap_or_default())
+}
+
+/// What an image was built for, in Go's words (`amd64`, `arm64`).
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Platform {
+    #[serde(default)]
+    pub os: String,
+    #[serde(default)]
+    pub architecture: String,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub variant: Option<String>,
+}
+
+impl Platform {
+    /// This host's.
+    pub fn host() -> Platform {
+        let (architecture, variant) = match std::env::consts::ARCH {
+            "x86_64" => ("amd64", None),
+            "aarch64" => ("arm64", Some("v8")),
+            "arm" => ("arm", Some("v7")),
+            "x86" => ("386", None),
+            "powerpc64" => ("ppc64le", None),
+            "loongarch64" => ("loong64", None),
+            other => (other, None),
+        };
+        Platform { os: "linux".to_owned(), architecture: architecture.to_owned(), variant: variant.map(str::to_owned) }
+    }
+
+    /// How well an image for `other` runs here: lower is better, None not at all.
+    fn rank(&self, other: &Platform) -> Option<u32> {
+        if other.os != self.os || other.architecture != self.architecture {
+            return None;
+        }
+        let level = |v: &Option<String>, default: u32| match v.as_deref() {
+            None | Some("") => Some(default),
+            Some(v) => v.strip_prefix('v').and_then(|v| v.parse::<u32>().ok()),
+        };
+        // No variant means the base level: x86-64-v1, armv8, armv7.
+        let base = match self.architecture.as_str() {
+            "arm64" => 8,
+            "arm" => 7,
+            _ => 1,
+        };
+        let (ours, theirs) = (level(&self.variant, base)?, level(&other.variant, base)?);
+        ours.checked_sub(theirs)
+    }
+}
+
+impl std::fmt::Display for Platform {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{}/{}", self.os, self.architecture)?;
+        match &self.variant {
+            Some(variant) => write!(f, "/{variant}"),
+            None => Ok(()),
+        }
+    }
+}
+
+/// Either kind of document.
+#[derive(Debug)]
+pub enum Document {
+    Index(Vec<Descriptor>),
+    Manifest(Manifest),
+}
+
+/// An image manifest whose descriptors have been checked.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Manifest {
+    pub config: Descriptor,
+    pub layers: Vec<Descriptor>,
+}
+
+#[derive(Deserialize, Serialize)]
+#[serde(rename_all = "camelCase")]
+struct Raw {
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    schema_version: Option<u32>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    media_type: Option<String>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    config: Option<Descriptor>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    layers: Option<Vec<Descriptor>>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    manifests: Option<Vec<Descriptor>>,
+    #[serde(default, skip_serializing)]
+    fs_layers: Option<serde_json::Value>,
+    #[serde(default, skip_serializing)]
+    blobs: Option<serde_json::Value>,
+}
+
+/// Parses a document that was announced with `media_type` ("" when nothing was said).
+pub fn parse(data: &[u8], media_type: &str) -> Result<Document> {
+    let wrong = |why: String| Error::precondition(format!("manifest: {why}"));
+    let raw: Raw = serde_json::from_slice(data).context(|| "parse manifest").map_err(|e| e.with_code(crate::error::Code::FailedPrecondition))?;
+    if raw.fs_layers.is_some() || raw.schema_version == Some(1) {
+        return Err(wrong("schema 1 is not supported; push the image again with a current tool".to_owned()));
+    }
+    if raw.schema_version.is_some_and(|v| v != 2) {
+        return Err(wrong("unknown schema version".to_owned()));
+    }
+    if raw.blobs.is_some() {
+        return Err(wrong("this is an artifact, not an image".to_owned()));
+    }
+    if raw.manifests.is_some() && (raw.layers.is_some() || raw.config.is_some()) {
+        return Err(wrong("both an index and an image manifest".to_owned()));
+    }
+    let said = [Some(media_type).filter(|m| !m.is_empty() && known(m).is_some()), raw.media_type.as_deref().filter(|m| !m.is_empty())];
+    for said in said.into_iter().flatten() {
+        match known(said) {
+            None => return Err(wrong(format!("media type {said} is not an image"))),
+            Some(is_index) if is_index != raw.manifests.is_some() => return Err(wrong(format!("does not look like the {said} it claims to be"))),
+            Some(_) => {}
+        }
+    }
+    if let Some(manifests) = raw.manifests {
+        return Ok(Document::Index(manifests));
+    }
+    let (Some(config), Some(layers)) = (raw.config, raw.layers) else {
+        return Err(wrong("neither an index nor an image manifest".to_owned()));
+    };
+    if !matches!(config.media_type.as_str(), OCI_CONFIG | DOCKER_CONFIG) {
+        return Err(wrong(format!("config of type {:?}: this is an artifact, not an image", config.media_type)));
+    }
+    for layer in &layers {
+        check_layer(layer)?;
+    }
+    Ok(Document::Manifest(Manifest { config, layers }))
+}
+
+fn known(media_type: &str) -> Option<bool> {
+    match media_type {
+        OCI_INDEX | DOCKER_LIST => Some(true),
+        OCI_MANIFEST | DOCKER_MANIFEST => Some(false),
+        _ => None,
+    }
+}
+
+fn check_layer(layer: &Descriptor) -> Result<()> {
+    let wrong = |why: &str| Err(Error::precondition(format!("layer {}: {why}", layer.digest)));
+    if !layer.urls.is_empty() || layer.media_type.contains("foreign") || layer.media_type.contains("nondistributable") {
+        return wrong("foreign layers, which live at other addresses, are not fetched");
+    }
+    if layer.media_type.ends_with("zstd") {
+        return wrong("compression zstd is not supported yet, only gzip");
+    }
+    if layer.media_type.contains("encrypted") {
+        return wrong("encrypted layers are not supported");
+    }
+    if !matches!(
+        layer.media_type.as_str(),
+        OCI_LAYER
+            | "application/vnd.oci.image.layer.v1.tar+gzip"
+            | "application/vnd.docker.image.rootfs.diff.tar.gzip"
+            | "application/vnd.docker.image.rootfs.diff.tar"
+    ) {
+        return wrong(&format!("unknown media type {:?}", layer.media_type));
+    }
+    Ok(())
+}
+
+/// An OCI manifest for an image that came without one.
+pub fn compose(config: &Descriptor, layers: &[Descriptor]) -> Result<Vec<u8>> {
+    let raw = Raw {
+        schema_version: Some(2),
+        media_type: Some(OCI_MANIFEST.to_owned()),
+        config: Some(config.clone()),
+        layers: Some(layers.to_vec()),
+        manifests: None,
+        fs_layers: None,
+        blobs: None,
+    };
+    serde_json::to_vec(&raw).context(|| "write manifest")
+}
+
+/// The index's entry for a platform: the best variant, the first of equals. An index of one entry without a platform
+/// is that entry.
+pub fn choose<'a>(entries: &'a [Descriptor], platform: &Platform) -> Result<&'a Descriptor> {
+    let best = entries
+        .iter()
+        .filter_map(|d| d.platform.as_ref().and_then(|p| platform.rank(p)).map(|rank| (rank, d)))
+        .min_by_key(|(rank, _)| *rank);
+    if let Some((_, entry)) = best {
+        return Ok(entry);
+    }
+    if let [only] = entries {
+        if only.platform.is_none() {
+            return Ok(only);
+        }
+    }
+    let mut offered: Vec<String> = entries.iter().filter_map(|d| d.platform.as_ref()).map(|p| p.to_string()).collect();
+    offered.retain(|p| !p.starts_with("unknown/"));
+    Err(Error::not_found(format!("no image for {platform} in the index; it has {}", if offered.is_empty() { "none".to_owned() } else { offered.join(", ") })))
+}
+
+/// A parsed config with its diff IDs, as many as the manifest has layers.
+pub fn parse_config(data: &[u8], layers: usize, platform: &Platform) -> Result<(ImageConfiguration, Vec<Digest>)> {
+    let failed = |e: Error| e.with_code(crate::error::Code::FailedPrecondition);
+    let config: ImageConfiguration = serde_json::from_slice(data).context(|| "parse image config").map_err(failed)?;
+    let diff_ids: Vec<Digest> =
+        config.rootfs().diff_ids().iter().map(|d| Digest::parse(d)).collect::<Result<_>>().context(|| "image config").map_err(failed)?;
+    if diff_ids.len() != layers {
+        return Err(Error::precondition(format!("image config names {} layers, the manifest {layers}", diff_ids.len())));
+    }
+    let (os, architecture) = (config.os().to_string(), config.architecture().to_string());
+    let said = |text: &str, want: &str| text.is_empty() || text == want;
+    if !said(&os, &platform.os) || !said(&architecture, &platform.architecture) {
+        return Err(Error::precondition(format!("the image is for {os}/{architecture}, this host is {platform}")));
+    }
+    Ok((config, diff_ids))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn descriptor(media_type: &str, platform: Option<(&str, &str, Option<&str>)>) -> Descriptor {
+        let mut d = Descriptor::new(media_type, Digest::of(format!("{platform:?}").as_bytes()), 1);
+        d.platform = platform.map(|(os, architecture, variant)| Platform {
+            os: os.to_owned(),
+            architecture: architecture.to_owned(),
+            variant: variant.map(str::to_owned),
+        });
+        d
+    }
+
+    fn refused(json: &str, words: &str) {
+        let e = parse(json.as_bytes(), "").unwrap_err();
+        assert!(e.message().contains(words), "{e}");
+    }
+
+    #[test]
+    fn chooses_by_platform() {
+        let amd = Platform { os: "linux".into(), architecture: "amd64".into(), variant: None };
+        let entries = [
+            descriptor(OCI_MANIFEST, Some(("unknown", "unknown", None))),
+            descriptor(OCI_MANIFEST, Some(("linux", "amd64", Some("v3")))),
+            descriptor(OCI_MANIFEST, Some(("linux", "arm64", Some("v8")))),
+            descriptor(OCI_MANIFEST, Some(("linux", "amd64", None))),
+        ];
+        assert_eq!(choose(&entries, &amd).unwrap(), &entries[3]);
+        let e = choose(&entries[..3], &amd).unwrap_err();
+        assert!(e.message().contains("linux/arm64/v8") && !e.message().contains("unknown"), "{e}");
+        let arm = Platform { os: "linux".into(), architecture: "arm".into(), variant: Some("v7".into()) };
+        let entries = [descriptor("", Some(("linux", "arm", Some("v6")))), descriptor("", Some(("linux", "arm", Some("v7"))))];
+        assert_eq!(choose(&entries, &arm).unwrap(), &entries[1]);
+        assert_eq!(choose(&entries[..1], &arm).unwrap(), &entries[0]);
+    }
+
+    #[test]
+    fn refuses_what_is_no_plain_image() {
+        let d = serde_json::to_string(&descriptor(OCI_CONFIG, None)).unwrap();
+        let layer = |t: &str| serde_json::to_string(&descriptor(t, None)).unwrap();
+        refused(&format!(r#"{{"schemaVersion":2,"config":{d},"layers":[],"manifests":[]}}"#), "both");
+        refused(r#"{"schemaVersion":1,"fsLayers":[]}"#, "schema 1");
+        refused(&format!(r#"{{"schemaVersion":2,"config":{},"layers":[]}}"#, layer("application/vnd.oci.empty.v1+json")), "artifact");
+        refused(&format!(r#"{{"schemaVersion":2,"mediaType":"{OCI_INDEX}","config":{d},"layers":[]}}"#), "claims");
+        refused(r#"{"schemaVersion":2}"#, "neither");
+        refused(r#"{"schemaVersion":2,"schemaVersion":2}"#, "duplicate");
+        let with = |l: String| format!(r#"{{"schemaVersion":2,"config":{d},"layers":[{l}]}}"#);
+        refused(&with(layer("application/vnd.oci.image.layer.v1.tar+zstd")), "zstd");
+        refused(&with(layer("application/vnd.docker.image.rootfs.foreign.diff.tar.gzip")), "foreign");
+        refused(&with(layer("text/plain")), "text/plain");
+        let mut urls = descriptor(OCI_LAYER, None);
+        urls.urls = vec!["http://evil/".into()];
+        refused(&with(serde_json::to_string(&urls).unwrap()), "foreign");
+        assert!(parse(with(layer(OCI_LAYER)).as_bytes(), OCI_INDEX).is_err());
+        assert!(parse(with(layer(OCI_LAYER)).as_bytes(), "application/json").is_ok());
+    }
+
+    #[test]
+    fn config_must_agree() {
+        let host = Platform { os: "linux".into(), architecture: "amd64".into(), variant: None };
+        let json = format!(r#"{{"os":"linux","architecture":"amd64","rootfs":{{"type":"layers","diff_ids":["{}"]}}}}"#, Digest::of(b""));
+        assert!(parse_config(json.as_bytes(), 1, &host).is_ok());
+        assert!(parse_config(json.as_bytes(), 2, &host).unwrap_err().message().contains("names 1"));
+        assert!(parse_config(json.replace("amd64", "s390x").as_bytes(), 1, &host).unwrap_err().message().contains("s390x"));
+    }
+
+    proptest::proptest! {
+        #[test]
+        fn parse_never_panics(text in "\\PC{0,200}") {
+            let _ = parse(text.as_bytes(), "");
+        }
+    }
+}

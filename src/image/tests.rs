@@ -1,0 +1,1 @@
+//! Tests of the image store as a whole, without a registry.

@@ -1,0 +1,49 @@
+//! Snapshots as overlay mounts: the layers below, `fs` on top, `work` for the kernel.
+
+use std::path::{Path, PathBuf};
+
+use crate::error::{Context, Result};
+use crate::sys::rooted::{self, Rooted};
+use crate::sys::{file, mount};
+
+pub fn prepare(place: &Path, layers: &[PathBuf], target: &Path) -> Result<()> {
+    let (upper, work) = (place.join("fs"), place.join("work"));
+    file::make_dir(&work, 0o711)?;
+    let empty;
+    let lower = match layers {
+        // An overlay needs one layer below; an image of none gets an empty one.
+        [] => {
+            empty = [place.join("empty")];
+            file::make_dir(&empty[0], 0o755)?;
+            &empty[..]
+        }
+        layers => {
+            // The root directory of an overlay is that of its upper layer: it must look like the image's.
+            let (top, upper) = (Rooted::open(&layers[0])?, Rooted::open(&upper)?);
+            let root = |r: &Rooted| r.dir(Path::new("")).context(|| "open the root directory");
+            rooted::copy_dir_metadata(root(&top)?, root(&upper)?, Path::new("")).context(|| "take metadata of the image's root directory")?;
+            layers
+        }
+    };
+    mount::overlay(&mount::Overlay { lower, upper_work: Some((&upper, &work)), volatile: false }, target)
+}
+
+/// Mounts and unmounts a small overlay in `dir`, with what our layers need: opaque marks and whiteouts.
+pub fn probe(dir: &Path) -> Result<()> {
+    let place = dir.join(format!(".probe-{}", std::process::id()));
+    file::remove_tree(&place)?;
+    let result = (|| {
+        let (low, high, target) = (place.join("low"), place.join("high"), place.join("target"));
+        for made in [&place, &low, &high, &place.join("fs"), &target] {
+            file::make_dir(made, 0o700)?;
+        }
+        std::fs::write(low.join("hidden"), "").context(|| "write a file of the probe")?;
+        rustix::fs::mknodat(rustix::fs::CWD, high.join("hidden"), rustix::fs::FileType::CharacterDevice, rustix::fs::Mode::empty(), 0)
+            .context(|| "make a whiteout")?;
+        rooted::set_opaque(rustix::fs::CWD, &high).context(|| "mark a directory opaque")?;
+        prepare(&place, &[high, low], &target)
+    })();
+    mount::unmount(&place.join("target"))?;
+    file::remove_tree(&place)?;
+    result
+}

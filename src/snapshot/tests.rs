@@ -1,0 +1,92 @@
+//! Tests on real mounts: root only, like the daemon.
+
+use super::*;
+use std::os::unix::fs::{MetadataExt, PermissionsExt};
+
+fn layer(dir: &Path, name: &str, files: &[&str]) -> PathBuf {
+    let path = dir.join(name);
+    std::fs::create_dir_all(&path).unwrap();
+    for file in files {
+        match file.strip_prefix('-') {
+            Some(gone) => {
+                rustix::fs::mknodat(rustix::fs::CWD, path.join(gone), rustix::fs::FileType::CharacterDevice, rustix::fs::Mode::empty(), 0).unwrap()
+            }
+            None => {
+                std::fs::create_dir_all(path.join(file).parent().unwrap()).unwrap();
+                std::fs::write(path.join(file), name).unwrap();
+            }
+        }
+    }
+    path
+}
+
+fn names(dir: &Path) -> Vec<String> {
+    let mut names: Vec<String> = std::fs::read_dir(dir).unwrap().map(|e| e.unwrap().file_name().into_string().unwrap()).collect();
+    names.sort();
+    names
+}
+
+fn life(kind: Kind) {
+    let dir = tempfile::tempdir().unwrap();
+    let low = layer(dir.path(), "low", &["a", "b", "d/x", "o/old"]);
+    std::fs::hard_link(low.join("a"), low.join("a2")).unwrap();
+    std::os::unix::fs::symlink("/nowhere", low.join("l")).unwrap();
+    let high = layer(dir.path(), "high", &["-b", "d/y", "o/new"]);
+    crate::sys::rooted::set_opaque(rustix::fs::CWD, &high.join("o")).unwrap();
+    std::fs::set_permissions(&high, std::fs::Permissions::from_mode(0o1770)).unwrap();
+    let snapshotter = Snapshotter::new(dir.path(), kind).unwrap();
+    let target = dir.path().join("rootfs");
+    snapshotter.prepare("c1", &[high.clone(), low.clone()], &target).unwrap();
+    assert_eq!(names(&target), ["a", "a2", "d", "l", "o"]);
+    assert_eq!((names(&target.join("d")), names(&target.join("o"))), (vec!["x".to_owned(), "y".to_owned()], vec!["new".to_owned()]));
+    assert_eq!(target.metadata().unwrap().mode() & 0o7777, 0o1770);
+    if kind == Kind::Copy {
+        assert_eq!(target.join("a").metadata().unwrap().nlink(), 2);
+    }
+    std::fs::write(target.join("a"), "changed").unwrap();
+    assert_eq!(std::fs::read(low.join("a")).unwrap(), b"low");
+    assert!(snapshotter.prepare("c1", std::slice::from_ref(&low), &target).is_err());
+    assert_eq!(snapshotter.list().unwrap(), ["c1"]);
+    snapshotter.remove("c1", &target).unwrap();
+    snapshotter.remove("c1", &target).unwrap();
+    assert!(snapshotter.list().unwrap().is_empty() && names(&target).is_empty() && low.join("a").exists());
+    for (id, layers) in [("none", vec![]), ("one", vec![low.clone()])] {
+        snapshotter.prepare(id, &layers, &target).unwrap();
+        std::fs::write(target.join("new"), "").unwrap();
+        snapshotter.remove(id, &target).unwrap();
+    }
+    assert!(snapshotter.prepare("bad", &[dir.path().join("absent")], &target).is_err());
+    assert!(snapshotter.prepare("../up", &[], &target).is_err());
+    assert!(snapshotter.list().unwrap().is_empty());
+    assert!(mount::below(dir.path()).unwrap().is_empty());
+}
+
+#[test]
+fn overlay_life() {
+    if rustix::process::geteuid().is_root() {
+        life(Kind::Overlay);
+    }
+}
+
+#[test]
+fn copy_life() {
+    if rustix::process::geteuid().is_root() {
+        life(Kind::Copy);
+    }
+}
+
+#[test]
+fn many_layers_mount() {
+    if !rustix::process::geteuid().is_root() {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let layers: Vec<PathBuf> = (0..200).map(|i| layer(&dir.path().join("layers"), &format!("{i:064}"), &[&format!("f{i}")])).collect();
+    let snapshotter = Snapshotter::detect(dir.path()).unwrap();
+    assert_eq!(snapshotter.kind(), Kind::Overlay);
+    let target = dir.path().join("rootfs");
+    snapshotter.prepare("c", &layers, &target).unwrap();
+    assert_eq!(names(&target).len(), 200);
+    snapshotter.remove("c", &target).unwrap();
+    assert!(snapshotter.list().unwrap().is_empty());
+}

@@ -1,0 +1,181 @@
+//! Paths inside a foreign directory tree, such as the root filesystem of an image: links are resolved as if the tree were
+//! the root, and never lead out of it.
+
+use std::collections::VecDeque;
+use std::ffi::OsString;
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::unix::ffi::OsStringExt;
+use std::path::{Component, Path, PathBuf};
+
+use rustix::fs::{AtFlags, FileType, Mode, OFlags, ResolveFlags, CWD};
+use rustix::io::Errno;
+
+use super::file;
+use crate::error::{Context, Error, Result};
+
+/// As many links as the kernel follows in one path.
+const MAX_LINKS: usize = 40;
+
+/// The kernel gives up with EAGAIN when something is renamed while it looks.
+const MAX_TRIES: usize = 16;
+
+/// A directory that is "/" for the paths given to its methods.
+#[derive(Debug)]
+pub struct Root {
+    dir: OwnedFd,
+    path: PathBuf,
+}
+
+impl Root {
+    pub fn open(path: &Path) -> Result<Root> {
+        let dir = rustix::fs::openat(CWD, path, OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty());
+        Ok(Root { dir: dir.context(|| format!("open {}", path.display()))?, path: path.to_path_buf() })
+    }
+
+    /// Reads a regular file of at most `limit` bytes, links followed inside the tree; None when there is no such file.
+    /// Anything but a regular file is an error, and is not opened (a FIFO would block, a device may act).
+    pub fn read(&self, path: &Path, limit: u64) -> Result<Option<Vec<u8>>> {
+        let what = || format!("read {} in {}", path.display(), self.path.display());
+        let found = match self.lookup(path, OFlags::PATH, ResolveFlags::IN_ROOT | ResolveFlags::NO_MAGICLINKS) {
+            Ok(found) => found,
+            Err(Errno::NOENT | Errno::NOTDIR) => return Ok(None),
+            Err(error) => return Err(error).context(what),
+        };
+        let stat = rustix::fs::fstat(&found).context(what)?;
+        if FileType::from_raw_mode(stat.st_mode) != FileType::RegularFile {
+            return Err(Error::internal(format!("{}: not a regular file", what())));
+        }
+        file::read(Path::new(&format!("/proc/self/fd/{}", found.as_raw_fd())), limit).context(what).map(Some)
+    }
+
+    /// Creates a directory and its missing parents with mode 0755, links followed inside the tree, dangling ones too.
+    /// Returns where it is: absolute inside the tree, without links. Nobody else may change the tree meanwhile.
+    pub fn make_dirs(&self, path: &Path) -> Result<PathBuf> {
+        let what = || format!("create directory {} in {}", path.display(), self.path.display());
+        let mut done = PathBuf::from("/");
+        let mut todo = parts(path);
+        let mut links = 0;
+        while let Some(name) = todo.pop_front() {
+            if name == ".." {
+                done.pop();
+                continue;
+            }
+            let parent = self.directory(&done).context(what)?;
+            let kind = match rustix::fs::statat(&parent, &name, AtFlags::SYMLINK_NOFOLLOW) {
+                Ok(stat) => FileType::from_raw_mode(stat.st_mode),
+                Err(Errno::NOENT) => {
+                    rustix::fs::mkdirat(&parent, &name, Mode::from_raw_mode(0o755)).context(what)?;
+                    FileType::Directory
+                }
+                Err(error) => return Err(error).context(what),
+            };
+            match kind {
+                FileType::Directory => done.push(&name),
+                FileType::Symlink => {
+                    links += 1;
+                    if links > MAX_LINKS {
+                        return Err(Errno::LOOP).context(what);
+                    }
+                    let target = rustix::fs::readlinkat(&parent, &name, Vec::new()).context(what)?;
+                    let target = PathBuf::from(OsString::from_vec(target.into_bytes()));
+                    if target.is_absolute() {
+                        done = PathBuf::from("/");
+                    }
+                    parts(&target).into_iter().rev().for_each(|part| todo.push_front(part));
+                }
+                _ => return Err(Errno::NOTDIR).context(what),
+            }
+        }
+        Ok(done)
+    }
+
+    fn directory(&self, path: &Path) -> rustix::io::Result<OwnedFd> {
+        self.lookup(path, OFlags::PATH | OFlags::DIRECTORY, ResolveFlags::IN_ROOT | ResolveFlags::NO_SYMLINKS)
+    }
+
+    fn lookup(&self, path: &Path, flags: OFlags, resolve: ResolveFlags) -> rustix::io::Result<OwnedFd> {
+        let mut tries = 1;
+        loop {
+            match rustix::fs::openat2(&self.dir, path, flags | OFlags::CLOEXEC, Mode::empty(), resolve) {
+                Err(Errno::AGAIN | Errno::INTR) if tries < MAX_TRIES => tries += 1,
+                result => return result,
+            }
+        }
+    }
+}
+
+/// The names in a path and its "..".
+fn parts(path: &Path) -> VecDeque<OsString> {
+    let wanted = path.components().filter(|part| matches!(part, Component::Normal(_) | Component::ParentDir));
+    wanted.map(|part| part.as_os_str().to_os_string()).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::symlink;
+
+    use super::*;
+
+    fn tree() -> (tempfile::TempDir, PathBuf) {
+        let dir = tempfile::tempdir().unwrap();
+        let root = dir.path().join("root");
+        std::fs::create_dir_all(root.join("etc")).unwrap();
+        std::fs::write(dir.path().join("secret"), "host").unwrap();
+        (dir, root)
+    }
+
+    fn read(root: &Path, path: &str) -> Result<Option<Vec<u8>>> {
+        Root::open(root).unwrap().read(Path::new(path), 8)
+    }
+
+    #[test]
+    fn reads_inside_and_only_inside() {
+        let (_dir, root) = tree();
+        std::fs::write(root.join("etc/real"), "inside").unwrap();
+        symlink("/etc/real", root.join("etc/passwd")).unwrap();
+        symlink("../../../../secret", root.join("etc/out")).unwrap();
+        symlink(_dir.path().join("secret"), root.join("etc/abs")).unwrap();
+        assert_eq!(read(&root, "/etc/passwd").unwrap().unwrap(), b"inside");
+        assert_eq!(read(&root, "etc/../../../etc/real").unwrap().unwrap(), b"inside");
+        assert_eq!(read(&root, "/etc/out").unwrap(), None);
+        assert_eq!(read(&root, "/etc/abs").unwrap(), None);
+        assert_eq!(read(&root, "/none/x").unwrap(), None);
+    }
+
+    #[test]
+    fn reads_regular_files_of_limited_size_alone() {
+        let (_dir, root) = tree();
+        std::fs::write(root.join("big"), "123456789").unwrap();
+        nix::unistd::mkfifo(&root.join("fifo"), nix::sys::stat::Mode::S_IRWXU).unwrap();
+        symlink("loop", root.join("loop")).unwrap();
+        assert!(read(&root, "/big").unwrap_err().message().contains("more than 8 bytes"));
+        assert!(read(&root, "/fifo").unwrap_err().message().contains("not a regular file"));
+        assert!(read(&root, "/etc").unwrap_err().message().contains("not a regular file"));
+        assert!(read(&root, "/loop").is_err());
+    }
+
+    #[test]
+    fn makes_directories_through_links() {
+        let (dir, root) = tree();
+        symlink("/data/app", root.join("app")).unwrap();
+        symlink("../../../outside", root.join("out")).unwrap();
+        let tree = Root::open(&root).unwrap();
+        assert_eq!(tree.make_dirs(Path::new("/app/x")).unwrap(), Path::new("/data/app/x"));
+        assert!(root.join("data/app/x").is_dir());
+        assert_eq!(tree.make_dirs(Path::new("out")).unwrap(), Path::new("/outside"));
+        assert!(root.join("outside").is_dir() && !dir.path().join("outside").exists());
+        assert_eq!(tree.make_dirs(Path::new("/")).unwrap(), Path::new("/"));
+        assert_eq!(tree.make_dirs(Path::new("/etc")).unwrap(), Path::new("/etc"));
+    }
+
+    #[test]
+    fn refuses_files_and_loops_on_the_way() {
+        let (_dir, root) = tree();
+        std::fs::write(root.join("file"), "").unwrap();
+        symlink("b", root.join("a")).unwrap();
+        symlink("a", root.join("b")).unwrap();
+        let tree = Root::open(&root).unwrap();
+        assert!(tree.make_dirs(Path::new("/file/x")).is_err());
+        assert!(tree.make_dirs(Path::new("/a/x")).is_err());
+    }
+}
