@@ -1,0 +1,179 @@
+//! crispd may be killed at any time: containers live on, their logs have no gap, what happened meanwhile is told, and
+//! half-made objects go.
+
+use std::time::{Duration, Instant};
+
+use crisp::api::runtime::{ContainerState, ListContainersRequest, ListPodSandboxRequest, PodSandboxState};
+use nix::sys::signal::Signal;
+
+use crate::client::Call;
+use crate::daemon::tool;
+use crate::harness::{handlers, http_get_soon, kind, Container, Host, Sandbox};
+use crate::objects::{container_config, create_request, exec_request, run_request, sandbox_config};
+
+const COUNT: [&str; 3] = ["sh", "-c", "i=0; while :; do i=$((i+1)); echo $i; usleep 10000; done"];
+
+/// What lived before the first crash and must live after the last.
+struct Witness {
+    sandbox: Sandbox,
+    counter: Container,
+}
+
+impl Witness {
+    fn new(host: &Host, handler: &str) -> Witness {
+        let sandbox = host.sandbox(&format!("witness{handler}"), handler);
+        let counter = host.launch(&sandbox, "counter", &COUNT);
+        host.launch(&sandbox, "httpd", &["httpd", "-f", "-p", "8080", "-h", "/www"]);
+        Witness { sandbox, counter }
+    }
+
+    fn assert_well(&self, host: &Host) {
+        let status = host.sandbox_status(&self.sandbox.id);
+        assert_eq!(status.state.enum_value(), Ok(PodSandboxState::SANDBOX_READY), "{status}");
+        assert_eq!(status.network.ip, self.sandbox.ip);
+        let status = host.status(&self.counter);
+        assert_eq!(status.state.enum_value(), Ok(ContainerState::CONTAINER_RUNNING), "{status}");
+        assert_eq!(http_get_soon(&self.sandbox.ip, 8080, "/"), "hello from a sandbox\n");
+        assert_eq!(host.exec(&self.counter, &["echo", "yes"]), (0, "yes\n".into(), String::new()));
+        let text = self.counter.log.text("stdout");
+        let numbers: Vec<u32> = text.lines().map(|line| line.parse().expect("a number")).collect();
+        assert!(!numbers.is_empty() && numbers.iter().copied().eq(1..=numbers.len() as u32), "the log has a gap: {numbers:?}");
+        let newest = (numbers.len() + 10).to_string();
+        self.counter.log.wait_for(&newest);
+    }
+}
+
+fn restart(host: &mut Host) {
+    host.daemon.run();
+    host.daemon.wait_ready();
+}
+
+#[test]
+fn containers_outlive_a_killed_daemon() {
+    let mut host = Host::start();
+    let witnesses: Vec<_> = handlers().iter().map(|handler| Witness::new(&host, handler)).collect();
+    for signal in [Signal::SIGKILL, Signal::SIGTERM, Signal::SIGKILL] {
+        host.daemon.stop(signal);
+        std::thread::sleep(Duration::from_millis(300));
+        restart(&mut host);
+        witnesses.iter().for_each(|witness| witness.assert_well(&host));
+    }
+    host.finish();
+}
+
+#[test]
+fn what_ended_meanwhile_is_told_truly() {
+    let mut host = Host::start();
+    for handler in handlers() {
+        let sandbox = host.sandbox("meanwhile", &handler);
+        let seven = host.launch(&sandbox, "seven", &["sh", "-c", "sleep 0.5; echo last words; exit 7"]);
+        let hog = host.create_with(&sandbox, "hog", &["sh", "-c", "sleep 0.5; exec tail /dev/zero"], |config| {
+            config.linux.as_mut().expect("set").resources.as_mut().expect("set").memory_limit_in_bytes = 32 << 20;
+        });
+        host.start_container(&hog);
+        let created = host.create(&sandbox, "created", &COUNT);
+        host.daemon.stop(Signal::SIGKILL);
+        std::thread::sleep(Duration::from_secs(3));
+        let restarted = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).expect("after 1970").as_nanos() as i64;
+        restart(&mut host);
+        let status = host.status(&seven);
+        assert_eq!((status.state.enum_value(), status.exit_code), (Ok(ContainerState::CONTAINER_EXITED), 7), "{status}");
+        assert!(status.finished_at < restarted - 1_000_000_000, "it ended while no daemon looked: {status}");
+        seven.log.wait_for("last words");
+        let status = host.status(&hog);
+        assert_eq!((status.exit_code, status.reason.as_str()), (137, "OOMKilled"), "{status}");
+        let status = host.status(&created);
+        assert_eq!(status.state.enum_value(), Ok(ContainerState::CONTAINER_CREATED), "{status}");
+        host.start_container(&created);
+        created.log.wait_for("3");
+        host.remove_all();
+        host.assert_clean();
+    }
+    host.finish();
+}
+
+/// The whole life of a sandbox with a container, as far as the daemon lives. An error is a crash, or fails the test.
+fn live(host: &Host, name: &str, handler: &str) -> Result<(), grpcio::Error> {
+    use crisp::api::runtime::{
+        RemoveContainerRequest, RemovePodSandboxRequest, StartContainerRequest, StopContainerRequest, StopPodSandboxRequest,
+    };
+    fn step<Q: Call>(host: &Host, request: &Q) -> Result<Q::Response, grpcio::Error> {
+        host.client.call(request)
+    }
+    let config = sandbox_config(&host.daemon.layout, name, false);
+    std::fs::create_dir_all(&config.log_directory).expect("make the log directory");
+    let sandbox = step(host, &run_request(&config, handler))?.pod_sandbox_id;
+    let request = create_request(&sandbox, &config, &container_config(&config, "main", &COUNT));
+    let container = step(host, &request)?.container_id;
+    step(host, &StartContainerRequest { container_id: container.clone(), ..Default::default() })?;
+    step(host, &exec_request(&container, &["true"], 5))?;
+    step(host, &StopContainerRequest { container_id: container.clone(), ..Default::default() })?;
+    step(host, &RemoveContainerRequest { container_id: container, ..Default::default() })?;
+    // One that still runs is left to the sandbox's stop.
+    let request = create_request(&sandbox, &config, &container_config(&config, "second", &COUNT));
+    let container = step(host, &request)?.container_id;
+    step(host, &StartContainerRequest { container_id: container, ..Default::default() })?;
+    step(host, &StopPodSandboxRequest { pod_sandbox_id: sandbox.clone(), ..Default::default() })?;
+    step(host, &RemovePodSandboxRequest { pod_sandbox_id: sandbox, ..Default::default() })?;
+    Ok(())
+}
+
+/// The daemon aborts itself at each step it names (`CRISP_CRASH_AT`, only in builds with debug assertions).
+#[test]
+fn a_crash_at_each_step_leaves_nothing() {
+    if kind() != crate::daemon::Kind::Crispd {
+        return;
+    }
+    let steps = tool(env!("CARGO_BIN_EXE_crispd"), &["debug", "steps"]);
+    let steps: Vec<_> = steps.lines().map(str::trim).filter(|line| !line.is_empty()).collect();
+    assert!(steps.len() >= 10, "{steps:?}");
+    let handlers = handlers();
+    let mut host = Host::start();
+    let witness = Witness::new(&host, "");
+    let mut missed = Vec::new();
+    for (number, step) in steps.iter().enumerate() {
+        // Each step with one of the runtimes, in turns.
+        let handler = &handlers[number % handlers.len()];
+        host.daemon.stop(Signal::SIGTERM);
+        host.daemon.options.environment = vec![("CRISP_CRASH_AT".into(), (*step).into())];
+        host.daemon.run();
+        // A step of the restore itself ends it before it answers.
+        let begin = Instant::now();
+        let mut outcome = Ok(());
+        while host.daemon.ended().is_none() && begin.elapsed() < Duration::from_secs(30) {
+            if host.client.call(&ListPodSandboxRequest::default()).is_ok() {
+                outcome = live(&host, &format!("life{number}"), handler);
+                break;
+            }
+            std::thread::sleep(Duration::from_millis(10));
+        }
+        // The process is gone a moment after its connection.
+        std::thread::sleep(Duration::from_millis(100));
+        let end = host.daemon.ended();
+        match (&outcome, end) {
+            (_, Some(_)) => {}
+            (Ok(()), None) => missed.push(*step),
+            (Err(e), None) => panic!("{step}: no crash, but {e}\n{}", host.daemon.log_tail()),
+        }
+        host.daemon.stop(Signal::SIGKILL);
+        host.daemon.options.environment.clear();
+        restart(&mut host);
+        witness.assert_well(&host);
+        // What is left is whole: it can be listed, looked at, stopped and removed.
+        for sandbox in host.call(&ListPodSandboxRequest::default()).items {
+            if sandbox.id != witness.sandbox.id {
+                host.sandbox_status(&sandbox.id);
+                host.stop_sandbox(&sandbox.id);
+                host.remove_sandbox(&sandbox.id);
+            }
+        }
+        let containers = host.call(&ListContainersRequest::default()).containers;
+        assert!(containers.iter().all(|container| container.pod_sandbox_id == witness.sandbox.id), "{step}: {containers:?}");
+        // The same names can be used again.
+        live(&host, &format!("life{number}"), handler).unwrap_or_else(|e| panic!("after a crash at {step}: {e}"));
+        let leased = crate::snapshot::leases(&host.daemon.layout);
+        assert_eq!(leased, [witness.sandbox.ip.clone()], "after a crash at {step}");
+    }
+    assert!(missed.is_empty(), "the life of a sandbox never came to: {missed:?}");
+    host.finish();
+}
