@@ -7,7 +7,7 @@ use std::time::Duration;
 use nix::sys::signal::{SigSet, Signal};
 
 use crate::cgroup::{warm::Warmer, Layout};
-use crate::config::{Config, Overrides};
+use crate::config::{self, Config, Overrides};
 use crate::container::{self, Containers};
 use crate::error::{Context, Error, Result};
 use crate::grpc;
@@ -16,7 +16,7 @@ use crate::network::{self, Network};
 use crate::runtime::Handlers;
 use crate::sandbox::{self, Sandboxes};
 use crate::service::Service;
-use crate::snapshot::{self, Snapshots};
+use crate::snapshot::{Kind, Snapshotter};
 use crate::sys::file;
 use crate::sys::watch::Watcher;
 
@@ -81,7 +81,7 @@ impl Daemon {
         let watcher = Watcher::start("exits")?;
         let network = Network::start(network_settings(config))?;
         let images = Images::open(image_settings(config))?;
-        let snapshots = Arc::new(Snapshots::open(&config.root, snapshot_choice(config))?);
+        let snapshots = snapshotter(config)?;
         let host = container::host::detect()?;
         let handlers = Handlers::probe(&config.runtimes, config.default_runtime.as_deref(), &config.run.join("probe"), &config.shim);
         let sandboxes = Arc::new(Sandboxes::open(sandbox_settings(config), network.clone(), watcher.clone())?);
@@ -122,7 +122,6 @@ impl Daemon {
         if let Err(e) = self.network.reload() {
             log::error!("SIGHUP: {e}");
         }
-        self.images.set_registry(registry_settings(config));
         log::info!("SIGHUP: configuration reloaded (log level, CNI, registries; the rest needs a restart)");
     }
 
@@ -152,26 +151,26 @@ fn network_settings(config: &Config) -> network::Settings {
         cache_dir: config.cni.cache_dir.clone(),
         plugin_timeout: config.cni.plugin_timeout,
         template: config.cni.conf_template.clone(),
+        max_networks: 16,
     }
 }
 
 fn registry_settings(config: &Config) -> image::RegistrySettings {
-    image::RegistrySettings { config_dir: config.images.registry_dir.clone(), plain_http: config.images.plain_http.clone() }
+    image::RegistrySettings { certs_dir: Some(config.images.registry_dir.clone()), plain_http: config.images.plain_http.clone(), ..Default::default() }
 }
 
 fn image_settings(config: &Config) -> image::Settings {
     let mut settings = image::Settings::new(&config.root);
     settings.pinned = config.images.pinned.clone();
     settings.registry = registry_settings(config);
-    settings.downloads = config.images.layer_downloads;
     settings
 }
 
-fn snapshot_choice(config: &Config) -> snapshot::Choice {
+fn snapshotter(config: &Config) -> Result<Snapshotter> {
     match config.snapshotter {
-        crate::config::Snapshotter::Auto => snapshot::Choice::Auto,
-        crate::config::Snapshotter::Overlay => snapshot::Choice::Overlay,
-        crate::config::Snapshotter::Copy => snapshot::Choice::Copy,
+        config::Snapshotter::Auto => Snapshotter::detect(&config.root),
+        config::Snapshotter::Overlay => Snapshotter::new(&config.root, Kind::Overlay),
+        config::Snapshotter::Copy => Snapshotter::new(&config.root, Kind::Copy),
     }
 }
 

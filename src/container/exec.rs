@@ -40,7 +40,8 @@ impl Containers {
         let null = std::fs::File::open("/dev/null").context(|| "open /dev/null")?;
         let request = ExecRequest { id: crate::store::new_id()?[..16].to_owned(), process };
         let (out_end, err_end) = (out.write_end(), err.write_end());
-        let mut running = Client::new(&container.meta.dir).exec(&request, [null.as_fd(), out_end.as_fd(), err_end.as_fd()]).context(what)?;
+        let ends = [null.as_fd(), out_end.as_fd(), err_end.as_fd()];
+        let running = Client::new(&container.meta.dir).exec(&request, ends, self.settings.runtime_timeout).context(what)?;
         drop((out_end, err_end));
         let limit = if timeout.is_zero() { cancel.clone() } else { cancel.within(timeout) };
         let exit_code = loop {

@@ -3,23 +3,27 @@
 
 use std::os::fd::AsFd;
 use std::sync::Arc;
+use std::time::Duration;
 
 use super::manager::{Container, Containers};
 use super::status::State;
+use crate::cgroup::{Cgroup, Layout};
+use crate::error::{Context, Result};
 use crate::shim::client::{self, Client, Watch};
 use crate::shim::protocol::{Event, ExitRecord};
 use crate::store::now_ns;
-use crate::sys::file;
 use crate::sys::thread;
 use crate::sys::watch::Keep;
+
+/// For killing what is left of a container, and for the OCI runtime's delete.
+const CLEANUP_LIMIT: Duration = Duration::from_secs(20);
 
 impl Containers {
     /// Follows the container's shim from now on. A shim that is already gone is treated as one that goes now.
     pub(super) fn watch(self: &Arc<Self>, container: &Arc<Container>) {
         let watched = Client::new(&container.meta.dir).watch().and_then(|watch| {
             let fd = rustix::io::fcntl_dupfd_cloexec(watch.as_fd(), 3);
-            let fd = crate::error::Context::context(fd, || "duplicate the shim's socket")?;
-            self.watcher.add(fd, self.on_event(container, watch))
+            self.watcher.add(fd.context(|| "duplicate the shim's socket")?, self.on_event(container, watch))
         });
         if let Err(e) = watched {
             log::debug!("container {}: watch its shim: {e}", container.id());
@@ -27,7 +31,7 @@ impl Containers {
         }
     }
 
-    fn on_event(self: &Arc<Self>, container: &Arc<Container>, mut watch: Watch) -> Box<dyn FnMut() -> Keep + Send> {
+    fn on_event(self: &Arc<Self>, container: &Arc<Container>, watch: Watch) -> Box<dyn FnMut() -> Keep + Send> {
         let (manager, container) = (self.clone(), container.clone());
         Box::new(move || match watch.next() {
             Ok(Some(Event::Exit(record))) => {
@@ -79,11 +83,17 @@ impl Containers {
         }
     }
 
+    /// The container's cgroup.
+    pub(super) fn cgroup(&self, container: &Container) -> Result<Cgroup> {
+        Cgroup::at(&Layout::detect()?, &container.meta.cgroups_path)
+    }
+
     /// Kills what is left of a container whose shim is not there, deletes the runtime's state, and says how it ended.
     pub(super) fn bury(&self, container: &Container, exit_code: i32, reason: &str, message: &str) {
         let (id, meta) = (container.id(), &container.meta);
         log::warn!("container {id}: {message}");
-        if let Err(e) = client::cleanup_dead(&meta.handler, id, &meta.dir, &meta.cgroups_path) {
+        let cleaned = self.cgroup(container).and_then(|cgroup| client::cleanup_dead(&meta.handler, id, &meta.dir, Some(&cgroup), CLEANUP_LIMIT));
+        if let Err(e) = cleaned {
             log::error!("container {id}: clean up after its shim: {e}");
         }
         // What was written between our look and the kill is the truth.
@@ -95,7 +105,6 @@ impl Containers {
                 }
             }
         }
-        let _ = file::remove_file(&meta.dir.join(crate::shim::protocol::SOCKET_FILE));
         container.status.lock().shim_alive = false;
         container.changed.notify_all();
     }

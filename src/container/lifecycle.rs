@@ -10,6 +10,7 @@ use crate::api::runtime::{ContainerConfig, LinuxContainerResources};
 use crate::error::{Context, Error, Result};
 use crate::image::Image;
 use crate::shim::client::{self, Client};
+use crate::shim::protocol::{self, ShimConfig};
 use crate::store::now_ns;
 use crate::sys::cancel::Cancel;
 use crate::sys::crash;
@@ -29,7 +30,7 @@ pub(super) fn stop_signal(config: &ContainerConfig, image: &Image) -> Result<i32
         return Ok(number);
     }
     match image.stop_signal() {
-        Some(name) => signal::number(&name).context(|| format!("image {}", image.id)),
+        Some(name) => signal::number(name).context(|| format!("image {}", image.id)),
         None => Ok(libc::SIGTERM),
     }
 }
@@ -50,7 +51,7 @@ impl Containers {
         crash::step("start:1-intent");
         let limit = self.settings.runtime_timeout + SHIM_MARGIN;
         // Not cancelled with the client: a start is finished and found by the retry's status.
-        let started = client::start(&self.settings.shim, &container.meta.dir, &Cancel::never(), limit);
+        let started = client::start(&self.settings.shim, &container.meta.dir, &self.shim_config(container), &Cancel::never(), limit);
         crash::step("start:2-started");
         match started {
             Ok(started) => {
@@ -71,6 +72,38 @@ impl Containers {
                 Err(error)
             }
         }
+    }
+
+    fn shim_config(&self, container: &Container) -> ShimConfig {
+        let (meta, status) = (&container.meta, container.status());
+        ShimConfig {
+            version: protocol::VERSION,
+            id: meta.id.clone(),
+            handler: meta.handler.clone(),
+            cgroup: meta.cgroups_path.clone(),
+            log_path: meta.log_path.clone(),
+            tty: container.config.tty,
+            stdin: container.config.stdin,
+            // The container's user must be able to open /dev/stdout.
+            stdio_uid: Some(status.user.uid),
+            stdio_gid: Some(status.user.gid),
+            runtime_timeout_ms: self.settings.runtime_timeout.as_millis() as u64,
+        }
+    }
+
+    /// Runtimes leave oom_score_adj alone in updates: it is a property of processes.
+    fn set_oom_score_adj(&self, container: &Container, adj: i32) -> Result<()> {
+        for pid in self.cgroup(container)?.procs() {
+            let path = format!("/proc/{pid}/oom_score_adj");
+            match std::fs::write(&path, adj.to_string()) {
+                Err(e) if !matches!(e.kind(), std::io::ErrorKind::NotFound) && e.raw_os_error() != Some(libc::ESRCH) => {
+                    return Err(e).context(|| format!("write {adj} to {path}"));
+                }
+                // Gone meanwhile is fine.
+                _ => {}
+            }
+        }
+        Ok(())
     }
 
     /// StopContainer: the stop signal, up to `grace` for it to work, then KILL for every process. Success when it does not
@@ -151,10 +184,16 @@ impl Containers {
         let path = container.meta.spec_path();
         let mut spec: oci_spec::runtime::Spec =
             serde_json::from_slice(&file::read(&path, 16 << 20)?).context(|| format!("{}: read {}", what(), path.display()))?;
-        let resources = crate::spec::update_resources(&mut spec, new, &self.settings.host)?;
+        let update = crate::spec::update_resources(&mut spec, new, &self.settings.host).context(what)?;
+        for warning in &update.warnings {
+            log::warn!("container {id}: {warning}");
+        }
         if container.status.lock().state == State::Running {
-            let json = serde_json::to_value(&resources).context(what)?;
-            Client::new(&container.meta.dir).update(json).context(what)?;
+            let json = serde_json::to_value(&update.resources).context(what)?;
+            Client::new(&container.meta.dir).update(json, self.settings.runtime_timeout + SHIM_MARGIN).context(what)?;
+            if let Some(adj) = update.oom_score_adj {
+                self.set_oom_score_adj(container, adj).context(what)?;
+            }
         }
         let json = serde_json::to_vec(&spec).context(what)?;
         file::write(&path, &json, 0o600, Durability::Atomic)?;

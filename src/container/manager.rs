@@ -14,8 +14,7 @@ use crate::api::runtime::{ContainerConfig, PodSandboxConfig};
 use crate::error::{Context, Error, ErrorList, Result};
 use crate::image::{Image, Images};
 use crate::runtime::Handler;
-use crate::shim::protocol::ShimConfig;
-use crate::snapshot::Snapshots;
+use crate::snapshot::Snapshotter;
 use crate::spec::{self, Defaults, HostFacts, NamespacePaths, SandboxFiles};
 use crate::store::{new_id, now_ns, Claim, Index, Names, Records};
 use crate::sys::cancel::Cancel;
@@ -95,13 +94,13 @@ pub struct Containers {
     pub(super) records: Records,
     pub(super) names: Names,
     pub(super) index: Index<Container>,
-    pub(super) images: Arc<Images>,
-    pub(super) snapshots: Arc<Snapshots>,
+    pub(super) images: Images,
+    pub(super) snapshots: Snapshotter,
     pub(super) watcher: Watcher,
 }
 
 impl Containers {
-    pub fn open(settings: Settings, images: Arc<Images>, snapshots: Arc<Snapshots>, watcher: Watcher) -> Result<Containers> {
+    pub fn open(settings: Settings, images: Images, snapshots: Snapshotter, watcher: Watcher) -> Result<Containers> {
         let records = Records::open(&settings.root, "containers")?;
         file::make_dir(&settings.run.join("containers"), 0o711)?;
         Ok(Containers { settings, records, names: Names::new("container"), index: Index::new("container"), images, snapshots, watcher })
@@ -159,6 +158,7 @@ impl Containers {
             created_at: now_ns(),
             handler: inputs.handler.clone(),
             image_id: image.id.clone(),
+            chain: image.chain.clone(),
             image: if specified.is_empty() { image.repo_tags.first().unwrap_or(&image.id).clone() } else { specified.clone() },
             image_ref: image.repo_digests.first().unwrap_or(&image.id).clone(),
             log_path,
@@ -201,13 +201,18 @@ impl Containers {
         self.update(container, |s| s.resources = resources)?;
         crash::step("create:1-recorded");
         file::make_dir(&meta.dir, 0o700)?;
-        let layers = self.images.hold(&meta.image_id, &meta.id)?;
-        self.snapshots.prepare(&meta.id, &layers, &meta.rootfs())?;
+        let held = self.images.hold_again(&meta.id, &meta.chain)?;
+        self.snapshots.prepare(&meta.id, &held.layers, &meta.rootfs())?;
         crash::step("create:2-snapshot");
         let rootfs = meta.rootfs();
-        let user = super::user::resolve(&rootfs, config, &image.config)?;
-        let mounts = super::mounts::resolve(&rootfs, config, &image.config)?;
-        let devices = super::devices::resolve(config)?;
+        let defaults = image.config.config().as_ref();
+        let image_user = defaults.and_then(|c| c.user().as_deref()).unwrap_or_default();
+        let image_dir = defaults.and_then(|c| c.working_dir().as_deref()).unwrap_or_default();
+        let user = super::user::resolve(&rootfs, &config.linux.security_context, image_user)?;
+        let mounts = super::mounts::resolve(&config.mounts, &self.settings.host)?;
+        let devices = super::devices::collect(config)?;
+        let working_dir = spec::process::working_dir(&config.working_dir, image_dir)?;
+        super::mounts::make_directories(&rootfs, &working_dir, &image.volumes())?;
         let (built, warnings) = spec::build(&spec::Inputs {
             sandbox_id: inputs.sandbox_id,
             sandbox: inputs.sandbox,
@@ -228,19 +233,6 @@ impl Containers {
             log::warn!("container {}: {warning}", meta.id);
         }
         write_json(&meta.spec_path(), &built)?;
-        let shim = ShimConfig {
-            version: crate::shim::protocol::VERSION,
-            id: meta.id.clone(),
-            handler: meta.handler.clone(),
-            cgroup: meta.cgroups_path.clone(),
-            log_path: meta.log_path.clone(),
-            tty: config.tty,
-            stdin: config.stdin,
-            stdio_uid: Some(user.uid),
-            stdio_gid: Some(user.gid),
-            runtime_timeout_ms: self.settings.runtime_timeout.as_millis() as u64,
-        };
-        write_json(&meta.dir.join(crate::shim::protocol::CONFIG_FILE), &shim)?;
         crash::step("create:3-spec");
         self.update(container, |s| {
             s.state = State::Created;

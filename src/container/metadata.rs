@@ -19,6 +19,8 @@ pub struct Metadata {
     pub handler: Handler,
     /// Digest of the image's config.
     pub image_id: String,
+    /// Chain IDs of its layers, lowest first: they are held even when the image is removed.
+    pub chain: Vec<String>,
     /// What the user called the image.
     pub image: String,
     /// repo@digest, or the id when there is none.

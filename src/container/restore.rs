@@ -8,7 +8,8 @@ use super::status::State;
 use crate::api::runtime::ContainerConfig;
 use crate::error::{Context, Error, ErrorList, Result};
 use crate::shim::client::{self, Client};
-use crate::shim::protocol::Phase;
+use crate::shim::protocol::{ExitRecord, Phase, VERSION};
+use crate::shim::record;
 use crate::store::record::Restored;
 use crate::sys::file;
 
@@ -57,7 +58,7 @@ impl Containers {
             self.release(&container)?;
             return self.records.remove(&meta.id);
         }
-        if let Err(e) = self.images.hold(&meta.image_id, &meta.id) {
+        if let Err(e) = self.images.hold_again(&meta.id, &meta.chain) {
             // It may run on: its layers are mounted. But it cannot be trusted to start.
             log::error!("container {}: {e}", meta.id);
         }
@@ -92,13 +93,19 @@ impl Containers {
             (Ok(Some(_)), _) => self.follow(container),
             (_, true) => {
                 // The record first: a shim that is only now starting finds it and gives up.
-                if let Err(e) = client::refuse_start(&meta.dir) {
+                if let Err(e) = self.refuse_start(container) {
                     log::error!("container {}: {e}", meta.id);
                 }
                 self.bury(container, 128, "StartError", "the daemon ended while it was being started");
             }
             (_, false) => self.bury(container, 255, "Unknown", "its shim is gone, and left no exit record"),
         }
+    }
+
+    /// Writes the exit record of a container that must not start any more.
+    fn refuse_start(&self, container: &Container) -> Result<()> {
+        let finished_at = crate::store::now_ns();
+        record::write(&container.meta.dir, &ExitRecord { version: VERSION, exit_code: 128, signal: None, oom: false, finished_at })
     }
 
     /// Follows a shim that is there, or takes the exit record of one that is not.

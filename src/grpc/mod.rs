@@ -12,7 +12,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
-use grpcio::{ChannelBuilder, Environment, ResourceQuota, ServerBuilder, ServerCredentials};
+use grpcio::{ChannelBuilder, ResourceQuota, ServerBuilder, ServerCredentials};
 
 use crate::error::{Context, Error, Result};
 use crate::service::Service;
@@ -53,7 +53,9 @@ impl Server {
             fast: Lane::new("fast", FAST_WORKERS, settings.queue),
             slow: Lane::new("slow", settings.slow_threads, settings.queue),
         });
-        let mut builder = ServerBuilder::new(env.clone()).channel_args(channel_args(&env));
+        let quota = ResourceQuota::new(Some("crispd")).resize_memory(256 << 20);
+        let channel = ChannelBuilder::new(env.clone()).max_receive_message_len(REQUEST_LIMIT).max_send_message_len(-1);
+        let mut builder = ServerBuilder::new(env).channel_args(channel.set_resource_quota(quota).build_args());
         for service in register::services(service, &lanes) {
             builder = builder.register_service(service);
         }
@@ -78,14 +80,6 @@ impl Server {
             let _ = rx.recv_timeout(grace);
         }
     }
-}
-
-fn channel_args(env: &Arc<Environment>) -> grpcio::ChannelArgs {
-    ChannelBuilder::new(env.clone())
-        .max_receive_message_len(REQUEST_LIMIT)
-        .max_send_message_len(-1)
-        .set_resource_quota(ResourceQuota::new(Some("crispd")).resize_memory(256 << 20))
-        .build_args()
 }
 
 /// Removes a socket file nobody listens on.

@@ -30,10 +30,10 @@ impl Handlers {
         let mut entries = BTreeMap::new();
         for (handler, state) in handlers.into_iter().zip(states) {
             match &state {
-                Ok(version) => log::info!("runtime handler {}: {} ({version})", handler.name, handler.path.display()),
+                Ok(v) => log::info!("runtime handler {}: {} ({} {})", handler.name, handler.path.display(), v.name, v.version),
                 Err(e) => log::warn!("runtime handler {} cannot be used: {e}", handler.name),
             }
-            let state = state.map(|v| v.to_string());
+            let state = state.map(|v| format!("{} {}", v.name, v.version));
             entries.insert(handler.name.clone(), Entry { handler: handler.clone(), state });
         }
         let works = |name: &&str| entries.get(*name).is_some_and(|e| e.state.is_ok());

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use super::metadata::{Metadata, PidMode};
 use super::status::Process;
-use crate::cgroup::{Cgroup, Layout};
+use crate::cgroup::{self, Cgroup, Layout};
 use crate::error::{Error, ErrorList, Result};
 use crate::sys::cancel::Cancel;
 use crate::sys::file;
@@ -67,16 +67,7 @@ fn settle_init(meta: &Metadata, pid: i32) -> Result<Process> {
 
 /// The init's own cgroup, below the parent as a container's.
 fn init_cgroup(meta: &Metadata) -> Result<Cgroup> {
-    Cgroup::at(&Layout::detect()?, &cgroups_path(&meta.cgroup_parent, &meta.id))
-}
-
-/// `linux.cgroupsPath` of something called `name` below a sandbox's cgroup parent, in the form of the cgroup driver: a parent
-/// that ends in `.slice` is systemd's.
-pub fn cgroups_path(parent: &str, name: &str) -> String {
-    match parent.rsplit('/').next() {
-        Some(slice) if slice.ends_with(".slice") => format!("{slice}:crisp:{name}"),
-        _ => format!("{}/{name}", parent.trim_end_matches('/')),
-    }
+    Cgroup::at(&Layout::detect()?, &cgroup::path::below(&meta.cgroup_parent, &meta.id))
 }
 
 /// Kills an init and waits until it is gone, and with it every process of its PID namespace.
@@ -105,21 +96,9 @@ pub fn remove(meta: &Metadata, init: Option<Process>) -> Result<()> {
 }
 
 fn remove_cgroups(meta: &Metadata) -> Result<()> {
-    init_cgroup(meta)?.remove()?;
+    init_cgroup(meta)?.remove(KILL_WAIT)?;
     if meta.own_cgroup_parent {
-        Cgroup::at(&Layout::detect()?, &meta.cgroup_parent)?.remove()?;
+        Cgroup::at(&Layout::detect()?, &meta.cgroup_parent)?.remove(KILL_WAIT)?;
     }
     Ok(())
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn cgroup_paths_of_both_drivers() {
-        assert_eq!(cgroups_path("/kubepods/pod1", "a"), "/kubepods/pod1/a");
-        assert_eq!(cgroups_path("/", "a"), "/a");
-        assert_eq!(cgroups_path("/kubepods.slice/kubepods-pod1.slice", "a"), "kubepods-pod1.slice:crisp:a");
-    }
 }

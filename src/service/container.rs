@@ -83,7 +83,7 @@ impl Service {
 
     pub(super) fn start(&self, id: &str, call: &Call) -> Result<()> {
         call.about(id);
-        self.warmer.warm();
+        self.warmer.request();
         let container = self.containers.get(id)?;
         call.about(container.id());
         let sandbox = self.sandboxes.get(&container.meta.sandbox_id)?;

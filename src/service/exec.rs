@@ -12,7 +12,7 @@ use crate::error::{Error, Result};
 impl Service {
     pub(super) fn exec(&self, request: &ExecSyncRequest, call: &Call) -> Result<ExecSyncResponse> {
         call.about(&request.container_id);
-        self.warmer.warm();
+        self.warmer.request();
         let container = self.containers.get(&request.container_id)?;
         call.about(container.id());
         // 0 and less: no timeout.

@@ -30,14 +30,13 @@ fn message(image: &Image) -> runtime::Image {
 
 /// Credentials of a request; None when it has none.
 pub(super) fn auth(given: &AuthConfig) -> Option<Auth> {
-    let some = |text: &String| Some(text.clone()).filter(|t| !t.is_empty());
     let auth = Auth {
-        username: some(&given.username),
-        password: some(&given.password),
-        auth: some(&given.auth),
-        identity_token: some(&given.identity_token),
-        registry_token: some(&given.registry_token),
-        server_address: some(&given.server_address),
+        username: given.username.clone(),
+        password: given.password.clone(),
+        auth: given.auth.clone(),
+        identity_token: given.identity_token.clone(),
+        registry_token: given.registry_token.clone(),
+        server_address: given.server_address.clone(),
     };
     (auth != Auth::default()).then_some(auth)
 }

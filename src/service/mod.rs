@@ -25,6 +25,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use crate::api::{self, admin as admin_api, runtime};
+use crate::cgroup::warm::Warmer;
 use crate::container::Containers;
 use crate::error::{Error, Result};
 use crate::image::Images;
@@ -91,9 +92,11 @@ fn not_built(method: &str) -> Error {
 pub struct Service {
     pub sandboxes: Arc<Sandboxes>,
     pub containers: Arc<Containers>,
-    pub images: Arc<Images>,
+    pub images: Images,
     pub network: Arc<Network>,
     pub handlers: Handlers,
+    /// Asked a moment before an OCI runtime will move a process into cgroups.
+    pub warmer: Warmer,
     pub systemd_cgroup: bool,
     pub root: PathBuf,
     pub run: PathBuf,

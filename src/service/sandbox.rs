@@ -3,8 +3,6 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use rayon::prelude::*;
-
 use super::{Call, Service};
 use crate::api::runtime::{RunPodSandboxRequest, RunPodSandboxResponse};
 use crate::container::Container;
@@ -34,8 +32,8 @@ impl Service {
         let Some(sandbox) = self.sandboxes.find(id)? else { return Ok(()) };
         call.about(sandbox.id());
         self.sandboxes.begin_stop(&sandbox)?;
-        let mut errors = ErrorList::default();
-        errors.keep(self.each_container(sandbox.id(), |c| self.containers.stop(c, LEFTOVER_GRACE, &call.cancel)));
+        let (mut errors, cancel) = (ErrorList::default(), &call.cancel);
+        errors.keep(self.each_container(sandbox.id(), |c| self.containers.stop(c, LEFTOVER_GRACE, cancel)));
         crash::step("stop-sandbox:2-containers");
         // Even when a container would not stop: every step runs, kubelet retries the rest.
         errors.keep(self.sandboxes.finish_stop(&sandbox));
@@ -46,7 +44,8 @@ impl Service {
         call.about(id);
         let Some(sandbox) = self.sandboxes.find(id)? else { return Ok(()) };
         self.stop_sandbox(sandbox.id(), call)?;
-        self.each_container(sandbox.id(), |c| self.containers.remove(c, &call.cancel))
+        let cancel = &call.cancel;
+        self.each_container(sandbox.id(), |c| self.containers.remove(c, cancel))
             .context(|| format!("remove sandbox {}", sandbox.id()))?;
         crash::step("remove-sandbox:1-containers");
         self.sandboxes.remove(&sandbox)
