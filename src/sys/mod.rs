@@ -2,11 +2,17 @@
 
 /// Cancellation and deadline of a call.
 pub mod cancel;
+/// Messages of a socket that must not block.
+pub mod channel;
+/// Giving up power: capabilities, system calls.
+pub mod confine;
 /// Files: atomic writes, bounded reads, removal of trees.
 pub mod file;
 /// Ranked locks: the order is asserted in debug builds.
 #[cfg(feature = "daemon")]
 pub mod lock;
+/// Becoming a monitor: session, signals, orphans.
+pub mod monitor;
 /// Mounts and the mount table.
 pub mod mount;
 /// Namespaces: pinning new ones, entering pinned ones.
