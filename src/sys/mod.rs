@@ -5,11 +5,17 @@ pub mod cancel;
 /// Crash points of debug builds.
 #[cfg(feature = "daemon")]
 pub mod crash;
+/// Messages of a socket that must not block.
+pub mod channel;
+/// Giving up power: capabilities, system calls.
+pub mod confine;
 /// Files: atomic writes, bounded reads, removal of trees.
 pub mod file;
 /// Ranked locks: the order is asserted in debug builds.
 #[cfg(feature = "daemon")]
 pub mod lock;
+/// Becoming a monitor: session, signals, orphans.
+pub mod monitor;
 /// Mounts and the mount table.
 pub mod mount;
 /// Namespaces: pinning new ones, entering pinned ones.

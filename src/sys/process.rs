@@ -23,6 +23,7 @@ pub struct Program {
     command: Command,
     path: PathBuf,
     stdin: Vec<u8>,
+    stdin_fd: Option<OwnedFd>,
     stdout: Option<OwnedFd>,
     stderr: Option<OwnedFd>,
     limit: usize,
@@ -58,7 +59,7 @@ impl Program {
         let mut command = Command::new(&path);
         command.env_clear();
         command.env("PATH", std::env::var_os("PATH").unwrap_or_else(|| OsString::from("/usr/sbin:/usr/bin:/sbin:/bin")));
-        Program { command, path, stdin: Vec::new(), stdout: None, stderr: None, limit: OUTPUT_LIMIT }
+        Program { command, path, stdin: Vec::new(), stdin_fd: None, stdout: None, stderr: None, limit: OUTPUT_LIMIT }
     }
 
     pub fn arg(mut self, arg: impl AsRef<OsStr>) -> Program {
@@ -87,6 +88,12 @@ impl Program {
         self
     }
 
+    /// A descriptor for the stdin of a program started by `spawn`.
+    pub fn stdin_from(mut self, fd: OwnedFd) -> Program {
+        self.stdin_fd = Some(fd);
+        self
+    }
+
     /// A descriptor for the program's stdout instead of a captured pipe.
     pub fn stdout_to(mut self, fd: OwnedFd) -> Program {
         self.stdout = Some(fd);
@@ -110,9 +117,9 @@ impl Program {
     }
 
     /// Starts the program in a session-independent process group of its own and lets it live: for monitors. Its
-    /// stdin is /dev/null; stdout and stderr are those given, else /dev/null. The caller reaps it.
+    /// stdin, stdout and stderr are those given, else /dev/null. The caller reaps it.
     pub fn spawn(mut self) -> Result<Child> {
-        self.command.stdin(Stdio::null());
+        self.command.stdin(self.stdin_fd.take().map_or_else(Stdio::null, Stdio::from));
         self.command.stdout(self.stdout.take().map_or_else(Stdio::null, Stdio::from));
         self.command.stderr(self.stderr.take().map_or_else(Stdio::null, Stdio::from));
         self.command.process_group(0);

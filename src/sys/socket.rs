@@ -94,24 +94,47 @@ pub fn receive(stream: &UnixStream) -> Result<Option<(Vec<u8>, Vec<OwnedFd>)>> {
     Ok(Some((message, fds)))
 }
 
-/// Fills `buffer`; false at end of file before the first byte.
-fn fill(stream: &UnixStream, buffer: &mut [u8], fds: &mut Vec<OwnedFd>) -> Result<bool> {
-    let mut filled = 0;
-    while filled < buffer.len() {
+/// Takes the one descriptor that an OCI runtime sends over a console socket, with whatever text beside it.
+pub fn receive_descriptor(stream: &UnixStream) -> Result<OwnedFd> {
+    let mut text = [0; 256];
+    match receive_some(stream, &mut text)? {
+        Some((_, mut fds)) if !fds.is_empty() => Ok(fds.swap_remove(0)),
+        _ => Err(Error::internal("receive descriptor: none came")),
+    }
+}
+
+/// One recvmsg(2): bytes and descriptors. None when a non-blocking socket has nothing.
+pub(super) fn receive_some(stream: &UnixStream, buffer: &mut [u8]) -> Result<Option<(usize, Vec<OwnedFd>)>> {
+    loop {
         let mut control = nix::cmsg_space!([i32; FDS]);
-        let mut slices = [IoSliceMut::new(&mut buffer[filled..])];
+        let mut slices = [IoSliceMut::new(buffer)];
         let got = match recvmsg::<()>(stream.as_raw_fd(), &mut slices, Some(&mut control), MsgFlags::MSG_CMSG_CLOEXEC) {
             Ok(got) => got,
             Err(nix::errno::Errno::EINTR) => continue,
+            Err(nix::errno::Errno::EAGAIN) => return Ok(None),
+            // A peer that died with something unread: its end like any other.
+            Err(nix::errno::Errno::ECONNRESET) => return Ok(Some((0, Vec::new()))),
             Err(e) => return Err(e).context(|| "receive message"),
         };
+        let mut fds = Vec::new();
         for part in got.cmsgs().context(|| "receive message: control data")? {
             if let ControlMessageOwned::ScmRights(raw) = part {
                 // SAFETY: the kernel has just made these descriptors for us; nobody else owns them.
                 fds.extend(raw.into_iter().map(|fd| unsafe { OwnedFd::from_raw_fd(fd) }));
             }
         }
-        match got.bytes {
+        return Ok(Some((got.bytes, fds)));
+    }
+}
+
+/// Fills `buffer`; false at end of file before the first byte.
+fn fill(stream: &UnixStream, buffer: &mut [u8], fds: &mut Vec<OwnedFd>) -> Result<bool> {
+    let mut filled = 0;
+    while filled < buffer.len() {
+        let (bytes, mut more) =
+            receive_some(stream, &mut buffer[filled..])?.ok_or_else(|| Error::deadline("receive message: the peer does not answer"))?;
+        fds.append(&mut more);
+        match bytes {
             0 if filled == 0 => return Ok(false),
             0 => return Err(Error::internal("receive message: the peer hung up in the middle")),
             n => filled += n,

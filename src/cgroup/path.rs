@@ -1,0 +1,86 @@
+//! Cgroup paths of the OCI spec: `/a/b` for the cgroupfs driver, `slice:prefix:name` for systemd's.
+
+use std::path::{Component, PathBuf};
+
+use crate::error::{Error, Result};
+
+/// The path below a hierarchy's mount point that `cgroups_path` stands for. The root and `..` are errors.
+pub fn resolve(cgroups_path: &str) -> Result<PathBuf> {
+    let wrong = |why: &str| Error::invalid(format!("cgroup path {cgroups_path:?}: {why}"));
+    let text = match cgroups_path.split(':').collect::<Vec<_>>()[..] {
+        [slice, prefix, name] if !cgroups_path.starts_with('/') => {
+            let slice = if slice.is_empty() { "system.slice" } else { slice };
+            if prefix.contains('/') || name.is_empty() || name.contains('/') {
+                return Err(wrong("not a systemd unit"));
+            }
+            let parent = expand_slice(slice).ok_or_else(|| wrong("not a systemd slice"))?;
+            format!("{parent}/{}", unit(prefix, name))
+        }
+        _ => cgroups_path.to_owned(),
+    };
+    let mut path = PathBuf::new();
+    for part in PathBuf::from(text).components() {
+        match part {
+            Component::Normal(name) => path.push(name),
+            Component::RootDir | Component::CurDir => {}
+            Component::ParentDir | Component::Prefix(_) => return Err(wrong("it has ..")),
+        }
+    }
+    if path.as_os_str().is_empty() {
+        return Err(wrong("it is the root"));
+    }
+    Ok(path)
+}
+
+/// `a-b.slice` is the directory `a.slice/a-b.slice` (systemd.slice(5)); `-.slice` is the root.
+pub fn expand_slice(slice: &str) -> Option<String> {
+    let name = slice.strip_suffix(".slice")?;
+    if name == "-" {
+        return Some(String::new());
+    }
+    if name.contains('/') || name.split('-').any(str::is_empty) {
+        return None;
+    }
+    let mut path = String::new();
+    for (end, _) in name.match_indices('-').chain([(name.len(), "")]) {
+        path.push('/');
+        path.push_str(&name[..end]);
+        path.push_str(".slice");
+    }
+    Some(path)
+}
+
+/// The unit's name as the OCI runtimes make it.
+fn unit(prefix: &str, name: &str) -> String {
+    if name.ends_with(".slice") {
+        return name.to_owned();
+    }
+    if prefix.is_empty() {
+        return format!("{name}.scope");
+    }
+    format!("{prefix}-{name}.scope")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::path::Path;
+
+    #[test]
+    fn both_forms() {
+        assert_eq!(resolve("/kubepods/pod1/c1").unwrap(), Path::new("kubepods/pod1/c1"));
+        assert_eq!(
+            resolve("kubepods-burstable-pod1.slice:crisp:c1").unwrap(),
+            Path::new("kubepods.slice/kubepods-burstable.slice/kubepods-burstable-pod1.slice/crisp-c1.scope")
+        );
+        assert_eq!(resolve("-.slice:crisp:c1").unwrap(), Path::new("crisp-c1.scope"));
+        assert_eq!(resolve(":crisp:c1").unwrap(), Path::new("system.slice/crisp-c1.scope"));
+    }
+
+    #[test]
+    fn the_root_and_what_climbs_are_refused() {
+        for path in ["", "/", "//", "/.", "/a/../..", "../a", "-.slice:a:../..", "a--b.slice:x:y", "nope:x:y"] {
+            assert!(resolve(path).is_err(), "{path}");
+        }
+    }
+}

@@ -1,0 +1,142 @@
+//! Command lines of the OCI runtimes, and their errors.
+
+use std::ffi::OsString;
+use std::path::Path;
+
+use super::handler::Handler;
+use crate::sys::process::Program;
+
+/// Arguments of one call.
+pub type Args = Vec<OsString>;
+
+/// The program of `handler` with these arguments.
+pub fn program(handler: &Handler, args: Args) -> Program {
+    Program::new(&handler.path).args(args)
+}
+
+/// The global options: state directory, cgroup driver, and the file for errors (JSON lines).
+fn global(handler: &Handler, log: Option<&Path>) -> Args {
+    let mut args: Args = vec!["--root".into(), handler.root.clone().into()];
+    if let Some(log) = log {
+        args.extend(["--log".into(), log.into(), "--log-format".into(), "json".into()]);
+    }
+    if handler.systemd_cgroup {
+        args.push("--systemd-cgroup".into());
+    }
+    args
+}
+
+/// Create and start in one process, which returns once the container's program runs.
+pub fn run(handler: &Handler, log: &Path, bundle: &Path, pid_file: &Path, console: Option<&Path>, id: &str) -> Args {
+    let mut args = global(handler, Some(log));
+    args.extend(["run".into(), "--detach".into(), "--bundle".into(), bundle.into(), "--pid-file".into(), pid_file.into()]);
+    if let Some(console) = console {
+        args.extend(["--console-socket".into(), console.into()]);
+    }
+    args.push(id.into());
+    args
+}
+
+/// A further process, described by the OCI process object in file `process`, in the child cgroup `cgroup` if one is given.
+pub fn exec(handler: &Handler, log: &Path, pid_file: &Path, process: &Path, cgroup: Option<&str>, id: &str) -> Args {
+    let mut args = global(handler, Some(log));
+    args.extend(["exec".into(), "--detach".into(), "--pid-file".into(), pid_file.into(), "--process".into(), process.into()]);
+    if let Some(cgroup) = cgroup {
+        args.extend(["--cgroup".into(), cgroup.into()]);
+    }
+    args.push(id.into());
+    args
+}
+
+/// Signal number `signal` for the container's first process.
+pub fn kill(handler: &Handler, id: &str, signal: i32) -> Args {
+    let mut args = global(handler, None);
+    args.extend(["kill".into(), id.into(), signal.to_string().into()]);
+    args
+}
+
+/// Removes what the runtime keeps of the container, killing it if it lives. One that is not there is fine.
+pub fn delete(handler: &Handler, log: Option<&Path>, id: &str) -> Args {
+    let mut args = global(handler, log);
+    args.extend(["delete".into(), "--force".into(), id.into()]);
+    args
+}
+
+/// New limits, as OCI resources in the file `resources`.
+pub fn update(handler: &Handler, log: &Path, resources: &Path, id: &str) -> Args {
+    let mut args = global(handler, Some(log));
+    args.extend(["update".into(), "--resources".into(), resources.into(), id.into()]);
+    args
+}
+
+/// The state document.
+pub fn state(handler: &Handler, id: &str) -> Args {
+    let mut args = global(handler, None);
+    args.extend(["state".into(), id.into()]);
+    args
+}
+
+/// The features document (runc 1.1, crun 1.9 and later).
+pub fn features() -> Args {
+    vec!["features".into()]
+}
+
+/// The last error that a runtime left in its log, or the last line if none calls itself an error.
+pub fn last_error(log: &str) -> Option<String> {
+    let lines = || log.lines().rev().map(str::trim).filter(|l| !l.is_empty());
+    let parsed = |line: &str| serde_json::from_str::<serde_json::Value>(line).ok();
+    let error = lines().filter_map(parsed).find(|v| matches!(v["level"].as_str(), Some("error" | "fatal")));
+    let text = match error {
+        Some(value) => value["msg"].as_str()?.to_owned(),
+        None => {
+            let line = lines().next()?;
+            parsed(line).and_then(|v| v["msg"].as_str().map(str::to_owned)).unwrap_or_else(|| line.to_owned())
+        }
+    };
+    let text = text.trim();
+    let end = text.char_indices().nth(2048).map_or(text.len(), |(i, _)| i);
+    Some(text[..end].to_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::runtime::Kind;
+
+    fn handler() -> Handler {
+        Handler { name: "runc".into(), path: "/usr/sbin/runc".into(), root: "/run/r".into(), kind: Kind::Runc, systemd_cgroup: false }
+    }
+
+    fn words(args: Args) -> String {
+        args.iter().map(|a| a.to_string_lossy()).collect::<Vec<_>>().join(" ")
+    }
+
+    #[test]
+    fn command_lines() {
+        let h = handler();
+        assert_eq!(
+            words(run(&h, Path::new("/b/log"), Path::new("/b"), Path::new("/b/pid"), None, "c1")),
+            "--root /run/r --log /b/log --log-format json run --detach --bundle /b --pid-file /b/pid c1"
+        );
+        assert_eq!(
+            words(exec(&h, Path::new("/l"), Path::new("/p"), Path::new("/x"), Some("pids:exec-1"), "c1")),
+            "--root /run/r --log /l --log-format json exec --detach --pid-file /p --process /x --cgroup pids:exec-1 c1"
+        );
+        let systemd = Handler { systemd_cgroup: true, ..h };
+        assert_eq!(words(delete(&systemd, None, "c1")), "--root /run/r --systemd-cgroup delete --force c1");
+    }
+
+    /// Captured from runc 1.1.5 and crun 1.8.1.
+    #[test]
+    fn errors_of_the_runtimes() {
+        let runc = concat!(
+            "{\"level\":\"warning\",\"msg\":\"x\",\"time\":\"t\"}\n",
+            "{\"level\":\"error\",\"msg\":\"runc run failed: no such file\",\"time\":\"t\"}\n",
+        );
+        assert_eq!(last_error(runc).as_deref(), Some("runc run failed: no such file"));
+        let crun = "{\"msg\":\"executable file `nope` not found in $PATH\",\"level\":\"error\",\"time\":\"t\"}\n";
+        assert_eq!(last_error(crun).as_deref(), Some("executable file `nope` not found in $PATH"));
+        assert_eq!(last_error("panic: runtime error\n\n").as_deref(), Some("panic: runtime error"));
+        assert_eq!(last_error("\n"), None);
+    }
+}

@@ -1,0 +1,123 @@
+//! Whether an OCI runtime works on this host: it is asked for its version, then made to run a container whose only program is
+//! the shim binary printing its own. A runtime may be installed and still refuse the host's cgroups.
+
+use std::path::Path;
+use std::time::Duration;
+
+use serde_json::json;
+
+use super::handler::Handler;
+use super::oci;
+use crate::cgroup::{Cgroup, Layout};
+use crate::error::{Context, Error, Result};
+use crate::sys::cancel::Cancel;
+use crate::sys::file;
+use crate::sys::process::{Output, Program};
+
+/// Longest run of one command.
+const LIMIT: Duration = Duration::from_secs(10);
+
+/// What a runtime says of itself.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Version {
+    /// `runc`, `crun`.
+    pub name: String,
+    /// `1.1.5`.
+    pub version: String,
+}
+
+/// Proves that `handler` works: gives its version, else its own words about what is wrong. Works in a directory made
+/// below `scratch` and leaves nothing.
+pub fn probe(handler: &Handler, scratch: &Path, shim: &Path) -> Result<Version> {
+    let what = || format!("probe runtime {}", handler.name);
+    let output = Program::new(&handler.path).arg("--version").run_ok(&Cancel::never(), LIMIT).context(what)?;
+    let version = parse_version(&String::from_utf8_lossy(&output.stdout))
+        .ok_or_else(|| Error::precondition(format!("{}: {} --version says no version", what(), handler.path.display())))?;
+    let dir = scratch.join(format!("probe-{}-{}", handler.name, std::process::id()));
+    file::remove_tree(&dir).context(what)?;
+    let ran = run_in(handler, &dir, shim);
+    let cleaned = file::remove_tree(&dir);
+    ran.context(what)?;
+    cleaned.context(what)?;
+    Ok(version)
+}
+
+fn run_in(handler: &Handler, dir: &Path, shim: &Path) -> Result<()> {
+    file::make_dir(&dir.join("rootfs"), 0o700)?;
+    let id = format!("crisp-probe-{}-{}", handler.name, std::process::id());
+    let cgroup = if handler.systemd_cgroup { format!("system.slice:crisp:{id}") } else { format!("/{id}") };
+    let spec = serde_json::to_vec(&spec(shim, &cgroup)).context(|| "write config.json")?;
+    file::write(&dir.join("config.json"), &spec, 0o600, file::Durability::Atomic)?;
+    let log = dir.join("log");
+    // Not detached: its end is the container's end, and its stdout the container's.
+    let mut args = oci::run(handler, &log, dir, &dir.join("pid"), None, &id);
+    args.retain(|a| a != "--detach");
+    let result = oci::program(handler, args).current_dir(dir).run(&Cancel::never(), LIMIT).and_then(|output| judge(&output, &log));
+    let _ = oci::program(handler, oci::delete(handler, None, &id)).run(&Cancel::never(), LIMIT);
+    if let Ok(left) = Layout::detect().and_then(|layout| Cgroup::at(&layout, &cgroup)) {
+        let _ = left.kill_all(Duration::from_secs(1));
+        let _ = left.remove(Duration::from_secs(1));
+    }
+    result
+}
+
+fn judge(output: &Output, log: &Path) -> Result<()> {
+    let log = file::read(log, 1 << 20).unwrap_or_default();
+    if output.status.success() && output.stdout.starts_with(b"crisp-shim ") {
+        return Ok(());
+    }
+    let words = oci::last_error(&String::from_utf8_lossy(&log))
+        .or_else(|| oci::last_error(&String::from_utf8_lossy(&output.stderr)))
+        .unwrap_or_else(|| "its container printed nothing".to_owned());
+    Err(Error::precondition(format!("run a container: {}: {words}", output.describe())))
+}
+
+/// No network namespace and no proc: the program needs neither.
+fn spec(shim: &Path, cgroup: &str) -> serde_json::Value {
+    json!({
+        "ociVersion": "1.0.2",
+        "process": {"cwd": "/", "user": {"uid": 0, "gid": 0}, "args": ["/crisp-shim", "--version"], "env": ["PATH=/"], "terminal": false,
+            "noNewPrivileges": true},
+        "root": {"path": "rootfs", "readonly": false},
+        "mounts": [
+            {"destination": "/proc", "type": "proc", "source": "proc"},
+            {"destination": "/crisp-shim", "type": "bind", "source": shim, "options": ["bind", "ro"]},
+        ],
+        "linux": {
+            "cgroupsPath": cgroup,
+            "namespaces": [{"type": "pid"}, {"type": "mount"}, {"type": "ipc"}, {"type": "uts"}],
+        },
+    })
+}
+
+/// The first line: `runc version 1.1.5+ds1`, `crun version 1.8.1`.
+fn parse_version(text: &str) -> Option<Version> {
+    let mut words = text.lines().next()?.split_whitespace();
+    let (name, version) = (words.next()?, words.next_back()?);
+    version.starts_with(|c: char| c.is_ascii_digit()).then(|| Version { name: name.to_owned(), version: version.to_owned() })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::runtime::Kind;
+
+    #[test]
+    fn version_lines() {
+        let runc = parse_version("runc version 1.1.5+ds1\ncommit: 1.1.5+ds1-1+deb12u1\nspec: 1.0.2-dev\n").unwrap();
+        assert_eq!((runc.name.as_str(), runc.version.as_str()), ("runc", "1.1.5+ds1"));
+        assert_eq!(parse_version("crun version 1.8.1\n").unwrap().version, "1.8.1");
+        assert_eq!(parse_version("usage: thing\n"), None);
+        assert_eq!(parse_version(""), None);
+    }
+
+    #[test]
+    fn a_missing_runtime_is_named() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = "/nonexistent/crun".into();
+        let handler = Handler { name: "crun".into(), path, root: dir.path().join("oci"), kind: Kind::Crun, systemd_cgroup: false };
+        let error = probe(&handler, dir.path(), Path::new("/bin/true")).unwrap_err();
+        assert!(error.message().starts_with("probe runtime crun: run /nonexistent/crun: "), "{error}");
+        assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 0);
+    }
+}

@@ -1,0 +1,252 @@
+//! The daemon's side of the shim: starts it, asks it, hears of the end. Calls block, each for a bounded time.
+
+use std::fs::File;
+use std::io::Read;
+use std::os::fd::{AsFd, BorrowedFd};
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use nix::poll::PollFlags;
+
+use super::protocol::{Answer, Envelope, Event, ExecRequest, ExitRecord, Request, ShimConfig, State, CONFIG_FILE, SOCKET_FILE, VERSION};
+use super::record;
+use crate::cgroup::Cgroup;
+use crate::error::{Code, Context, Error, ErrorList, Result};
+use crate::runtime::{oci, Handler};
+use crate::sys::cancel::Cancel;
+use crate::sys::process::{self, Program};
+use crate::sys::{file, monitor, socket};
+
+/// How long a shim may take to answer what it can answer at once.
+const ANSWER_LIMIT: Duration = Duration::from_secs(10);
+/// How long it may take to undo a start that we have given up.
+const UNDO_LIMIT: Duration = Duration::from_secs(15);
+
+/// A container that runs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Started {
+    pub pid: i32,
+    /// Of `pid`: clock ticks since boot.
+    pub start_time: u64,
+    pub shim_pid: i32,
+}
+
+/// Starts the container whose bundle is `dir`, under a shim of its own that outlives this process. When `cancel` ends or
+/// `timeout` passes first, the start is undone before the error comes. Nobody has to reap anything afterwards.
+pub fn start(shim: &Path, dir: &Path, config: &ShimConfig, cancel: &Cancel, timeout: Duration) -> Result<Started> {
+    let what = || format!("start container {}", config.id);
+    let text = serde_json::to_vec(config).context(what)?;
+    file::write(&dir.join(CONFIG_FILE), &text, 0o600, file::Durability::Atomic)?;
+    let (answer, line) = monitor::pipe()?;
+    process::set_nonblocking(&answer)?;
+    let mut parent = Program::new(shim).arg("container").arg(dir).stdout_to(line).spawn().context(what)?;
+    let mut answer = File::from(answer);
+    let waited = read_answer(&mut answer, &cancel.within(timeout));
+    if waited.is_err() {
+        // Killing while it starts undoes the start. If it won the race it is killed all the same, and its exit record
+        // tells. A shim that cannot even do that is left to `cleanup_dead`.
+        let _ = Client::new(dir).kill(libc::SIGKILL, true);
+        let _ = read_answer(&mut answer, &Cancel::never().within(UNDO_LIMIT));
+    }
+    // It forks and ends at once: this waits for nothing.
+    parent.wait().context(what)?;
+    match waited.context(what)? {
+        Answer::Started { pid, start_time, shim_pid } => Ok(Started { pid, start_time, shim_pid }),
+        Answer::Failed { error } => Err(Error::from(error)).context(what),
+    }
+}
+
+/// Reads the shim's one line.
+fn read_answer(from: &mut File, cancel: &Cancel) -> Result<Answer> {
+    let mut text = Vec::new();
+    let mut chunk = [0; 4096];
+    loop {
+        cancel.poll(&[(from.as_fd(), PollFlags::POLLIN)], None)?;
+        match from.read(&mut chunk) {
+            Ok(0) => return Err(Error::internal("the shim ended without an answer")),
+            Ok(n) => text.extend_from_slice(&chunk[..n]),
+            Err(e) if matches!(e.kind(), std::io::ErrorKind::WouldBlock | std::io::ErrorKind::Interrupted) => continue,
+            Err(e) => return Err(e).context(|| "read the shim's answer"),
+        }
+        if let Some(end) = text.iter().position(|b| *b == b'\n') {
+            return serde_json::from_slice(&text[..end]).context(|| "read the shim's answer");
+        }
+        if text.len() > 64 * 1024 {
+            return Err(Error::internal("read the shim's answer: it does not end"));
+        }
+    }
+}
+
+/// The shim of the container in a directory, alive or not.
+#[derive(Clone, Debug)]
+pub struct Client {
+    socket: PathBuf,
+}
+
+impl Client {
+    pub fn new(dir: &Path) -> Client {
+        Client { socket: dir.join(SOCKET_FILE) }
+    }
+
+    /// Sends a request on a connection of its own.
+    fn ask(&self, body: Request, fds: &[BorrowedFd<'_>]) -> Result<UnixStream> {
+        let stream = socket::connect(&self.socket).map_err(|e| e.with_code(Code::Unavailable))?;
+        stream.set_read_timeout(Some(ANSWER_LIMIT)).context(|| "set a timeout on the shim's socket")?;
+        stream.set_write_timeout(Some(ANSWER_LIMIT)).context(|| "set a timeout on the shim's socket")?;
+        let message = serde_json::to_vec(&Envelope { version: VERSION, body }).context(|| "write request to the shim")?;
+        socket::send(&stream, &message, fds)?;
+        Ok(stream)
+    }
+
+    /// A request with one answer, which may take until `limit`.
+    fn call(&self, body: Request, limit: Duration) -> Result<Event> {
+        let stream = self.ask(body, &[])?;
+        stream.set_read_timeout(Some(limit)).context(|| "set a timeout on the shim's socket")?;
+        next_event(&stream)?.ok_or_else(gone)
+    }
+
+    fn order(&self, body: Request, limit: Duration) -> Result<()> {
+        match self.call(body, limit)? {
+            Event::Done => Ok(()),
+            other => Err(unexpected(&other)),
+        }
+    }
+
+    /// What the shim knows. UNAVAILABLE when nobody listens.
+    pub fn state(&self) -> Result<State> {
+        match self.call(Request::State, ANSWER_LIMIT)? {
+            Event::State(state) => Ok(state),
+            other => Err(unexpected(&other)),
+        }
+    }
+
+    /// Sends a signal to the first process, or with `all` to every process of the container. One that has ended is fine;
+    /// one that is starting is given up.
+    pub fn kill(&self, signal: i32, all: bool) -> Result<()> {
+        self.order(Request::Kill { signal, all }, ANSWER_LIMIT)
+    }
+
+    /// Goes on logging in a new file, which exists when this returns.
+    pub fn reopen_log(&self, path: &Path) -> Result<()> {
+        self.order(Request::ReopenLog { path: path.to_owned() }, ANSWER_LIMIT)
+    }
+
+    /// Applies OCI resources. `limit`: the time limit of runtime commands, and a little.
+    pub fn update(&self, resources: serde_json::Value, limit: Duration) -> Result<()> {
+        self.order(Request::Update { resources }, limit)
+    }
+
+    /// Starts a further process with these as stdin, stdout and stderr; returns once it runs. `limit` as for `update`.
+    pub fn exec(&self, request: &ExecRequest, fds: [BorrowedFd<'_>; 3], limit: Duration) -> Result<RunningExec> {
+        let stream = self.ask(Request::Exec(request.clone()), &fds)?;
+        stream.set_read_timeout(Some(limit)).context(|| "set a timeout on the shim's socket")?;
+        match next_event(&stream)?.ok_or_else(gone)? {
+            Event::Started { pid } => Ok(RunningExec { stream, pid, id: request.id.clone(), client: self.clone() }),
+            other => Err(unexpected(&other)),
+        }
+    }
+
+    /// Hears of everything from now on.
+    pub fn watch(&self) -> Result<Watch> {
+        Ok(Watch { stream: self.ask(Request::Watch, &[])? })
+    }
+}
+
+fn gone() -> Error {
+    Error::new(Code::Unavailable, "the shim is gone")
+}
+
+fn unexpected(event: &Event) -> Error {
+    Error::internal(format!("the shim answered {event:?}"))
+}
+
+/// The next message; an error message becomes an error. None at the end of the connection.
+fn next_event(stream: &UnixStream) -> Result<Option<Event>> {
+    let Some((message, _)) = socket::receive(stream)? else { return Ok(None) };
+    match serde_json::from_slice(&message).context(|| "read the shim's message")? {
+        Event::Error(fault) => Err(Error::from(fault)),
+        event => Ok(Some(event)),
+    }
+}
+
+/// An exec'd process. Dropping this before its end kills it with all it has started.
+#[derive(Debug)]
+pub struct RunningExec {
+    stream: UnixStream,
+    pid: i32,
+    id: String,
+    client: Client,
+}
+
+impl RunningExec {
+    /// On the host.
+    pub fn pid(&self) -> i32 {
+        self.pid
+    }
+
+    /// Waits for the end: the exit code, 128 + signal for a signal. What it has left running lives on. When `cancel` ends
+    /// first, the process is untouched: `kill` it.
+    pub fn wait(&self, cancel: &Cancel) -> Result<i32> {
+        cancel.poll(&[(self.stream.as_fd(), PollFlags::POLLIN)], None)?;
+        match next_event(&self.stream)?.ok_or_else(gone)? {
+            Event::Exited { code } => Ok(code),
+            other => Err(unexpected(&other)),
+        }
+    }
+
+    /// Kills it with all it has started; they are dead when this returns. One that has ended is fine.
+    pub fn kill(&self) -> Result<()> {
+        match self.client.order(Request::ExecKill { id: self.id.clone() }, ANSWER_LIMIT) {
+            Err(e) if e.code() == Code::NotFound => Ok(()),
+            result => result,
+        }
+    }
+}
+
+impl AsFd for RunningExec {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.stream.as_fd()
+    }
+}
+
+/// Events of one container: its state first. Poll the descriptor, then call `next`.
+#[derive(Debug)]
+pub struct Watch {
+    stream: UnixStream,
+}
+
+impl Watch {
+    /// The next event; None once the shim is gone.
+    pub fn next(&self) -> Result<Option<Event>> {
+        next_event(&self.stream)
+    }
+}
+
+impl AsFd for Watch {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.stream.as_fd()
+    }
+}
+
+/// How the container in `dir` ended, if its shim could say.
+pub fn exit_record(dir: &Path) -> Result<Option<ExitRecord>> {
+    record::read(dir)
+}
+
+/// Cleans up after a shim that died: kills the container, makes the OCI runtime forget it, removes cgroups and sockets.
+/// Everything is tried whatever fails before. Harmless on a container of which nothing is left.
+pub fn cleanup_dead(handler: &Handler, id: &str, dir: &Path, cgroup: Option<&Cgroup>, limit: Duration) -> Result<()> {
+    let mut errors = ErrorList::default();
+    if let Some(cgroup) = cgroup {
+        errors.keep(cgroup.kill_all(limit));
+    }
+    errors.keep(oci::program(handler, oci::delete(handler, None, id)).run_ok(&Cancel::never(), limit).map(drop));
+    if let Some(cgroup) = cgroup {
+        errors.keep(cgroup.remove(Duration::from_secs(1)));
+    }
+    for name in [SOCKET_FILE, "console.sock", "pid", "runtime.log", "delete.log"] {
+        errors.keep(file::remove_file(&dir.join(name)));
+    }
+    errors.finish().context(|| format!("clean up container {id}"))
+}

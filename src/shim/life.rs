@@ -1,0 +1,231 @@
+//! The life of the container in its shim: started by the OCI runtime, watched, and after its first process has ended: the rest
+//! killed, output read to its end, exit record written, watchers told, the OCI runtime made to forget it. In this order: whoever
+//! hears of an exit finds its record, and whoever finds a shim gone without a record knows that it died.
+
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+
+use super::exec::read_pid;
+use super::protocol::{Answer, Event, ExitRecord, Fault, Phase, VERSION};
+use super::record;
+use super::server::{say, Ending, Shim};
+use super::stdio::Stdio;
+use super::task::{Purpose, Task};
+use crate::error::{Error, Result};
+use crate::runtime::oci;
+use crate::sys::monitor::{self, End};
+use crate::sys::{file, pidfd};
+
+/// How long processes may take to die of SIGKILL before we go on without them.
+const KILL_LIMIT: Duration = Duration::from_secs(10);
+/// How long output is awaited once nothing of the container lives: something else holds the pipe then.
+const DRAIN_LIMIT: Duration = Duration::from_secs(1);
+/// How long removing the cgroups may take.
+const REMOVE_LIMIT: Duration = Duration::from_millis(500);
+
+const PID_FILE: &str = "pid";
+const RUN_LOG: &str = "runtime.log";
+const DELETE_LOG: &str = "delete.log";
+
+impl Shim {
+    /// Starts the OCI runtime's run.
+    pub fn start_container(&mut self) {
+        if let Err(error) = self.start_run() {
+            self.fail(error);
+        }
+    }
+
+    fn start_run(&mut self) -> Result<()> {
+        let (stdio, ends) = Stdio::open(&self.config, &self.dir)?;
+        self.stdio = stdio;
+        let (pid_file, log) = (self.dir.join(PID_FILE), self.dir.join(RUN_LOG));
+        file::remove_file(&pid_file)?;
+        file::remove_file(&log)?;
+        let handler = &self.config.handler;
+        let args = oci::run(handler, &log, &self.dir, &pid_file, ends.console.as_deref(), &self.config.id);
+        let mut program = oci::program(handler, args).current_dir(&self.dir).stderr_to(ends.stderr);
+        if let Some(fd) = ends.stdin {
+            program = program.stdin_from(fd);
+        }
+        if let Some(fd) = ends.stdout {
+            program = program.stdout_to(fd);
+        }
+        let task = Task::start(program, &handler.path, Purpose::Run, log, Vec::new(), self.limit())?;
+        self.tasks.push(task);
+        Ok(())
+    }
+
+    /// Stops a start that is under way.
+    pub fn abort_run(&mut self, why: Error) {
+        if let Some(task) = self.tasks.iter_mut().find(|t| t.purpose == Purpose::Run) {
+            task.abort(why);
+        }
+    }
+
+    /// Everything that is due: children, deadlines, the way to the end. Gives the time to come again.
+    pub fn advance(&mut self, now: Instant) -> Option<Instant> {
+        self.tasks.iter_mut().for_each(|t| t.check(now));
+        self.reap();
+        let mut again = None;
+        let mut sooner = |time: Option<Instant>| again = [again, time].into_iter().flatten().min();
+        sooner(self.advance_execs(now));
+        if let Some(oom) = &mut self.oom {
+            let grown = oom.look(&self.cgroup, now);
+            sooner(oom.deadline(now));
+            if grown.is_some() {
+                let kills = self.oom_kills();
+                self.tell_watchers(&Event::Oom { kills });
+            }
+        }
+        sooner(self.advance_ending(now));
+        // Last: the steps before may have started one.
+        sooner(self.tasks.iter().map(|t| t.deadline).min());
+        again
+    }
+
+    /// Takes dead children. While the OCI runtime is bringing a process of the container, only those we know by number: the
+    /// unknown one may be just that process, and its pid must stay taken until we have read it.
+    fn reap(&mut self) {
+        let mut index = 0;
+        while index < self.tasks.len() {
+            match monitor::reap(Some(self.tasks[index].pid)) {
+                Some((_, end)) => {
+                    let task = self.tasks.swap_remove(index);
+                    self.task_ended(task, end);
+                }
+                None => index += 1,
+            }
+        }
+        if self.tasks.iter().any(|t| t.purpose.brings_child()) {
+            let known: Vec<i32> = self.execs.iter().filter_map(|e| e.pid).chain((self.pid > 0).then_some(self.pid)).collect();
+            for pid in known {
+                if let Some((pid, end)) = monitor::reap(Some(pid)) {
+                    self.process_ended(pid, end);
+                }
+            }
+            return;
+        }
+        while let Some((pid, end)) = monitor::reap(None) {
+            match self.tasks.iter().position(|t| t.pid == pid) {
+                Some(index) => {
+                    let task = self.tasks.swap_remove(index);
+                    self.task_ended(task, end);
+                }
+                None => self.process_ended(pid, end),
+            }
+        }
+    }
+
+    fn process_ended(&mut self, pid: i32, end: End) {
+        if pid == self.pid {
+            self.first_process_ended(end);
+        } else if let Some(number) = self.execs.iter().find(|e| e.pid == Some(pid)).map(|e| e.number) {
+            self.exec_ended(number, end.exit_code());
+        }
+    }
+
+    fn task_ended(&mut self, task: Task, end: End) {
+        let purpose = task.purpose;
+        let stdio = &mut self.stdio;
+        let result = task.outcome(end, || if purpose == Purpose::Run { stdio.runtime_words() } else { String::new() });
+        match purpose {
+            Purpose::Run => {
+                if let Err(error) = result.and_then(|()| self.running()) {
+                    self.fail(error);
+                }
+            }
+            Purpose::Exec(number) => self.exec_started(number, result),
+            Purpose::Update(peer) => self.answer_result(peer, result),
+            Purpose::Delete => self.deleted(),
+        }
+    }
+
+    /// The OCI runtime says that the container runs.
+    fn running(&mut self) -> Result<()> {
+        let pid = read_pid(&self.dir.join(PID_FILE))?;
+        // The OCI runtime may have been faster than our loop.
+        self.stdio.take_console()?;
+        self.pid = pid;
+        // It may have ended already; until it is reaped its start time can be read.
+        self.start_time = pidfd::start_time_of(pid).unwrap_or(0);
+        self.phase = Phase::Running;
+        self.stdio.started();
+        self.oom = super::oom::OomWatch::new(&self.cgroup);
+        self.answered = true;
+        say(&Answer::Started { pid, start_time: self.start_time, shim_pid: std::process::id() as i32 });
+        self.tell_state();
+        Ok(())
+    }
+
+    /// The start has failed: undo, then say why.
+    fn fail(&mut self, error: Error) {
+        self.stdio.close(&mut self.log);
+        let _ = self.cgroup.kill_all(REMOVE_LIMIT);
+        self.delete(Some(error));
+    }
+
+    fn first_process_ended(&mut self, end: End) {
+        let finished_at = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_nanos() as i64);
+        let record =
+            ExitRecord { version: VERSION, exit_code: end.exit_code(), signal: end.signal(), oom: self.oom_kills() > 0, finished_at };
+        self.pid = 0;
+        // Its descriptor reports for ever once the cgroup is gone.
+        self.oom = None;
+        self.phase = Phase::Ending;
+        for task in &mut self.tasks {
+            task.abort(Error::precondition("the container has ended"));
+        }
+        for exec in &mut self.execs {
+            exec.kill = true;
+        }
+        self.ending = Some(Ending::Killing(record, Instant::now() + KILL_LIMIT));
+    }
+
+    fn advance_ending(&mut self, now: Instant) -> Option<Instant> {
+        if let Some(Ending::Killing(record, until)) = &self.ending {
+            // In a PID namespace of its own everything is dead by now; in a shared one it is not.
+            if self.cgroup.kill_once() > 0 && now < *until {
+                return Some(now + Duration::from_millis(2));
+            }
+            self.ending = Some(Ending::Draining(record.clone(), now + DRAIN_LIMIT));
+        }
+        if let Some(Ending::Draining(record, until)) = &self.ending {
+            if !self.stdio.is_closed() && now < *until {
+                return Some(*until);
+            }
+            let record = record.clone();
+            self.stdio.close(&mut self.log);
+            // Without the record the daemon still learns the end from the event, or that this shim is gone.
+            let _ = record::write(&self.dir, &record);
+            self.phase = Phase::Exited;
+            self.tell_watchers(&Event::Exit(record));
+            self.delete(None);
+        }
+        None
+    }
+
+    /// Makes the OCI runtime forget the container.
+    fn delete(&mut self, error: Option<Error>) {
+        self.ending = Some(Ending::Deleting(error));
+        let log = self.dir.join(DELETE_LOG);
+        let handler = &self.config.handler;
+        let program = oci::program(handler, oci::delete(handler, Some(&log), &self.config.id)).current_dir(&self.dir);
+        match Task::start(program, &handler.path, Purpose::Delete, log, Vec::new(), self.limit()) {
+            Ok(task) => self.tasks.push(task),
+            Err(_) => self.deleted(),
+        }
+    }
+
+    /// The last step. What the OCI runtime could not remove is tried once more; the daemon looks again when the container is removed.
+    fn deleted(&mut self) {
+        let _ = self.cgroup.kill_all(REMOVE_LIMIT);
+        let _ = self.cgroup.remove(REMOVE_LIMIT);
+        let _ = file::remove_file(&self.dir.join(PID_FILE));
+        let _ = file::remove_file(&self.dir.join(super::protocol::SOCKET_FILE));
+        if let Some(Ending::Deleting(Some(error))) = &self.ending {
+            if !self.answered {
+                say(&Answer::Failed { error: Fault::from(error) });
+            }
+        }
+        self.finished = true;
+    }
+}

@@ -1,0 +1,141 @@
+//! The container's stdin, stdout and stderr: pipes, or a terminal whose other end the OCI runtime sends us.
+
+use std::fs::File;
+use std::io::Read;
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::net::UnixListener;
+use std::path::{Path, PathBuf};
+
+use super::log::{Log, Output, Pumped};
+use super::protocol::ShimConfig;
+use crate::error::{Context, Result};
+use crate::sys::{file, monitor, process, socket};
+
+const CONSOLE_FILE: &str = "console.sock";
+
+/// Our ends.
+#[derive(Default)]
+pub struct Stdio {
+    /// stdout and stderr, or the terminal; None once closed.
+    outputs: [Option<Output<File>>; 2],
+    /// Kept open for as long as the container may read it. Attachment will write here.
+    stdin: Option<OwnedFd>,
+    /// What the OCI runtime itself says when the container has a terminal.
+    errors: Option<File>,
+    console: Option<(UnixListener, PathBuf)>,
+}
+
+/// The container's ends, for the OCI runtime to inherit.
+pub struct Inherited {
+    pub stdin: Option<OwnedFd>,
+    pub stdout: Option<OwnedFd>,
+    pub stderr: OwnedFd,
+    /// For `--console-socket`; relative to the container's directory where the path would be too long for a socket.
+    pub console: Option<PathBuf>,
+}
+
+impl Stdio {
+    pub fn open(config: &ShimConfig, dir: &Path) -> Result<(Stdio, Inherited)> {
+        let owner = |fd: &OwnedFd| -> Result<()> {
+            if config.stdio_uid.is_none() && config.stdio_gid.is_none() {
+                return Ok(());
+            }
+            let (uid, gid) = (config.stdio_uid.map(Into::into), config.stdio_gid.map(Into::into));
+            nix::unistd::fchown(fd, uid, gid).context(|| "give the stdio pipes to the container's user")
+        };
+        let (errors, stderr) = read_end(&owner)?;
+        if config.tty {
+            let path = dir.join(CONSOLE_FILE);
+            let listener = socket::listen(&path, 0o600)?;
+            listener.set_nonblocking(true).context(|| "set O_NONBLOCK")?;
+            let shown = if path.as_os_str().len() < 108 { path.clone() } else { PathBuf::from(CONSOLE_FILE) };
+            let stdio = Stdio { outputs: [None, None], stdin: None, errors: Some(errors), console: Some((listener, path)) };
+            return Ok((stdio, Inherited { stdin: None, stdout: None, stderr, console: Some(shown) }));
+        }
+        let (output, stdout) = read_end(&owner)?;
+        let (stdin, kept) = match config.stdin {
+            true => {
+                let (read, write) = monitor::pipe()?;
+                owner(&read)?;
+                (Some(read), Some(write))
+            }
+            false => (None, None),
+        };
+        let outputs = [Some(Output::new(output, "stdout")), Some(Output::new(errors, "stderr"))];
+        let stdio = Stdio { outputs, stdin: kept, errors: None, console: None };
+        Ok((stdio, Inherited { stdin, stdout: Some(stdout), stderr, console: None }))
+    }
+
+    /// Outputs that are open, with the number for `pump`.
+    pub fn open_outputs(&self) -> impl Iterator<Item = (usize, &File)> {
+        self.outputs.iter().enumerate().filter_map(|(i, o)| Some((i, o.as_ref()?.reader())))
+    }
+
+    /// The socket on which the terminal will come.
+    pub fn console(&self) -> Option<&UnixListener> {
+        self.console.as_ref().map(|c| &c.0)
+    }
+
+    /// Takes the terminal that the OCI runtime sends.
+    pub fn take_console(&mut self) -> Result<()> {
+        let Some((listener, path)) = &self.console else { return Ok(()) };
+        let (stream, _) = listener.accept().context(|| "accept the OCI runtime on the console socket")?;
+        socket::check_peer(&stream)?;
+        // It sends at once; one that does not must not hold us.
+        stream.set_read_timeout(Some(std::time::Duration::from_secs(1))).context(|| "set a timeout on the console socket")?;
+        let master = socket::receive_descriptor(&stream)?;
+        process::set_nonblocking(master.as_fd())?;
+        self.outputs[0] = Some(Output::new(File::from(master), "stdout"));
+        file::remove_file(path)?;
+        self.console = None;
+        Ok(())
+    }
+
+    /// What a failed OCI runtime has said on stderr, before anything of the container could.
+    pub fn runtime_words(&mut self) -> String {
+        let mut text = [0; 4096];
+        let mut reader: Option<&File> = self.errors.as_ref().or_else(|| self.outputs[1].as_ref().map(Output::reader));
+        let n = reader.as_mut().map_or(0, |r| r.read(&mut text).unwrap_or(0));
+        String::from_utf8_lossy(&text[..n]).into_owned()
+    }
+
+    /// The container runs: from here on all output is its own.
+    pub fn started(&mut self) {
+        self.errors = None;
+    }
+
+    /// Moves what output `index` has into the log.
+    pub fn pump(&mut self, index: usize, log: &mut Log) {
+        if let Some(output) = &mut self.outputs[index] {
+            if output.pump(log) == Pumped::End {
+                output.finish(log);
+                self.outputs[index] = None;
+            }
+        }
+    }
+
+    pub fn is_closed(&self) -> bool {
+        self.outputs.iter().all(Option::is_none)
+    }
+
+    /// Logs what has no newline yet and closes everything.
+    pub fn close(&mut self, log: &mut Log) {
+        for output in self.outputs.iter_mut().flatten() {
+            output.finish(log);
+        }
+        self.outputs = [None, None];
+        self.stdin = None;
+        self.errors = None;
+        if let Some((_, path)) = self.console.take() {
+            let _ = file::remove_file(&path);
+        }
+    }
+}
+
+/// A pipe whose read end does not block.
+fn read_end(owner: &dyn Fn(&OwnedFd) -> Result<()>) -> Result<(File, OwnedFd)> {
+    let (read, write) = monitor::pipe()?;
+    owner(&write)?;
+    process::set_nonblocking(read.as_fd())?;
+    Ok((File::from(read), write))
+}
