@@ -275,3 +275,5 @@ impl Images {
 
 #[cfg(test)]
 mod tests;
+#[cfg(test)]
+mod tests_registry;

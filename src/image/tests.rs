@@ -20,13 +20,13 @@ fn tar(files: &[(&str, &[u8])]) -> Vec<u8> {
     builder.into_inner().unwrap()
 }
 
-fn gzip(data: &[u8]) -> Vec<u8> {
+pub(super) fn gzip(data: &[u8]) -> Vec<u8> {
     let mut encoder = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::fast());
     encoder.write_all(data).unwrap();
     encoder.finish().unwrap()
 }
 
-fn config(layers: &[&[u8]], user: &str) -> Vec<u8> {
+pub(super) fn config(layers: &[&[u8]], user: &str) -> Vec<u8> {
     let host = Platform::host();
     let diff_ids: Vec<String> = layers.iter().map(|l| Digest::of(l).to_string()).collect();
     serde_json::json!({
@@ -38,8 +38,13 @@ fn config(layers: &[&[u8]], user: &str) -> Vec<u8> {
     .into_bytes()
 }
 
+/// A layer of one file with its name in it.
+pub(super) fn layer_tar(name: &str) -> Vec<u8> {
+    tar(&[(name, name.as_bytes())])
+}
+
 /// An OCI layout as files of a tar; gives the config's and the manifest's digest too.
-pub(super) fn oci_archive(name: Option<&str>, user: &str, layers: &[&[u8]]) -> (Vec<u8>, String, String) {
+fn oci_archive(name: Option<&str>, user: &str, layers: &[&[u8]]) -> (Vec<u8>, String, String) {
     let config = config(layers, user);
     let blobs: Vec<Vec<u8>> = layers.iter().map(|l| gzip(l)).collect();
     let descriptor = |t: &str, data: &[u8]| manifest::Descriptor::new(t, Digest::of(data), data.len() as u64);
@@ -184,9 +189,6 @@ fn wrong_blobs_commit_nothing() {
     let (dir, images) = store();
     let layer = tar(&[("a", b"1")]);
     let (archive, ..) = oci_archive(Some("x:latest"), "", &[&layer]);
-    let other = oci_archive(Some("x:latest"), "", &[&tar(&[("a", b"2")])]).0;
-    let text = String::from_utf8_lossy(&other);
-    assert!(!text.is_empty());
     // The layer's blob is replaced by one of equal length and wrong content.
     let blob = gzip(&layer);
     let at = archive.windows(blob.len()).position(|w| w == blob).unwrap();
