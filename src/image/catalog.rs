@@ -50,9 +50,7 @@ impl Image {
 
     /// Paths of the image's volumes, sorted.
     pub fn volumes(&self) -> Vec<String> {
-        let mut volumes = self.config.config().as_ref().and_then(|c| c.volumes().clone()).unwrap_or_default();
-        volumes.sort();
-        volumes
+        self.config.config().as_ref().and_then(|c| c.volumes().clone()).unwrap_or_default()
     }
 
     pub fn stop_signal(&self) -> Option<&str> {

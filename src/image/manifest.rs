@@ -239,7 +239,7 @@ pub fn choose<'a>(entries: &'a [Descriptor], platform: &Platform) -> Result<&'a 
 /// A parsed config with its diff IDs, as many as the manifest has layers.
 pub fn parse_config(data: &[u8], layers: usize, platform: &Platform) -> Result<(ImageConfiguration, Vec<Digest>)> {
     let failed = |e: Error| e.with_code(crate::error::Code::FailedPrecondition);
-    let config: ImageConfiguration = serde_json::from_slice(data).context(|| "parse image config").map_err(failed)?;
+    let mut config: ImageConfiguration = serde_json::from_slice(data).context(|| "parse image config").map_err(failed)?;
     let diff_ids: Vec<Digest> =
         config.rootfs().diff_ids().iter().map(|d| Digest::parse(d)).collect::<Result<_>>().context(|| "image config").map_err(failed)?;
     if diff_ids.len() != layers {
@@ -249,6 +249,18 @@ pub fn parse_config(data: &[u8], layers: usize, platform: &Platform) -> Result<(
     let said = |text: &str, want: &str| text.is_empty() || text == want;
     if !said(&os, &platform.os) || !said(&architecture, &platform.architecture) {
         return Err(Error::precondition(format!("the image is for {os}/{architecture}, this host is {platform}")));
+    }
+    // Sets in JSON, lists in the type: sorted, so that equal images compare equal.
+    if let Some(mut inside) = config.config().clone() {
+        let sorted = |list: &Option<Vec<String>>| {
+            let mut list = list.clone();
+            list.iter_mut().for_each(|l| l.sort());
+            list
+        };
+        let (volumes, ports) = (sorted(inside.volumes()), sorted(inside.exposed_ports()));
+        inside.set_volumes(volumes);
+        inside.set_exposed_ports(ports);
+        config.set_config(Some(inside));
     }
     Ok((config, diff_ids))
 }

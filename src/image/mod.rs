@@ -4,6 +4,7 @@
 //! digest, decompression, diff ID and unpacking in one pass) and records the image last. Nothing incomplete is seen.
 
 mod assemble;
+mod auth;
 mod catalog;
 mod decompress;
 mod digest;
@@ -13,7 +14,9 @@ mod layers;
 mod manifest;
 mod metadata;
 mod preload;
+mod pull;
 mod reference;
+mod registry;
 mod tarball;
 mod unpack;
 
@@ -21,13 +24,17 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::AtomicU64;
 use std::sync::Arc;
 
+pub use auth::Auth;
 pub use catalog::Image;
 pub use digest::Digest;
 pub use manifest::Platform;
 pub use reference::{Reference, Version};
+pub use registry::RegistrySettings;
 
 use catalog::Catalog;
+use flight::Flights;
 use layers::{Layers, Usage};
+use registry::Client;
 
 use crate::error::{Context, Result};
 use crate::sys::cancel::Cancel;
@@ -39,6 +46,7 @@ pub struct Settings {
     /// The daemon's root: `images`, `layers`, `quarantine` are made below.
     pub root: PathBuf,
     pub bounds: Bounds,
+    pub registry: RegistrySettings,
     pub platform: Platform,
     /// References that garbage collection must leave alone.
     pub pinned: Vec<String>,
@@ -47,7 +55,13 @@ pub struct Settings {
 impl Settings {
     /// Defaults for a root.
     pub fn new(root: &Path) -> Settings {
-        Settings { root: root.to_owned(), bounds: Bounds::default(), platform: Platform::host(), pinned: Vec::new() }
+        Settings {
+            root: root.to_owned(),
+            bounds: Bounds::default(),
+            registry: RegistrySettings::default(),
+            platform: Platform::host(),
+            pinned: Vec::new(),
+        }
     }
 }
 
@@ -125,6 +139,8 @@ struct Inner {
     platform: Platform,
     catalog: Catalog,
     layers: Layers,
+    client: Arc<Client>,
+    flights: Arc<Flights>,
     /// False until a restart when the index was lost: see `Catalog::open`.
     may_collect: bool,
     /// For short-lived files without a name.
@@ -156,10 +172,24 @@ impl Images {
                 platform: settings.platform,
                 catalog,
                 layers,
+                client: Arc::new(Client::new(settings.registry)),
+                flights: Arc::new(Flights::new()),
                 may_collect,
                 serial: AtomicU64::new(0),
             }),
         })
+    }
+
+    /// Pulls an image, or joins the pull of it that is under way (same reference, same credentials). `cancel` ends this
+    /// caller's wait; the pull itself ends with its last waiter. Registries that cannot be reached: code UNKNOWN with a message
+    /// that starts with `RegistryUnavailable`, so callers put no words in front.
+    pub fn pull(&self, reference: &str, auth: Option<Auth>, cancel: &Cancel, watch: Option<Watch>) -> Result<Arc<Image>> {
+        let reference = Reference::parse(reference)?;
+        let auth = auth.unwrap_or_default();
+        let key = format!("{reference} {}", auth.fingerprint());
+        let inner = self.inner.clone();
+        let body = move |cancel: &Cancel, watch: Watch| pull::pull(&inner, &reference, &auth, cancel, watch);
+        self.inner.flights.join(&key, cancel, watch, body)
     }
 
     /// The image of a reference: a tag, a digest, an id with or without `sha256:`, or a unique prefix (6 digits at least) of
@@ -245,3 +275,5 @@ impl Images {
 
 #[cfg(test)]
 mod tests;
+#[cfg(test)]
+mod tests_registry;

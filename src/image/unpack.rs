@@ -110,7 +110,7 @@ impl Unpacker {
         self.enter(above)?;
         let Some((_, parent)) = &self.parent else { return Err(Error::internal("no parent directory")) };
         if name_bytes == OPAQUE_NAME {
-            return rooted::set_opaque(parent, Path::new("")).context(|| "mark directory opaque");
+            return rooted::set_opaque(&rooted::proc_path(parent.as_fd(), Path::new(""))).context(|| "mark directory opaque");
         }
         if name_bytes.starts_with(AUFS_PREFIX) {
             return Ok(());
@@ -128,7 +128,7 @@ impl Unpacker {
                     Err(e) => return Err(e).context(|| "make directory"),
                 }
                 if opaque {
-                    rooted::set_opaque(&parent, name).context(|| "mark directory opaque")?;
+                    rooted::set_opaque(&rooted::proc_path(parent.as_fd(), name)).context(|| "mark directory opaque")?;
                 }
                 self.describe(&parent, name, entry)?;
                 // The name may have led through links: what was made is known by its name alone, which is what counts.
@@ -198,7 +198,7 @@ impl Unpacker {
             Err(Errno::EXIST) => {
                 let stat = rustix::fs::statat(parent, name, AtFlags::SYMLINK_NOFOLLOW).context(|| "look at a whiteout's target")?;
                 if rooted::is_dir(&stat) {
-                    rooted::set_opaque(parent, name).context(|| "mark directory opaque")?;
+                    rooted::set_opaque(&rooted::proc_path(parent.as_fd(), name)).context(|| "mark directory opaque")?;
                 }
             }
             Err(e) => return Err(e).context(|| "make whiteout"),
@@ -221,7 +221,7 @@ impl Unpacker {
             return Ok(rooted::is_whiteout(&stat));
         }
         if kind != Kind::Directory {
-            let path = rooted::proc_path(parent, name);
+            let path = rooted::proc_path(parent.as_fd(), name);
             std::fs::remove_dir_all(&path).context(|| "replace directory")?;
         }
         Ok(false)
@@ -350,7 +350,7 @@ fn find_below(path: &Path, below: &[PathBuf]) -> Result<Option<OwnedFd>> {
             if !rooted::is_dir(&stat) {
                 return Ok(None);
             }
-            opaque |= rooted::is_opaque(&rooted::proc_path(&handle, Path::new("")));
+            opaque |= rooted::is_opaque(&rooted::proc_path(handle.as_fd(), Path::new("")));
             if sofar == path {
                 return Ok(Some(handle));
             }

@@ -36,7 +36,7 @@ struct Merge {
 
 impl Merge {
     fn dir(&mut self, from: &OwnedFd, to: &OwnedFd) -> Result<()> {
-        if rooted::is_opaque(&rooted::proc_path(from, Path::new(""))) {
+        if rooted::is_opaque(&rooted::proc_path(from.as_fd(), Path::new(""))) {
             for name in names(to)? {
                 remove(to, &name)?;
             }
@@ -100,8 +100,8 @@ fn describe(from: &OwnedFd, to: &OwnedFd, name: &Path, stat: &Stat) -> Result<()
         let (uid, gid) = (Uid::from_raw(stat.st_uid), Gid::from_raw(stat.st_gid));
         rustix::fs::chownat(to, name, Some(uid), Some(gid), AtFlags::SYMLINK_NOFOLLOW).context(|| "set owner")?;
     }
-    for (key, value) in rooted::xattrs(&rooted::proc_path(from, name)).context(|| "list attributes")? {
-        rustix::fs::lsetxattr(rooted::proc_path(to, name), &key, &value, rustix::fs::XattrFlags::empty())
+    for (key, value) in rooted::xattrs(&rooted::proc_path(from.as_fd(), name)).context(|| "list attributes")? {
+        rustix::fs::lsetxattr(rooted::proc_path(to.as_fd(), name), &key, &value, rustix::fs::XattrFlags::empty())
             .context(|| format!("set attribute {}", key.to_string_lossy()))?;
     }
     if FileType::from_raw_mode(stat.st_mode) != FileType::Symlink {
@@ -127,7 +127,7 @@ fn names(dir: &OwnedFd) -> Result<Vec<OsString>> {
 fn remove(dir: &OwnedFd, name: &OsStr) -> Result<()> {
     match rustix::fs::unlinkat(dir, name, AtFlags::empty()) {
         Ok(()) | Err(Errno::NOENT) => Ok(()),
-        Err(Errno::ISDIR) => std::fs::remove_dir_all(rooted::proc_path(dir, Path::new(name))).context(|| "remove directory"),
+        Err(Errno::ISDIR) => std::fs::remove_dir_all(rooted::proc_path(dir.as_fd(), Path::new(name))).context(|| "remove directory"),
         Err(e) => Err(e).context(|| "remove"),
     }
 }

@@ -40,7 +40,7 @@ pub fn probe(dir: &Path) -> Result<()> {
         std::fs::write(low.join("hidden"), "").context(|| "write a file of the probe")?;
         rustix::fs::mknodat(rustix::fs::CWD, high.join("hidden"), rustix::fs::FileType::CharacterDevice, rustix::fs::Mode::empty(), 0)
             .context(|| "make a whiteout")?;
-        rooted::set_opaque(rustix::fs::CWD, &high).context(|| "mark a directory opaque")?;
+        rooted::set_opaque(&high).context(|| "mark a directory opaque")?;
         prepare(&place, &[high, low], &target)
     })();
     mount::unmount(&place.join("target"))?;

@@ -32,7 +32,7 @@ fn life(kind: Kind) {
     std::fs::hard_link(low.join("a"), low.join("a2")).unwrap();
     std::os::unix::fs::symlink("/nowhere", low.join("l")).unwrap();
     let high = layer(dir.path(), "high", &["-b", "d/y", "o/new"]);
-    crate::sys::rooted::set_opaque(rustix::fs::CWD, &high.join("o")).unwrap();
+    crate::sys::rooted::set_opaque(&high.join("o")).unwrap();
     std::fs::set_permissions(&high, std::fs::Permissions::from_mode(0o1770)).unwrap();
     let snapshotter = Snapshotter::new(dir.path(), kind).unwrap();
     let target = dir.path().join("rootfs");

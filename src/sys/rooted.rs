@@ -2,7 +2,7 @@
 //! RESOLVE_IN_ROOT, so that no link, however made, leads outside.
 
 use std::fs::File;
-use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Component, Path, PathBuf};
 
@@ -54,6 +54,7 @@ pub fn is_dir(stat: &Stat) -> bool {
 }
 
 /// A made or found directory, and what had to be made for it.
+#[derive(Debug)]
 pub struct Ensured {
     pub dir: OwnedFd,
     /// Directories made, as paths from the root.
@@ -126,7 +127,7 @@ impl Rooted {
                 rustix::fs::unlinkat(&parent, name, AtFlags::empty()).context(what)?;
                 rustix::fs::mkdirat(&parent, name, Mode::from(0o755)).context(what)?;
                 set_mode(&parent, Path::new(name), 0o755).context(what)?;
-                set_opaque(&parent, Path::new(name)).context(what)?;
+                set_opaque(&proc_path(parent.as_fd(), Path::new(name))).context(what)?;
                 made.push(path.to_owned());
             }
             Ok(stat) if FileType::from_raw_mode(stat.st_mode) == FileType::Symlink => {
@@ -162,8 +163,8 @@ fn follow(from: &Path, text: &[u8]) -> PathBuf {
 
 /// `/proc/self/fd/N/name`: a path to a file in an open directory, for calls that have no `at` form. The kernel follows
 /// the descriptor; `name` is a single component.
-pub fn proc_path(dir: impl AsFd, name: &Path) -> PathBuf {
-    let fd = PathBuf::from(format!("/proc/self/fd/{}", dir.as_fd().as_raw_fd()));
+pub fn proc_path(dir: BorrowedFd<'_>, name: &Path) -> PathBuf {
+    let fd = PathBuf::from(format!("/proc/self/fd/{}", dir.as_raw_fd()));
     // The root itself: the descriptor's own link, with a slash so that it is followed.
     if name.as_os_str().is_empty() {
         fd.join(".")
@@ -178,8 +179,8 @@ pub fn set_mode(dir: impl AsFd, name: &Path, mode: u32) -> rustix::io::Result<()
 }
 
 /// Marks a directory opaque: what lower layers have in it is hidden.
-pub fn set_opaque(dir: impl AsFd, name: &Path) -> rustix::io::Result<()> {
-    rustix::fs::lsetxattr(proc_path(dir, name), OPAQUE, b"y", rustix::fs::XattrFlags::empty())
+pub fn set_opaque(path: &Path) -> rustix::io::Result<()> {
+    rustix::fs::lsetxattr(path, OPAQUE, b"y", rustix::fs::XattrFlags::empty())
 }
 
 /// Whether a directory is marked opaque.
@@ -217,7 +218,7 @@ pub fn copy_dir_metadata(source: impl AsFd, parent: impl AsFd, name: &Path) -> R
         let (uid, gid) = (Uid::from_raw(stat.st_uid), Gid::from_raw(stat.st_gid));
         rustix::fs::chownat(parent, at_name(name), Some(uid), Some(gid), AtFlags::SYMLINK_NOFOLLOW).context(|| "set owner")?;
     }
-    let (from, to) = (proc_path(source, Path::new("")), proc_path(parent, name));
+    let (from, to) = (proc_path(source.as_fd(), Path::new("")), proc_path(parent, name));
     for (key, value) in xattrs(&from).context(|| "list attributes")? {
         if !key.as_bytes().starts_with(OVERLAY_XATTRS.as_bytes()) {
             rustix::fs::lsetxattr(&to, &key, &value, rustix::fs::XattrFlags::empty())
@@ -269,7 +270,8 @@ mod tests {
         std::os::unix::fs::symlink("../../../../../..", dir.path().join("up")).unwrap();
         let rooted = Rooted::open(dir.path()).unwrap();
         let made = rooted.ensure_dir(Path::new("out/x")).unwrap().made;
-        assert_eq!(made.last().unwrap(), &outside.path().strip_prefix("/").unwrap().join("x"));
+        assert_eq!(made.last().unwrap(), Path::new("out/x"));
+        assert!(dir.path().join(outside.path().strip_prefix("/").unwrap()).join("x").is_dir());
         assert!(!outside.path().join("x").exists());
         rooted.ensure_dir(Path::new("up/y")).unwrap();
         assert!(dir.path().join("y").is_dir());

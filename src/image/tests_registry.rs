@@ -1,0 +1,371 @@
+//! Pulls from a small registry in this process: authentication, damage, redirects, sharing.
+
+use std::collections::HashMap;
+use std::io::{BufRead, BufReader, Read, Write};
+use std::net::TcpListener;
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use super::tests::{gzip, layer_tar};
+use super::*;
+use crate::error::Code;
+
+#[derive(Clone, Debug)]
+struct Request {
+    method: String,
+    target: String,
+    authorization: Option<String>,
+    body: String,
+}
+
+#[derive(Clone)]
+struct Reply {
+    status: u16,
+    headers: Vec<(String, String)>,
+    body: Vec<u8>,
+    /// Bytes of the body really sent.
+    cut: usize,
+    delay: Duration,
+}
+
+impl Reply {
+    fn new(status: u16, body: impl Into<Vec<u8>>) -> Reply {
+        Reply { status, headers: Vec::new(), body: body.into(), cut: usize::MAX, delay: Duration::ZERO }
+    }
+
+    fn header(mut self, name: &str, value: impl Into<String>) -> Reply {
+        self.headers.push((name.to_owned(), value.into()));
+        self
+    }
+}
+
+type Handler = dyn Fn(&Request) -> Option<Reply> + Send + Sync;
+
+/// A server whose threads end with the test's process.
+struct Fake {
+    address: String,
+    seen: Arc<Mutex<Vec<Request>>>,
+}
+
+impl Fake {
+    fn start(handler: impl Fn(&Request) -> Option<Reply> + Send + Sync + 'static) -> Fake {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let address = listener.local_addr().unwrap().to_string();
+        let seen = Arc::new(Mutex::new(Vec::new()));
+        let (log, handler): (_, Arc<Handler>) = (seen.clone(), Arc::new(handler));
+        std::thread::spawn(move || {
+            for stream in listener.incoming().flatten() {
+                let (log, handler) = (log.clone(), handler.clone());
+                std::thread::spawn(move || serve(stream, &log, &*handler));
+            }
+        });
+        Fake { address, seen }
+    }
+
+    fn count(&self, part: &str) -> usize {
+        self.seen.lock().unwrap().iter().filter(|r| r.target.contains(part)).count()
+    }
+}
+
+fn serve(stream: std::net::TcpStream, log: &Mutex<Vec<Request>>, handler: &Handler) -> Option<()> {
+    let mut reader = BufReader::new(stream.try_clone().ok()?);
+    let mut line = String::new();
+    reader.read_line(&mut line).ok()?;
+    let mut words = line.split_whitespace();
+    let mut request =
+        Request { method: words.next()?.to_owned(), target: words.next()?.to_owned(), authorization: None, body: String::new() };
+    let mut length = 0;
+    loop {
+        let mut line = String::new();
+        reader.read_line(&mut line).ok()?;
+        let Some((name, value)) = line.trim().split_once(':') else { break };
+        match name.to_ascii_lowercase().as_str() {
+            "authorization" => request.authorization = Some(value.trim().to_owned()),
+            "content-length" => length = value.trim().parse().ok()?,
+            _ => {}
+        }
+    }
+    let mut body = vec![0; length];
+    reader.read_exact(&mut body).ok()?;
+    request.body = String::from_utf8_lossy(&body).into_owned();
+    log.lock().unwrap().push(request.clone());
+    let reply = handler(&request).unwrap_or_else(|| Reply::new(404, "{}"));
+    std::thread::sleep(reply.delay);
+    let mut stream = stream;
+    let mut head = format!("HTTP/1.1 {} X\r\nContent-Length: {}\r\nConnection: close\r\n", reply.status, reply.body.len());
+    for (name, value) in &reply.headers {
+        head.push_str(&format!("{name}: {value}\r\n"));
+    }
+    head.push_str("\r\n");
+    stream.write_all(head.as_bytes()).ok()?;
+    stream.write_all(&reply.body[..reply.cut.min(reply.body.len())]).ok()
+}
+
+/// The answers of a registry with one image `a/b:v1` of `layers`.
+struct Content {
+    answers: HashMap<String, Reply>,
+    id: String,
+    digest: String,
+    blobs: Vec<String>,
+}
+
+fn content(layers: &[Vec<u8>]) -> Content {
+    let refs: Vec<&[u8]> = layers.iter().map(Vec::as_slice).collect();
+    let config = tests::config(&refs, "");
+    let blobs: Vec<Vec<u8>> = layers.iter().map(|l| gzip(l)).collect();
+    let descriptor = |t: &str, d: &[u8]| manifest::Descriptor::new(t, Digest::of(d), d.len() as u64);
+    let layer_descriptors: Vec<_> = blobs.iter().map(|b| descriptor("application/vnd.oci.image.layer.v1.tar+gzip", b)).collect();
+    let manifest = manifest::compose(&descriptor(manifest::OCI_CONFIG, &config), &layer_descriptors).unwrap();
+    let digest = Digest::of(&manifest).to_string();
+    let reply = Reply::new(200, manifest).header("Content-Type", manifest::OCI_MANIFEST).header("Docker-Content-Digest", &digest);
+    let mut answers = HashMap::from([
+        ("/v2/a/b/manifests/v1".to_owned(), reply.clone()),
+        (format!("/v2/a/b/manifests/{digest}"), reply),
+        (format!("/v2/a/b/blobs/{}", Digest::of(&config)), Reply::new(200, config.clone())),
+    ]);
+    let paths: Vec<String> = blobs.iter().map(|b| format!("/v2/a/b/blobs/{}", Digest::of(b))).collect();
+    answers.extend(paths.iter().cloned().zip(blobs.into_iter().map(|b| Reply::new(200, b))));
+    Content { answers, id: Digest::of(&config).to_string(), digest, blobs: paths }
+}
+
+struct Site {
+    dir: tempfile::TempDir,
+    images: Images,
+}
+
+fn site(fakes: &[&Fake]) -> Site {
+    let dir = tempfile::tempdir().unwrap();
+    let mut settings = Settings::new(dir.path());
+    settings.registry.plain_http = fakes.iter().map(|f| f.address.clone()).collect();
+    settings.registry.stall = Duration::from_secs(5);
+    Site { images: Images::open(settings).unwrap(), dir }
+}
+
+impl Site {
+    fn pull(&self, fake: &Fake, version: &str, auth: Option<Auth>) -> Result<Arc<Image>> {
+        self.images.pull(&format!("{}/a/b{version}", fake.address), auth, &Cancel::never(), None)
+    }
+
+    fn layers(&self) -> usize {
+        std::fs::read_dir(self.dir.path().join("layers")).unwrap().count()
+    }
+}
+
+fn login() -> Option<Auth> {
+    Some(Auth { username: "me".into(), password: "secret".into(), ..Auth::default() })
+}
+
+const BASIC: &str = "Basic bWU6c2VjcmV0";
+
+#[test]
+fn by_tag_and_digest() {
+    let c = content(&[layer_tar("a"), layer_tar("b"), layer_tar("c"), layer_tar("d")]);
+    let answers = c.answers.clone();
+    let fake = Fake::start(move |r| answers.get(&r.target).cloned());
+    let site = site(&[&fake]);
+    let image = site.pull(&fake, &format!("@{}", c.digest), None).unwrap();
+    assert_eq!((image.id.as_str(), image.repo_tags.len()), (c.id.as_str(), 0));
+    assert_eq!(image.repo_digests, [format!("{}/a/b@{}", fake.address, c.digest)]);
+    let events = Arc::new(Mutex::new(Vec::new()));
+    let (sink, name) = (events.clone(), format!("{}/a/b:v1", fake.address));
+    let image = site.images.pull(&name, None, &Cancel::never(), Some(Arc::new(move |p: &Progress| sink.lock().unwrap().push(p.clone())))).unwrap();
+    assert_eq!(image.repo_tags, [name]);
+    assert_eq!(image.repo_digests.len(), 1);
+    assert!(events.lock().unwrap().iter().filter(|p| p.done == p.total).count() >= 4);
+    assert!(c.blobs.iter().all(|b| fake.count(b) == 1), "layers that are here are not fetched again");
+    assert_eq!(site.images.list().len(), 1);
+    let e = site.pull(&fake, ":absent", None).unwrap_err();
+    assert_eq!(e.code(), Code::NotFound, "{e}");
+}
+
+#[test]
+fn basic_authentication() {
+    let answers = content(&[layer_tar("a")]).answers;
+    let fake = Fake::start(move |r| {
+        if r.authorization.as_deref() != Some(BASIC) {
+            return Some(Reply::new(401, "{}").header("WWW-Authenticate", "Basic realm=\"x\""));
+        }
+        answers.get(&r.target).cloned()
+    });
+    let site = site(&[&fake]);
+    let e = site.pull(&fake, ":v1", None).unwrap_err();
+    assert!(e.code() == Code::PermissionDenied && e.message().contains("without credentials"), "{e}");
+    let wrong = Some(Auth { username: "me".into(), password: "other".into(), ..Auth::default() });
+    let e = site.pull(&fake, ":v1", wrong).unwrap_err();
+    assert!(e.code() == Code::PermissionDenied && !e.message().contains("other"), "{e}");
+    let elsewhere = login().map(|a| Auth { server_address: "q.io".into(), ..a });
+    assert!(site.pull(&fake, ":v1", elsewhere).is_err());
+    site.pull(&fake, ":v1", Some(Auth { auth: "bWU6c2VjcmV0".into(), ..Auth::default() })).unwrap();
+    site.pull(&fake, ":v1", login()).unwrap();
+}
+
+fn bearer(expected: &'static str, token: impl Fn(&Request) -> Reply + Send + Sync + 'static) -> (Fake, Fake) {
+    let tokens = Fake::start(move |r| Some(token(r)));
+    let (answers, realm) = (content(&[layer_tar("a"), layer_tar("b")]).answers, tokens.address.clone());
+    let registry = Fake::start(move |r| {
+        if r.authorization.as_deref() != Some(expected) {
+            let challenge = format!("Bearer realm=\"http://{realm}/token\",service=\"reg\",scope=\"repository:a/b:pull\"");
+            return Some(Reply::new(401, "{}").header("WWW-Authenticate", challenge));
+        }
+        answers.get(&r.target).cloned()
+    });
+    (registry, tokens)
+}
+
+#[test]
+fn bearer_tokens() {
+    let (registry, tokens) = bearer("Bearer t1", |r| match r.authorization.as_deref() {
+        Some(BASIC) => Reply::new(200, r#"{"token":"t1"}"#),
+        _ => Reply::new(200, r#"{"access_token":"anonymous"}"#),
+    });
+    let site = site(&[&registry]);
+    site.pull(&registry, ":v1", login()).unwrap();
+    let asked = tokens.seen.lock().unwrap()[0].clone();
+    assert!(asked.target.contains("service=reg") && asked.target.contains("scope=repository"), "{asked:?}");
+    assert!(registry.seen.lock().unwrap().iter().all(|r| r.authorization.as_deref() != Some(BASIC)), "the password is for the realm");
+    assert!(site.pull(&registry, ":v1", None).is_err());
+    site.pull(&registry, ":v1", Some(Auth { registry_token: "t1".into(), ..Auth::default() })).unwrap();
+}
+
+#[test]
+fn identity_tokens_are_exchanged() {
+    let (registry, tokens) = bearer("Bearer t2", |r| {
+        let good = r.method == "POST" && r.body.contains("refresh_token=idt") && r.body.contains("grant_type=refresh_token");
+        Reply::new(if good { 200 } else { 400 }, r#"{"access_token":"t2"}"#)
+    });
+    let site = site(&[&registry]);
+    site.pull(&registry, ":v1", Some(Auth { identity_token: "idt".into(), ..Auth::default() })).unwrap();
+    assert!(tokens.count("token") > 0 && registry.seen.lock().unwrap().iter().all(|r| !format!("{r:?}").contains("idt")));
+}
+
+#[test]
+fn redirects_do_not_carry_credentials() {
+    let c = content(&[layer_tar("a")]);
+    let (answers, blob) = (c.answers.clone(), c.blobs[0].clone());
+    let elsewhere = Fake::start(move |r| r.target.strip_prefix("/cdn").and_then(|t| answers.get(t).cloned()));
+    let (answers, cdn) = (c.answers, elsewhere.address.clone());
+    let fake = Fake::start(move |r| {
+        if r.authorization.as_deref() != Some(BASIC) {
+            return Some(Reply::new(401, "{}").header("WWW-Authenticate", "Basic"));
+        }
+        match r.target == blob {
+            true => Some(Reply::new(307, "").header("Location", format!("http://{cdn}/cdn{}", r.target))),
+            false => answers.get(&r.target).cloned(),
+        }
+    });
+    let site = site(&[&fake]);
+    site.pull(&fake, ":v1", login()).unwrap();
+    let seen = elsewhere.seen.lock().unwrap();
+    assert!(!seen.is_empty() && seen.iter().all(|r| r.authorization.is_none()), "{seen:?}");
+}
+
+#[test]
+fn redirect_loops_end() {
+    let fake = Fake::start(|r| Some(Reply::new(302, "").header("Location", r.target.clone())));
+    let e = site(&[&fake]).pull(&fake, ":v1", None).unwrap_err();
+    assert!(e.message().contains("redirects"), "{e}");
+}
+
+#[test]
+fn damaged_answers_commit_nothing() {
+    let c = content(&[layer_tar("a")]);
+    let damage = |change: fn(&mut Reply)| {
+        let (mut answers, blob) = (c.answers.clone(), c.blobs[0].clone());
+        change(answers.get_mut(&blob).unwrap());
+        let fake = Fake::start(move |r| answers.get(&r.target).cloned());
+        let site = site(&[&fake]);
+        let e = site.pull(&fake, ":v1", None).unwrap_err();
+        assert!(site.images.list().is_empty() && site.layers() == 0);
+        e
+    };
+    let e = damage(|r| {
+        let middle = r.body.len() / 2;
+        r.body[middle] ^= 1;
+    });
+    assert!(e.code() == Code::FailedPrecondition && e.message().contains("received sha256"), "{e}");
+    let e = damage(|r| r.cut = 20);
+    assert!(e.code() == Code::Unknown && e.message().starts_with("RegistryUnavailable"), "{e}");
+    let e = damage(|r| r.body.push(0));
+    assert!(e.message().contains("the manifest says"), "{e}");
+    let e = damage(|r| r.status = 503);
+    assert!(e.code() == Code::Unknown && e.message().starts_with("RegistryUnavailable"), "{e}");
+    let e = damage(|r| r.status = 404);
+    assert_eq!(e.code(), Code::NotFound, "{e}");
+}
+
+#[test]
+fn wrong_and_giant_manifests() {
+    let c = content(&[layer_tar("a")]);
+    let other = format!("/v2/a/b/manifests/{}", Digest::of(b"other"));
+    let reply = c.answers["/v2/a/b/manifests/v1"].clone();
+    let fake = Fake::start(move |r| match r.target.as_str() {
+        t if t == other => Some(reply.clone()),
+        t if t.ends_with("big") => Some(Reply::new(200, vec![b' '; 9 << 20])),
+        t if t.ends_with("v1") => Some(Reply::new(200, r#"{"schemaVersion":1,"fsLayers":[]}"#)),
+        _ => None,
+    });
+    let site = site(&[&fake]);
+    assert!(site.pull(&fake, &format!("@{}", Digest::of(b"other")), None).unwrap_err().message().contains("received"));
+    let e = site.pull(&fake, ":big", None).unwrap_err();
+    assert!(e.message().contains("more than the 8388608 bytes"), "{e}");
+    assert!(site.pull(&fake, ":v1", None).unwrap_err().message().contains("schema 1"));
+}
+
+#[test]
+fn an_absent_registry_is_unavailable() {
+    let port = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
+    for name in [format!("127.0.0.1:{port}/a"), format!("localhost:{port}/a")] {
+        let e = site(&[]).images.pull(&name, None, &Cancel::never(), None).unwrap_err();
+        assert!(e.code() == Code::Unknown && e.message().starts_with("RegistryUnavailable"), "{e}");
+    }
+}
+
+#[test]
+fn many_pulls_share_one_fetch() {
+    let c = content(&[layer_tar("a"), layer_tar("b"), layer_tar("c")]);
+    let mut answers = c.answers.clone();
+    for blob in &c.blobs {
+        answers.get_mut(blob).unwrap().delay = Duration::from_millis(100);
+    }
+    let fake = Arc::new(Fake::start(move |r| answers.get(&r.target).cloned()));
+    let site = Arc::new(site(&[&fake]));
+    let threads: Vec<_> = (0..8)
+        .map(|i| {
+            let (site, fake, digest) = (site.clone(), fake.clone(), c.digest.clone());
+            // Half by tag, half by digest: two pulls, but each layer once.
+            let version = if i % 2 == 0 { ":v1".to_owned() } else { format!("@{digest}") };
+            std::thread::spawn(move || site.pull(&fake, &version, None).unwrap().id.clone())
+        })
+        .collect();
+    for thread in threads {
+        assert_eq!(thread.join().unwrap(), c.id);
+    }
+    assert!(c.blobs.iter().all(|b| fake.count(b) == 1));
+    assert!(fake.count("manifests") <= 3, "{}", fake.count("manifests"));
+    assert_eq!(site.images.list().len(), 1);
+}
+
+#[test]
+fn a_cancelled_pull_leaves_nothing_half_made() {
+    let c = content(&[layer_tar("a"), layer_tar("b")]);
+    let mut answers = c.answers.clone();
+    answers.get_mut(&c.blobs[1]).unwrap().delay = Duration::from_secs(2);
+    let fake = Fake::start(move |r| answers.get(&r.target).cloned());
+    let site = site(&[&fake]);
+    let cancel = Cancel::never();
+    let (other, images, name) = (cancel.clone(), site.images.clone(), format!("{}/a/b:v1", fake.address));
+    let thread = std::thread::spawn(move || images.pull(&name, None, &other, None));
+    std::thread::sleep(Duration::from_millis(500));
+    let start = std::time::Instant::now();
+    cancel.set();
+    assert_eq!(thread.join().unwrap().unwrap_err().code(), Code::Cancelled);
+    assert!(start.elapsed() < Duration::from_millis(500));
+    let end = std::time::Instant::now() + Duration::from_secs(10);
+    let temp = || std::fs::read_dir(site.dir.path().join("layers")).unwrap().any(|e| e.unwrap().file_name().to_string_lossy().contains("tmp"));
+    while temp() {
+        assert!(std::time::Instant::now() < end);
+        std::thread::sleep(Duration::from_millis(50));
+    }
+    assert!(site.images.list().is_empty() && site.layers() <= 1, "a finished layer may stay for the next try");
+    site.pull(&fake, ":v1", None).unwrap();
+}

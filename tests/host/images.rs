@@ -1,0 +1,262 @@
+//! Images on real things: Debian's docker-registry on loopback, skopeo, umoci, overlayfs. Root only.
+
+use std::collections::BTreeMap;
+use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::{symlink, FileTypeExt, MetadataExt, PermissionsExt};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+use crisp::image::{Digest, Images, Settings};
+use crisp::snapshot::{Kind, Snapshotter};
+use crisp::sys::cancel::Cancel;
+
+/// Runs a program to its end; its output on failure.
+fn run(program: &str, args: &[&str]) -> String {
+    let output = Command::new(program).args(args).output().unwrap_or_else(|e| panic!("run {program}: {e} (apt-get install it)"));
+    let text = |b: &[u8]| String::from_utf8_lossy(b).into_owned();
+    assert!(output.status.success(), "{program} {args:?}: {}{}", text(&output.stdout), text(&output.stderr));
+    text(&output.stdout)
+}
+
+/// A docker-registry with its storage in a directory of the test; ends with the value.
+struct Registry {
+    child: Child,
+    address: String,
+}
+
+impl Registry {
+    fn start(dir: &Path) -> Registry {
+        let port = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
+        let address = format!("127.0.0.1:{port}");
+        let config = dir.join("registry.yml");
+        let storage = dir.join("registry");
+        let text = format!(
+            "version: 0.1\nlog: {{level: error}}\nstorage: {{filesystem: {{rootdirectory: {}}}}}\nhttp: {{addr: {address}}}\n",
+            storage.display()
+        );
+        std::fs::write(&config, text).unwrap();
+        let child = Command::new("docker-registry").arg("serve").arg(&config).stdout(Stdio::null()).stderr(Stdio::null()).spawn();
+        let registry = Registry { child: child.expect("run docker-registry (apt-get install docker-registry)"), address };
+        let end = Instant::now() + Duration::from_secs(20);
+        while std::net::TcpStream::connect(&registry.address).is_err() {
+            assert!(Instant::now() < end, "docker-registry does not answer");
+            std::thread::sleep(Duration::from_millis(50));
+        }
+        registry
+    }
+}
+
+impl Drop for Registry {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+/// An image of three layers with everything that is hard about layers, as an OCI layout made by umoci: `layout:box`.
+fn build(dir: &Path) -> PathBuf {
+    let layout = dir.join("layout");
+    let image = format!("{}:box", layout.display());
+    let bundle = dir.join("bundle");
+    let root = bundle.join("rootfs");
+    run("umoci", &["init", "--layout", &layout.display().to_string()]);
+    run("umoci", &["new", "--image", &image]);
+    let layer = |change: &dyn Fn(&Path)| {
+        run("umoci", &["unpack", "--image", &image, &bundle.display().to_string()]);
+        change(&root);
+        run("umoci", &["repack", "--image", &image, &bundle.display().to_string()]);
+        std::fs::remove_dir_all(&bundle).unwrap();
+    };
+    let write = |path: PathBuf, text: &str, mode: u32| {
+        std::fs::create_dir_all(path.parent().unwrap()).unwrap();
+        std::fs::write(&path, text).unwrap();
+        std::fs::set_permissions(&path, std::fs::Permissions::from_mode(mode)).unwrap();
+    };
+    layer(&|root| {
+        std::fs::create_dir_all(root.join("bin")).unwrap();
+        std::fs::copy("/bin/busybox", root.join("bin/busybox")).expect("apt-get install busybox-static");
+        std::fs::hard_link(root.join("bin/busybox"), root.join("bin/sh")).unwrap();
+        symlink("busybox", root.join("bin/ls")).unwrap();
+        symlink("/nowhere/at/all", root.join("dangling")).unwrap();
+        write(root.join("etc/passwd"), "root:x:0:0::/:/bin/sh\n", 0o644);
+        write(root.join("bin/suid"), "s", 0o4755);
+        write(root.join("opaque/old"), "o", 0o644);
+        write(root.join("gone/deep/file"), "g", 0o600);
+        write(root.join("swap"), "file", 0o644);
+        std::fs::create_dir(root.join("tmp")).unwrap();
+        std::fs::set_permissions(root.join("tmp"), std::fs::Permissions::from_mode(0o1777)).unwrap();
+        std::os::unix::fs::chown(root.join("etc/passwd"), Some(1234), Some(5678)).unwrap();
+        run("mkfifo", &[&root.join("fifo").display().to_string()]);
+        run("mknod", &[&root.join("null").display().to_string(), "c", "1", "3"]);
+        write(root.join(format!("long/{}", "n".repeat(200))), "long", 0o644);
+        write(root.join("ünï ço\ndé"), "odd", 0o644);
+        let attribute = |name: &str, value: &[u8]| {
+            rustix::fs::lsetxattr(root.join("etc/passwd"), name, value, rustix::fs::XattrFlags::empty()).unwrap();
+        };
+        attribute("user.note", b"two\nlines = 1");
+        // A capability with a newline byte in it.
+        attribute("security.capability", &[1, 0, 0, 2, 10, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0]);
+    });
+    layer(&|root| {
+        std::fs::remove_dir_all(root.join("gone")).unwrap();
+        std::fs::remove_dir_all(root.join("opaque")).unwrap();
+        write(root.join("opaque/new"), "n", 0o640);
+        std::fs::remove_file(root.join("swap")).unwrap();
+        write(root.join("swap/inside"), "dir now", 0o644);
+    });
+    layer(&|root| {
+        write(root.join("tmp/late"), "late", 0o644);
+        std::fs::remove_file(root.join("dangling")).unwrap();
+    });
+    run("umoci", &["config", "--image", &image, "--config.user", "1234:5678", "--config.cmd", "sh", "--config.label", "a=b"]);
+    layout
+}
+
+/// Everything about a tree, by path.
+fn survey(root: &Path) -> BTreeMap<PathBuf, String> {
+    fn walk(root: &Path, dir: &Path, out: &mut BTreeMap<PathBuf, String>) {
+        for entry in std::fs::read_dir(dir).unwrap() {
+            let path = entry.unwrap().path();
+            out.insert(path.strip_prefix(root).unwrap().to_owned(), describe(&path));
+            if path.symlink_metadata().unwrap().is_dir() {
+                walk(root, &path, out);
+            }
+        }
+    }
+    let mut out = BTreeMap::from([(PathBuf::new(), describe(root))]);
+    walk(root, root, &mut out);
+    out
+}
+
+fn describe(path: &Path) -> String {
+    let meta = path.symlink_metadata().unwrap();
+    let kind = meta.file_type();
+    let content = if kind.is_symlink() {
+        std::fs::read_link(path).unwrap().display().to_string()
+    } else if kind.is_file() {
+        Digest::of(&std::fs::read(path).unwrap()).to_string()
+    } else if kind.is_char_device() || kind.is_block_device() {
+        meta.rdev().to_string()
+    } else {
+        String::new()
+    };
+    let links = if kind.is_file() { meta.nlink() } else { 1 };
+    let attributes: Vec<String> = crisp::sys::rooted::xattrs(path)
+        .unwrap()
+        .into_iter()
+        .filter(|(k, _)| !k.as_bytes().starts_with(b"trusted.overlay.") && !k.as_bytes().starts_with(b"user.umoci") && !k.as_bytes().starts_with(b"user.rootless"))
+        .map(|(k, v)| format!("{}={}", k.to_string_lossy(), String::from_utf8_lossy(&v)))
+        .collect();
+    // Directories' times differ where a tool sets them before it fills them.
+    let time = if kind.is_dir() { 0 } else { meta.mtime() };
+    format!("{:o} {}:{} links {links} time {time} {attributes:?} {content}", meta.mode(), meta.uid(), meta.gid())
+}
+
+fn compare(ours: &Path, theirs: &Path) {
+    let (ours, theirs) = (survey(ours), survey(theirs));
+    for (path, text) in &theirs {
+        assert_eq!(ours.get(path), Some(text), "{}", path.display());
+    }
+    assert_eq!(ours.keys().collect::<Vec<_>>(), theirs.keys().collect::<Vec<_>>());
+}
+
+/// Mounts (or copies) an image and compares it with `theirs`.
+fn check_tree(images: &Images, root: &Path, reference: &str, theirs: &Path) {
+    for kind in [Kind::Overlay, Kind::Copy] {
+        let snapshotter = Snapshotter::new(root, kind).unwrap();
+        let held = images.hold(reference, "c1").unwrap();
+        let target = root.join("rootfs");
+        snapshotter.prepare("c1", &held.layers, &target).unwrap();
+        compare(&target, theirs);
+        snapshotter.remove("c1", &target).unwrap();
+        images.release("c1").unwrap();
+    }
+}
+
+#[test]
+fn pulled_and_imported_images_equal_umoci() {
+    let dir = tempfile::tempdir().unwrap();
+    let registry = Registry::start(dir.path());
+    let layout = build(dir.path());
+    let source = format!("oci:{}:box", layout.display());
+    let reference = format!("{}/test/box", registry.address);
+    run("skopeo", &["copy", "--dest-tls-verify=false", &source, &format!("docker://{reference}:v1")]);
+    run("skopeo", &["copy", "--dest-tls-verify=false", "--format", "v2s2", &source, &format!("docker://{reference}:v2s2")]);
+    run("umoci", &["unpack", "--image", &format!("{}:box", layout.display()), &dir.path().join("theirs").display().to_string()]);
+    let theirs = dir.path().join("theirs/rootfs");
+
+    let root = dir.path().join("root");
+    let images = Images::open(Settings::new(&root)).unwrap();
+    let pull = |version: &str| images.pull(&format!("{reference}{version}"), None, &Cancel::never(), None).unwrap();
+    let image = pull(":v1");
+    assert_eq!((image.user(), image.uid(), image.chain.len()), ("1234", Some(1234), 3));
+    let digest = image.repo_digests[0].split_once('@').unwrap().1.to_owned();
+    let inspected = run("skopeo", &["inspect", "--tls-verify=false", "--format", "{{.Digest}}", &format!("docker://{reference}:v1")]);
+    assert_eq!(inspected.trim(), digest);
+    assert_eq!(pull(&format!("@{digest}")), image);
+    check_tree(&images, &root, &image.id, &theirs);
+    let docker = pull(":v2s2");
+    assert_eq!(docker.chain, image.chain);
+
+    // The archives have the same config, so the same id; in a store of their own.
+    for kind in ["oci-archive", "docker-archive"] {
+        let file = dir.path().join(format!("{kind}.tar"));
+        run("skopeo", &["copy", &source, &format!("{kind}:{}:q.io/test/{kind}:v3", file.display())]);
+        let root = dir.path().join(kind);
+        let images = Images::open(Settings::new(&root)).unwrap();
+        let made = images.import(&file, None).unwrap();
+        assert_eq!(made[0].chain, image.chain);
+        assert_eq!(made[0].repo_tags, [format!("q.io/test/{kind}:v3")]);
+        check_tree(&images, &root, &format!("q.io/test/{kind}:v3"), &theirs);
+    }
+    let direct = Images::open(Settings::new(&dir.path().join("direct"))).unwrap();
+    assert_eq!(direct.import(&layout, Some("direct")).unwrap()[0].id, image.id);
+
+    images.remove(&image.id).unwrap();
+    images.remove(&docker.id).unwrap();
+    assert!(images.list().is_empty());
+    assert_eq!(std::fs::read_dir(root.join("layers")).unwrap().count(), 0);
+    assert!(crisp::sys::mount::below(dir.path()).unwrap().is_empty());
+}
+
+#[test]
+fn an_image_of_130_layers_mounts() {
+    let dir = tempfile::tempdir().unwrap();
+    let layout = dir.path().join("layout");
+    std::fs::create_dir_all(layout.join("blobs/sha256")).unwrap();
+    let blob = |data: &[u8], media_type: &str| {
+        let digest = Digest::of(data);
+        std::fs::write(layout.join("blobs/sha256").join(digest.hex()), data).unwrap();
+        serde_json::json!({"mediaType": media_type, "digest": digest.as_str(), "size": data.len()})
+    };
+    let mut layers = Vec::new();
+    let mut diff_ids = Vec::new();
+    for i in 0..130 {
+        let mut builder = tar::Builder::new(Vec::new());
+        let text = i.to_string();
+        let mut header = tar::Header::new_gnu();
+        header.set_size(text.len() as u64);
+        header.set_mode(0o644);
+        builder.append_data(&mut header, format!("dir/{i}"), text.as_bytes()).unwrap();
+        let data = builder.into_inner().unwrap();
+        diff_ids.push(Digest::of(&data).as_str().to_owned());
+        layers.push(blob(&data, "application/vnd.oci.image.layer.v1.tar"));
+    }
+    let architecture = crisp::image::Platform::host().architecture;
+    let config = serde_json::json!({"os": "linux", "architecture": architecture, "rootfs": {"type": "layers", "diff_ids": diff_ids}});
+    let config = blob(config.to_string().as_bytes(), "application/vnd.oci.image.config.v1+json");
+    let manifest = serde_json::json!({"schemaVersion": 2, "config": config, "layers": layers});
+    let manifest = blob(manifest.to_string().as_bytes(), "application/vnd.oci.image.manifest.v1+json");
+    std::fs::write(layout.join("index.json"), serde_json::json!({"schemaVersion": 2, "manifests": [manifest]}).to_string()).unwrap();
+
+    let root = dir.path().join("root");
+    let images = Images::open(Settings::new(&root)).unwrap();
+    images.import(&layout, Some("deep:1")).unwrap();
+    let snapshotter = Snapshotter::detect(&root).unwrap();
+    assert_eq!(snapshotter.kind(), Kind::Overlay);
+    let target = root.join("rootfs");
+    snapshotter.prepare("c1", &images.hold("deep:1", "c1").unwrap().layers, &target).unwrap();
+    assert_eq!(std::fs::read_dir(target.join("dir")).unwrap().count(), 130);
+    snapshotter.remove("c1", &target).unwrap();
+}
