@@ -42,22 +42,23 @@ test: deps check host ## Install what is missing, then run every suite
 host: shim ## Real runtimes, plugins, overlayfs and a registry on this host (root)
 	@scripts/check-host test
 	@scripts/image
-	CRISP_SHIM=$(abspath $(SHIM)) $(CARGO) test --locked --test host -- --test-threads=1
+	CRISP_SHIM=$(abspath $(SHIM)) scripts/with-hugetlb $(CARGO) test --locked --test host -- --test-threads=1
 
 bench: build ## Measure beside containerd: a table, and target/bench.json (BENCH="--quick ...")
 	@scripts/install-deps bench
 	@scripts/check-host bench
 	@scripts/image
-	CRISP_SHIM=$(abspath $(SHIM)) $(CARGO) bench --locked --bench bench -- $(BENCH)
+	CRISP_SHIM=$(abspath $(SHIM)) scripts/with-hugetlb $(CARGO) bench --locked --bench bench -- $(BENCH)
 
 demo: ## From an image to a sandbox that answers, and back to a clean host
 	@scripts/install-deps
 	@scripts/check-host demo
 	@$(MAKE) --no-print-directory build
-	@scripts/demo
+	@RELEASE=$(RELEASE) SHIM=$(SHIM) scripts/with-hugetlb scripts/demo
 
-run: build ## Run crispd in the foreground with /etc/crisp/config.toml, or else its defaults
-	$(RELEASE)/crispd --shim $(abspath $(SHIM)) $(RUN)
+run: build ## Run crispd in the foreground: CONFIG=FILE, RUN="--log-level debug ..."
+	@test -n '$(CONFIG)' || printf 'shim = "%s"\n' '$(abspath $(SHIM))' > target/run.toml
+	$(RELEASE)/crispd --config $(or $(CONFIG),target/run.toml) $(RUN)
 
 install: build ## Install under DESTDIR and PREFIX (default /usr/local)
 	@PREFIX='$(PREFIX)' SYSCONFDIR='$(SYSCONFDIR)' SYSTEMDUNITDIR='$(SYSTEMDUNITDIR)' INITDIR='$(INITDIR)' DESTDIR='$(DESTDIR)' \

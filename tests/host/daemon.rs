@@ -158,6 +158,11 @@ impl Daemon {
         Client::new(&self.layout.socket(), CALL_TIMEOUT)
     }
 
+    /// 0 when it does not run.
+    pub fn pid(&self) -> i32 {
+        self.child.as_ref().map_or(0, |child| child.id() as i32)
+    }
+
     /// The end of the process, if it has ended by itself.
     pub fn ended(&mut self) -> Option<ExitStatus> {
         self.child.as_mut().and_then(|child| child.try_wait().expect("wait for the daemon"))
@@ -207,13 +212,12 @@ impl Daemon {
     /// Pids of the daemon's monitors (shims): their program or an argument lies in the daemon's directory.
     pub fn monitors(&self) -> Vec<i32> {
         let dir = self.layout.dir().display().to_string();
-        let daemon = self.child.as_ref().map(|child| child.id() as i32);
         let mut pids = Vec::new();
         for pid in processes() {
             let exe = fs::read_link(format!("/proc/{pid}/exe")).unwrap_or_default();
             let arguments = fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
             let named = exe.starts_with(&dir) || String::from_utf8_lossy(&arguments).contains(&dir);
-            if named && Some(pid) != daemon && pid != std::process::id() as i32 {
+            if named && pid != self.pid() && pid != std::process::id() as i32 {
                 pids.push(pid);
             }
         }

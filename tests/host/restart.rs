@@ -172,7 +172,7 @@ fn a_crash_at_each_step_leaves_nothing() {
         // The same names can be used again.
         live(&host, &format!("life{number}"), handler).unwrap_or_else(|e| panic!("after a crash at {step}: {e}"));
         let leased = crate::snapshot::leases(&host.daemon.layout);
-        assert_eq!(leased, [witness.sandbox.ip.clone()], "after a crash at {step}");
+        assert_eq!(leased, std::slice::from_ref(&witness.sandbox.ip), "after a crash at {step}");
     }
     assert!(missed.is_empty(), "the life of a sandbox never came to: {missed:?}");
     host.finish();
