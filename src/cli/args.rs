@@ -65,13 +65,13 @@ where
     I::IntoIter: 'static,
 {
     let mut words = Words::new(words);
-    let name = match words.next()? {
+    let name = match words.read()? {
         Some(Word::Value(name)) => name,
         Some(Word::Flag(flag)) => return Err(words.unknown(&flag)),
         Some(Word::Rest(_)) | None => return Err(Stop::Usage("no command; crisp --help lists them".to_owned())),
     };
     if name == "help" {
-        let Some(Word::Value(name)) = words.next()? else { return Err(Stop::Help(None)) };
+        let Some(Word::Value(name)) = words.read()? else { return Err(Stop::Help(None)) };
         return Err(help::topic(&name).map_or_else(|| unknown_command(&name), |topic| Stop::Help(Some(topic))));
     }
     let topic = help::topic(&name).ok_or_else(|| unknown_command(&name))?;
@@ -175,7 +175,7 @@ fn command(words: &mut Words, name: &str, environment: Environment<'_>) -> Resul
 fn run(words: &mut Words, environment: Environment<'_>) -> Result<Run, Stop> {
     let mut run = Run::default();
     let (mut images, mut remove) = (Vec::new(), false);
-    while let Some(word) = words.next()? {
+    while let Some(word) = words.read()? {
         let flag = match word {
             Word::Value(image) => {
                 images.push(image);
@@ -221,7 +221,7 @@ fn run(words: &mut Words, environment: Environment<'_>) -> Result<Run, Stop> {
 fn exec(words: &mut Words) -> Result<Command, Stop> {
     let mut timeout = 0;
     let container = loop {
-        match words.next()? {
+        match words.read()? {
             Some(Word::Flag(flag)) if flag == "--timeout" => timeout = flags::number(&flag, &words.value()?)?,
             Some(Word::Flag(flag)) => return Err(words.unknown(&flag)),
             Some(Word::Value(container)) => break container,

@@ -32,13 +32,10 @@ pub fn pull(client: &Client, image: &str, credentials: Option<&Credentials>, sig
                     id = progress.image_ref;
                 }
                 Ok(Err(error)) => return Err(error).during(|| format!("pull {image}")),
-                Err(_) if id.is_empty() => return Err(Failure::failed(format!("pull {image}: the daemon did not say which image it pulled"))),
+                Err(_) if id.is_empty() => return Err(Failure::failed(format!("pull {image}: the daemon did not name the image's id"))),
                 Err(_) => return Ok(id),
             },
-            recv(signals) -> signal => {
-                drop(view);
-                return Err(signal.map_or_else(|_| Failure::failed("signals are gone"), |signal| Failure::Silent(interrupt::exit_code(signal))));
-            }
+            recv(signals) -> signal => return Err(Failure::Silent(signal.map_or(1, interrupt::exit_code))),
         }
     }
 }
@@ -81,14 +78,17 @@ fn ask_plainly(client: &Client, image: &str, credentials: Option<&Credentials>) 
 enum View {
     Bar(ProgressBar),
     /// The state of each layer that has been told.
-    Lines(BTreeMap<String, String>),
+    Lines {
+        image: String,
+        told: BTreeMap<String, String>,
+    },
 }
 
 impl View {
     fn new(image: &str) -> View {
         if !std::io::stderr().is_terminal() {
             eprint(&format!("pulling {image}"));
-            return View::Lines(BTreeMap::new());
+            return View::Lines { image: image.to_owned(), told: BTreeMap::new() };
         }
         let bar = ProgressBar::new(0);
         if let Ok(style) = ProgressStyle::with_template("{spinner} {prefix} {msg}") {
@@ -112,12 +112,12 @@ impl View {
                 bar.set_message(sum.to_string());
             }
             View::Bar(_) => {}
-            View::Lines(told) => {
+            View::Lines { image, told } => {
                 for line in news(told, &progress.layers) {
                     eprint(&line);
                 }
                 if !progress.image_ref.is_empty() {
-                    eprint(&format!("pulled {} as {}", progress.reference, short_id(&progress.image_ref)));
+                    eprint(&format!("pulled {image} as {}", short_id(&progress.image_ref)));
                 }
             }
         }

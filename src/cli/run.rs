@@ -103,9 +103,6 @@ impl Life {
             let moved = log.pump(&mut sink)?;
             if let Some(status) = ended {
                 log.finish(&mut sink)?;
-                drop(sink);
-                drop(stdout);
-                drop(stderr);
                 return Ok(verdict(container, &status));
             }
             pause = if moved { Duration::from_millis(5) } else { (pause * 2).min(Duration::from_millis(100)) };

@@ -59,7 +59,7 @@ impl Words {
     }
 
     /// The next word; flags of every command are taken on the way.
-    pub fn next(&mut self) -> Result<Option<Word>, Stop> {
+    pub fn read(&mut self) -> Result<Option<Word>, Stop> {
         loop {
             if self.parser.try_raw_args().is_some_and(|raw| raw.peek().is_some_and(|word| word == "--")) {
                 let mut rest = self.rest()?;
@@ -100,7 +100,7 @@ impl Words {
     /// in the error, must be there.
     pub fn values(&mut self, what: &str, mut take: impl FnMut(&str, &mut Words) -> Result<bool, Stop>) -> Result<Vec<String>, Stop> {
         let mut values = Vec::new();
-        while let Some(word) = self.next()? {
+        while let Some(word) = self.read()? {
             match word {
                 Word::Value(value) => values.push(value),
                 Word::Rest(rest) => values.extend(rest),
@@ -116,7 +116,7 @@ impl Words {
 
     /// Reads flags to the end; a value is an error.
     pub fn flags(&mut self, mut take: impl FnMut(&str, &mut Words) -> Result<bool, Stop>) -> Result<(), Stop> {
-        while let Some(word) = self.next()? {
+        while let Some(word) = self.read()? {
             match word {
                 Word::Flag(flag) if take(&flag, self)? => {}
                 Word::Flag(flag) => return Err(self.unknown(&flag)),
