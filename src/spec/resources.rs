@@ -310,7 +310,8 @@ mod tests {
 
     #[test]
     fn wrong_numbers_are_refused_by_name() {
-        let cases: [(&str, fn(&mut LinuxContainerResources)); 8] = [
+        type Change = fn(&mut LinuxContainerResources);
+        let cases: [(&str, Change); 8] = [
             ("cpu_period", |r| r.cpu_period = -1),
             ("cpu_shares", |r| r.cpu_shares = -2),
             ("cpu_quota", |r| r.cpu_quota = -2),

@@ -53,9 +53,9 @@ impl Root {
     pub fn make_dirs(&self, path: &Path) -> Result<PathBuf> {
         let what = || format!("create directory {} in {}", path.display(), self.path.display());
         let mut done = PathBuf::from("/");
-        let mut todo = parts(path);
+        let mut ahead = parts(path);
         let mut links = 0;
-        while let Some(name) = todo.pop_front() {
+        while let Some(name) = ahead.pop_front() {
             if name == ".." {
                 done.pop();
                 continue;
@@ -81,7 +81,7 @@ impl Root {
                     if target.is_absolute() {
                         done = PathBuf::from("/");
                     }
-                    parts(&target).into_iter().rev().for_each(|part| todo.push_front(part));
+                    parts(&target).into_iter().rev().for_each(|part| ahead.push_front(part));
                 }
                 _ => return Err(Errno::NOTDIR).context(what),
             }
