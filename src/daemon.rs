@@ -27,7 +27,6 @@ const STOP_GRACE: Duration = Duration::from_secs(5);
 pub struct Daemon {
     server: Option<grpc::Server>,
     network: Arc<Network>,
-    images: Images,
     _locks: Vec<std::fs::File>,
 }
 
@@ -96,7 +95,7 @@ impl Daemon {
         let service = Arc::new(Service {
             sandboxes,
             containers,
-            images: images.clone(),
+            images,
             network: network.clone(),
             handlers,
             warmer: Warmer::start(&layout)?,
@@ -113,16 +112,16 @@ impl Daemon {
             queue: config.limits.queue,
         };
         let server = grpc::Server::start(settings, service)?;
-        Ok(Daemon { server: Some(server), network, images, _locks: locks })
+        Ok(Daemon { server: Some(server), network, _locks: locks })
     }
 
-    /// What SIGHUP can change: log level, CNI configuration, registry configuration.
+    /// What SIGHUP can change: log level and CNI configuration. Registry certificates are read for each pull anyway.
     fn reload(&self, config: &Config) {
         log::set_max_level(config.log_level);
         if let Err(e) = self.network.reload() {
             log::error!("SIGHUP: {e}");
         }
-        log::info!("SIGHUP: configuration reloaded (log level, CNI, registries; the rest needs a restart)");
+        log::info!("SIGHUP: configuration reloaded (log level, CNI; the rest needs a restart)");
     }
 
     /// Ends calls, not containers.

@@ -15,7 +15,7 @@ usage: crispd [--config FILE] [--socket PATH] [--root DIR] [--run DIR] [--log-le
        crispd config check FILE     check a configuration; exit 2 when it is wrong
        crispd debug steps           print the crash points of debug builds
 
-Without --config, /etc/crisp/config.toml is read when it is there. SIGHUP reloads the log level, the CNI and the registry
+Without --config, /etc/crisp/config.toml is read when it is there. SIGHUP reloads the log level and the CNI
 configuration; SIGTERM and SIGINT stop the daemon and leave the containers running.
 ";
 
@@ -29,20 +29,23 @@ fn main() -> ExitCode {
     }
 }
 
+fn text(parser: &mut lexopt::Parser) -> Result<String, lexopt::Error> {
+    parser.value()?.string()
+}
+
 fn run() -> Result<(), (u8, String)> {
     let usage = |e: lexopt::Error| (2, format!("{e}; see crispd --help"));
     let (mut file, mut overrides, mut words) = (None::<PathBuf>, Overrides::default(), Vec::new());
     let mut parser = lexopt::Parser::from_env();
     while let Some(arg) = parser.next().map_err(usage)? {
-        let mut text = || parser.value().and_then(|v| v.string()).map_err(usage);
         match arg {
             Short('h') | Long("help") => return Ok(print!("{HELP}")),
             Short('V') | Long("version") => return Ok(println!("crispd {}", env!("CARGO_PKG_VERSION"))),
-            Short('c') | Long("config") => file = Some(text()?.into()),
-            Long("socket") => overrides.socket = Some(text()?),
-            Long("root") => overrides.root = Some(text()?),
-            Long("run") => overrides.run = Some(text()?),
-            Long("log-level") => overrides.log_level = Some(text()?),
+            Short('c') | Long("config") => file = Some(text(&mut parser).map_err(usage)?.into()),
+            Long("socket") => overrides.socket = Some(text(&mut parser).map_err(usage)?),
+            Long("root") => overrides.root = Some(text(&mut parser).map_err(usage)?),
+            Long("run") => overrides.run = Some(text(&mut parser).map_err(usage)?),
+            Long("log-level") => overrides.log_level = Some(text(&mut parser).map_err(usage)?),
             Value(word) => words.push(word.string().map_err(usage)?),
             other => return Err(usage(other.unexpected())),
         }

@@ -171,6 +171,15 @@ impl Cgroup {
         Ok(())
     }
 
+    /// Moves a process into it, in every hierarchy in which it was created.
+    pub fn enter(&self, pid: i32) -> Result<()> {
+        for dir in self.dirs.iter().filter(|d| d.path.is_dir()) {
+            let file = dir.path.join("cgroup.procs");
+            std::fs::write(&file, pid.to_string()).context(|| format!("write {pid} to {}", file.display()))?;
+        }
+        Ok(())
+    }
+
     /// Processes in it and below, each once. Those this process cannot name (other PID namespaces above) are left out.
     pub fn procs(&self) -> Vec<i32> {
         let mut pids = Vec::new();

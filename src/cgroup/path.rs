@@ -32,6 +32,15 @@ pub fn resolve(cgroups_path: &str) -> Result<PathBuf> {
     Ok(path)
 }
 
+/// The cgroup path of `name` below a sandbox's cgroup parent, in the form of the cgroup driver: a parent that ends in `.slice` is
+/// systemd's, of which its last element counts.
+pub fn below(parent: &str, name: &str) -> String {
+    match parent.rsplit('/').next() {
+        Some(slice) if slice.ends_with(".slice") => format!("{slice}:crisp:{name}"),
+        _ => format!("/{}/{name}", parent.trim_matches('/')).replace("//", "/"),
+    }
+}
+
 /// `a-b.slice` is the directory `a.slice/a-b.slice` (systemd.slice(5)); `-.slice` is the root.
 pub fn expand_slice(slice: &str) -> Option<String> {
     let name = slice.strip_suffix(".slice")?;
@@ -64,6 +73,14 @@ fn unit(prefix: &str, name: &str) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn children_in_both_forms() {
+        assert_eq!(below("/kubepods/pod1", "a"), "/kubepods/pod1/a");
+        assert_eq!(below("/", "a"), "/a");
+        assert_eq!(below("kubepods", "a"), "/kubepods/a");
+        assert_eq!(below("/kubepods.slice/kubepods-pod1.slice", "a"), "kubepods-pod1.slice:crisp:a");
+    }
     use std::path::Path;
 
     #[test]

@@ -93,9 +93,9 @@ mod tests {
         let (release, gate) = crossbeam_channel::bounded::<()>(0);
         let started = Arc::new(AtomicUsize::new(0));
         for _ in 0..3 {
-            let (gate, started) = (gate.clone(), started.clone());
+            let (gate, counted) = (gate.clone(), started.clone());
             let job = Box::new(move || {
-                started.fetch_add(1, Ordering::SeqCst);
+                counted.fetch_add(1, Ordering::SeqCst);
                 let _ = gate.recv();
             });
             assert!(lane.submit(job).is_ok());

@@ -2,9 +2,15 @@
 
 /// Runtime handlers of the configuration.
 pub mod handler;
+/// The handler table: what is configured and works.
+#[cfg(feature = "daemon")]
+pub mod handlers;
 /// Command lines of the OCI runtimes.
 pub mod oci;
 /// Whether a handler works on this host.
+#[cfg(feature = "daemon")]
 pub mod probe;
 
 pub use handler::{Handler, Kind};
+#[cfg(feature = "daemon")]
+pub use handlers::Handlers;

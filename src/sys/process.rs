@@ -228,6 +228,12 @@ fn drain<R: Read>(pipe: &mut Option<R>, into: &mut Vec<u8>, limit: usize) -> Res
     Ok(())
 }
 
+/// Keeps malloc to two arenas: by default every thread gets one of its own, and many short-lived threads are our way.
+pub fn limit_arenas() {
+    // SAFETY: mallopt takes two integers and is called before other threads exist.
+    unsafe { libc::mallopt(libc::M_ARENA_MAX, 2) };
+}
+
 /// Sets O_NONBLOCK.
 pub fn set_nonblocking(fd: impl AsFd) -> Result<()> {
     let flags = rustix::fs::fcntl_getfl(&fd).context(|| "read descriptor flags")?;
