@@ -296,11 +296,9 @@ fn check(c: &Checker, raw: Raw) -> Result<Config> {
     if root.starts_with(&run) || run.starts_with(&root) {
         return Err(c.error(&raw.run, format!("run: {} and root {} must not lie in one another", run.display(), root.display())));
     }
-    let log_level = raw
-        .log_level
-        .get_ref()
-        .parse()
-        .map_err(|_| c.error(&raw.log_level, format!("log_level: expected error, warn, info, debug or trace, found {:?}", raw.log_level.get_ref())))?;
+    let log_level = raw.log_level.get_ref().parse().map_err(|_| {
+        c.error(&raw.log_level, format!("log_level: expected error, warn, info, debug or trace, found {:?}", raw.log_level.get_ref()))
+    })?;
     let systemd_cgroup = match raw.cgroup_driver.get_ref().as_str() {
         "cgroupfs" => false,
         "systemd" => true,

@@ -57,7 +57,10 @@ pub fn run(config: Config, file: Option<PathBuf>, overrides: Overrides) -> Resul
 fn start_log(level: log::LevelFilter) {
     let mut builder = env_logger::Builder::new();
     // The filter is log's own maximum, so that SIGHUP can change it.
-    builder.filter_level(log::LevelFilter::Trace).filter_module("ureq", log::LevelFilter::Warn).filter_module("rustls", log::LevelFilter::Warn);
+    builder
+        .filter_level(log::LevelFilter::Trace)
+        .filter_module("ureq", log::LevelFilter::Warn)
+        .filter_module("rustls", log::LevelFilter::Warn);
     builder.format(|out, record| {
         use std::io::Write;
         let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap_or_default();
@@ -74,7 +77,10 @@ impl Daemon {
         file::make_dir(&config.run, 0o711)?;
         let locks = vec![lock(&config.root)?, lock(&config.run)?];
         if !config.shim.is_file() {
-            return Err(Error::precondition(format!("shim: {} is not there (build it with make, or set shim in the configuration)", config.shim.display())));
+            return Err(Error::precondition(format!(
+                "shim: {} is not there (build it with make, or set shim in the configuration)",
+                config.shim.display()
+            )));
         }
         let layout = Layout::detect()?;
         let watcher = Watcher::start("exits")?;
@@ -135,10 +141,13 @@ impl Daemon {
 /// One daemon per directory.
 fn lock(dir: &Path) -> Result<std::fs::File> {
     let path = dir.join("lock");
-    let file = std::fs::OpenOptions::new().create(true).truncate(false).write(true).open(&path).context(|| format!("open {}", path.display()))?;
+    let file =
+        std::fs::OpenOptions::new().create(true).truncate(false).write(true).open(&path).context(|| format!("open {}", path.display()))?;
     match rustix::fs::flock(&file, rustix::fs::FlockOperation::NonBlockingLockExclusive) {
         Ok(()) => Ok(file),
-        Err(rustix::io::Errno::WOULDBLOCK) => Err(Error::precondition(format!("{} belongs to another crispd that is running", dir.display()))),
+        Err(rustix::io::Errno::WOULDBLOCK) => {
+            Err(Error::precondition(format!("{} belongs to another crispd that is running", dir.display())))
+        }
         Err(e) => Err(e).context(|| format!("lock {}", path.display())),
     }
 }
@@ -155,7 +164,11 @@ fn network_settings(config: &Config) -> network::Settings {
 }
 
 fn registry_settings(config: &Config) -> image::RegistrySettings {
-    image::RegistrySettings { certs_dir: Some(config.images.registry_dir.clone()), plain_http: config.images.plain_http.clone(), ..Default::default() }
+    image::RegistrySettings {
+        certs_dir: Some(config.images.registry_dir.clone()),
+        plain_http: config.images.plain_http.clone(),
+        ..Default::default()
+    }
 }
 
 fn image_settings(config: &Config) -> image::Settings {

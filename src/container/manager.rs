@@ -318,7 +318,9 @@ fn log_path(directory: &str, path: &str) -> Result<Option<PathBuf>> {
     }
     let full = dir.join(relative);
     match std::fs::symlink_metadata(&full) {
-        Ok(meta) if !meta.is_file() => Err(Error::invalid(format!("config.log_path: {} is there and is not a regular file", full.display()))),
+        Ok(meta) if !meta.is_file() => {
+            Err(Error::invalid(format!("config.log_path: {} is there and is not a regular file", full.display())))
+        }
         _ => Ok(Some(full)),
     }
 }

@@ -54,7 +54,14 @@ mod tests {
 
     #[test]
     fn names_and_numbers() {
-        for (text, n) in [("SIGTERM", 15), ("quit", 3), ("9", 9), ("SIGRTMIN+3", libc::SIGRTMIN() + 3), ("RTMAX-1", libc::SIGRTMAX() - 1), ("SIGRTMIN", libc::SIGRTMIN())] {
+        for (text, n) in [
+            ("SIGTERM", 15),
+            ("quit", 3),
+            ("9", 9),
+            ("SIGRTMIN+3", libc::SIGRTMIN() + 3),
+            ("RTMAX-1", libc::SIGRTMAX() - 1),
+            ("SIGRTMIN", libc::SIGRTMIN()),
+        ] {
             assert_eq!(number(text).unwrap(), n, "{text}");
         }
         for bad in ["", "0", "99", "SIGFOO", "SIGRTMIN+99", "RTMAX+1", "-9"] {

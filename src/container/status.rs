@@ -140,7 +140,9 @@ mod tests {
 
     #[test]
     fn reasons() {
-        for (code, oom, reason) in [(0, false, "Completed"), (0, true, "Completed"), (137, true, "OOMKilled"), (137, false, "Error"), (1, false, "Error")] {
+        for (code, oom, reason) in
+            [(0, false, "Completed"), (0, true, "Completed"), (137, true, "OOMKilled"), (137, false, "Error"), (1, false, "Error")]
+        {
             let mut status = Status::default();
             status.end(code, oom, 5);
             assert_eq!((status.reason.as_str(), status.state, status.finished_at), (reason, State::Exited, 5));

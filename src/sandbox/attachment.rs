@@ -54,7 +54,10 @@ fn port_mappings(config: &PodSandboxConfig) -> Result<Vec<PortMapping>> {
             continue;
         }
         let port = |name: &str, n: i32| {
-            u16::try_from(n).ok().filter(|n| *n > 0).ok_or_else(|| Error::invalid(format!("{field}.{name}: expected 1 to 65535, found {n}")))
+            u16::try_from(n)
+                .ok()
+                .filter(|n| *n > 0)
+                .ok_or_else(|| Error::invalid(format!("{field}.{name}: expected 1 to 65535, found {n}")))
         };
         if !p.host_ip.is_empty() && p.host_ip.parse::<std::net::IpAddr>().is_err() {
             return Err(Error::invalid(format!("{field}.host_ip: expected an IP, found {:?}", p.host_ip)));
@@ -72,7 +75,9 @@ fn port_mappings(config: &PodSandboxConfig) -> Result<Vec<PortMapping>> {
 fn bandwidth(config: &PodSandboxConfig) -> Result<Option<Bandwidth>> {
     let rate = |key: &str| match config.annotations.get(key) {
         None => Ok(0),
-        Some(text) => quantity(text).ok_or_else(|| Error::invalid(format!("annotation {key}: expected 1k to 1P bits per second, found {text:?}"))),
+        Some(text) => {
+            quantity(text).ok_or_else(|| Error::invalid(format!("annotation {key}: expected 1k to 1P bits per second, found {text:?}")))
+        }
     };
     let (ingress, egress) = (rate(INGRESS)?, rate(EGRESS)?);
     if ingress == 0 && egress == 0 {
@@ -111,7 +116,12 @@ mod tests {
 
     #[test]
     fn ports() {
-        let map = |host_port, container_port, host_ip: &str| runtime::PortMapping { host_port, container_port, host_ip: host_ip.into(), ..Default::default() };
+        let map = |host_port, container_port, host_ip: &str| runtime::PortMapping {
+            host_port,
+            container_port,
+            host_ip: host_ip.into(),
+            ..Default::default()
+        };
         let config = PodSandboxConfig { port_mappings: vec![map(0, 80, ""), map(8080, 80, "127.0.0.1")], ..Default::default() };
         let list = port_mappings(&config).unwrap();
         assert_eq!((list.len(), list[0].host_port, list[0].protocol.as_str()), (1, 8080, "tcp"));
@@ -123,7 +133,16 @@ mod tests {
 
     #[test]
     fn quantities() {
-        for (text, expected) in [("10M", Some(10_000_000)), ("1Ki", Some(1024)), ("1.5k", Some(1500)), ("999", None), ("2P", None), ("M", None), ("1e3", None), ("-1k", None)] {
+        for (text, expected) in [
+            ("10M", Some(10_000_000)),
+            ("1Ki", Some(1024)),
+            ("1.5k", Some(1500)),
+            ("999", None),
+            ("2P", None),
+            ("M", None),
+            ("1e3", None),
+            ("-1k", None),
+        ] {
             assert_eq!(quantity(text), expected, "{text}");
         }
     }

@@ -137,7 +137,8 @@ impl Sandboxes {
                 return Err(e);
             }
         };
-        let sandbox = Arc::new(Sandbox { meta, config, status: Lock::new(Rank::Status, Status::new()), op: Lock::new(Rank::SandboxOp, ()) });
+        let sandbox =
+            Arc::new(Sandbox { meta, config, status: Lock::new(Rank::Status, Status::new()), op: Lock::new(Rank::SandboxOp, ()) });
         let id = sandbox.id().to_owned();
         let result = self.build(&sandbox, config_bytes, sysctls, cancel);
         let Err(error) = result else {
@@ -163,7 +164,14 @@ impl Sandboxes {
     }
 
     /// Checks the config and decides what the sandbox will be; makes nothing.
-    fn prepare(&self, id: String, name: String, config: &PodSandboxConfig, handler: &str, requested: &str) -> Result<(Metadata, Vec<(String, String)>)> {
+    fn prepare(
+        &self,
+        id: String,
+        name: String,
+        config: &PodSandboxConfig,
+        handler: &str,
+        requested: &str,
+    ) -> Result<(Metadata, Vec<(String, String)>)> {
         let ns = validate::namespaces(config)?;
         let linux = config.linux.as_ref();
         let mut sysctls: BTreeMap<String, String> = BTreeMap::new();
@@ -183,7 +191,8 @@ impl Sandboxes {
         }
         let own_cgroup_parent = asked.is_empty() && !self.settings.systemd_cgroup;
         let cgroup_parent = match (asked.is_empty(), self.settings.systemd_cgroup) {
-            (true, false) => format!("/crisp/{id}"),
+            // Without a common parent: nobody has to remove one that another sandbox is just entering.
+            (true, false) => format!("/crisp-{id}"),
             (true, true) => "crisp.slice".to_owned(),
             (false, true) if !asked.ends_with(".slice") => {
                 return Err(Error::invalid(format!("linux.cgroup_parent: the systemd driver expects a slice, found {asked:?}")));
@@ -396,7 +405,8 @@ impl Sandboxes {
         };
         let mut request = restored.config;
         request.extend_from_slice(meta.requested_handler.as_bytes());
-        let sandbox = Arc::new(Sandbox { meta, config, status: Lock::new(Rank::Status, status.clone()), op: Lock::new(Rank::SandboxOp, ()) });
+        let sandbox =
+            Arc::new(Sandbox { meta, config, status: Lock::new(Rank::Status, status.clone()), op: Lock::new(Rank::SandboxOp, ()) });
         let meta = &sandbox.meta;
         if status.phase == Phase::Making {
             log::info!("sandbox {}: half made by a daemon that ended, undone", meta.id);

@@ -79,7 +79,7 @@ impl Metadata {
             ipc: true,
             pid: PidMode::Container,
             hostname: String::new(),
-            cgroup_parent: format!("/crisp/{id}"),
+            cgroup_parent: format!("/crisp-{id}"),
             own_cgroup_parent: true,
             dir: sandboxes.join(id),
         }

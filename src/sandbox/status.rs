@@ -48,7 +48,10 @@ impl Status {
     pub fn can_hold_containers(&self, id: &str) -> Result<()> {
         match self.phase {
             Phase::Ready => Ok(()),
-            _ => Err(Error::precondition(format!("sandbox {id} is not ready{}", if self.reason.is_empty() { String::new() } else { format!(": {}", self.reason) }))),
+            _ => Err(Error::precondition(format!(
+                "sandbox {id} is not ready{}",
+                if self.reason.is_empty() { String::new() } else { format!(": {}", self.reason) }
+            ))),
         }
     }
 

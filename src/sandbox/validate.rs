@@ -58,7 +58,9 @@ pub fn namespaces(config: &PodSandboxConfig) -> Result<Namespaces> {
     if let Some(userns) = options.userns_options.as_ref() {
         match mode("userns_options.mode", userns.mode)? {
             NamespaceMode::NODE => {}
-            NamespaceMode::POD => return Err(Error::unimplemented(format!("{field}.userns_options: user namespaces are not supported yet"))),
+            NamespaceMode::POD => {
+                return Err(Error::unimplemented(format!("{field}.userns_options: user namespaces are not supported yet")))
+            }
             other => return Err(Error::invalid(format!("{field}.userns_options.mode: expected POD or NODE, found {other:?}"))),
         }
     }
@@ -106,7 +108,14 @@ pub fn sysctl_path(key: &str) -> Result<String> {
         return Err(bad());
     }
     let path = match key.find(['.', '/']).map(|i| key.as_bytes()[i]) {
-        Some(b'.') => key.chars().map(|c| match c { '.' => '/', '/' => '.', c => c }).collect(),
+        Some(b'.') => key
+            .chars()
+            .map(|c| match c {
+                '.' => '/',
+                '/' => '.',
+                c => c,
+            })
+            .collect(),
         _ => key.to_owned(),
     };
     if path.split('/').any(|part| part.is_empty() || part == "." || part == "..") {
@@ -117,7 +126,16 @@ pub fn sysctl_path(key: &str) -> Result<String> {
 
 /// Which namespace a sysctl belongs to (kernel documentation, admin-guide/sysctl).
 fn sysctl_namespace(path: &str) -> Option<&'static str> {
-    const IPC: &[&str] = &["kernel/msgmax", "kernel/msgmnb", "kernel/msgmni", "kernel/sem", "kernel/shmall", "kernel/shmmax", "kernel/shmmni", "kernel/shm_rmid_forced"];
+    const IPC: &[&str] = &[
+        "kernel/msgmax",
+        "kernel/msgmnb",
+        "kernel/msgmni",
+        "kernel/sem",
+        "kernel/shmall",
+        "kernel/shmmax",
+        "kernel/shmmni",
+        "kernel/shm_rmid_forced",
+    ];
     match path {
         _ if path.starts_with("net/") => Some("net"),
         _ if path.starts_with("fs/mqueue/") || IPC.contains(&path) => Some("ipc"),

@@ -5,7 +5,8 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
-use super::image::{auth, lead};
+use super::convert::lead;
+use super::image::auth;
 use super::{Call, Service};
 use crate::api::admin::{ImportImageRequest, ImportImageResponse, ImportedImage, InfoResponse, LayerProgress, PullProgress, PullRequest};
 use crate::api::runtime::AuthConfig;
@@ -32,7 +33,12 @@ impl Service {
     }
 
     /// The pull runs on a thread of its own, this one reports. A client that goes away cancels it as PullImage does.
-    pub(super) fn pull_with_progress(&self, request: &PullRequest, call: &Call, send: &mut dyn FnMut(PullProgress) -> Result<()>) -> Result<()> {
+    pub(super) fn pull_with_progress(
+        &self,
+        request: &PullRequest,
+        call: &Call,
+        send: &mut dyn FnMut(PullProgress) -> Result<()>,
+    ) -> Result<()> {
         let reference = request.image.clone();
         call.about(&reference);
         if reference.is_empty() {
@@ -73,7 +79,9 @@ impl Service {
                         return Err(e);
                     }
                 }
-                Err(crossbeam_channel::RecvTimeoutError::Disconnected) => return Err(Error::internal(format!("pull {reference}: the pull panicked"))),
+                Err(crossbeam_channel::RecvTimeoutError::Disconnected) => {
+                    return Err(Error::internal(format!("pull {reference}: the pull panicked")))
+                }
             }
         }
     }

@@ -6,8 +6,8 @@ use super::convert::matches;
 use super::{Call, Service};
 use crate::api::runtime;
 use crate::api::runtime::{
-    ContainerResources, ContainerStatusRequest, ContainerStatusResponse, ContainerUser, ImageSpec, LinuxContainerUser, ListContainersRequest,
-    ListContainersResponse,
+    ContainerResources, ContainerStatusRequest, ContainerStatusResponse, ContainerUser, ImageSpec, LinuxContainerUser,
+    ListContainersRequest, ListContainersResponse,
 };
 use crate::container::{signal, Container, State, Status};
 use crate::error::{Error, Result};

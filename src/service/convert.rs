@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 
 use crate::api::runtime::{NamespaceMode, NamespaceOption, PodSandboxConfig, UserNamespace};
+use crate::error::Error;
 use protobuf::MessageField;
 
 /// Whether `labels` has everything that `selector` wants.
@@ -19,6 +20,19 @@ pub(super) fn namespace_option(config: &PodSandboxConfig) -> NamespaceOption {
     options
 }
 
+/// kubelet knows some errors only by the word their message starts with (contract.md): it goes to the front.
+pub(super) fn lead(error: Error) -> Error {
+    const WORDS: &[&str] = &["RegistryUnavailable", "SignatureValidationFailed", "RROUnsupported", "ImageVolumeMountFailed"];
+    for word in WORDS {
+        if let Some(at) = error.message().find(word).filter(|at| *at > 0) {
+            let (before, after) = error.message().split_at(at);
+            let rest = after[word.len()..].trim_start_matches(':').trim_start();
+            return Error::new(error.code(), format!("{word}: {before}{rest}"));
+        }
+    }
+    error
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -31,5 +45,12 @@ mod tests {
         assert!(matches(&labels, &map(&[("a", "1"), ("b", "2")])));
         assert!(!matches(&labels, &map(&[("a", "1"), ("b", "3")])));
         assert!(!matches(&labels, &map(&[("c", "")])));
+    }
+
+    #[test]
+    fn known_words_come_first() {
+        let e = lead(Error::new(crate::error::Code::Unknown, "pull a: RegistryUnavailable: connect to b: refused"));
+        assert_eq!(e.message(), "RegistryUnavailable: pull a: connect to b: refused");
+        assert_eq!(lead(Error::internal("x")).message(), "x");
     }
 }

@@ -21,7 +21,11 @@ impl Service {
         Ok(ExecSyncResponse { stdout: output.stdout, stderr: output.stderr, exit_code: output.exit_code, ..Default::default() })
     }
 
-    pub(super) fn update_resources(&self, request: &UpdateContainerResourcesRequest, call: &Call) -> Result<UpdateContainerResourcesResponse> {
+    pub(super) fn update_resources(
+        &self,
+        request: &UpdateContainerResourcesRequest,
+        call: &Call,
+    ) -> Result<UpdateContainerResourcesResponse> {
         call.about(&request.container_id);
         let container = self.containers.get(&request.container_id)?;
         call.about(container.id());

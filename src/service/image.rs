@@ -2,12 +2,13 @@
 
 use std::collections::BTreeMap;
 
+use super::convert::lead;
 use super::{Call, Service};
 use crate::api::runtime::{
-    AuthConfig, FilesystemIdentifier, FilesystemUsage, ImageFsInfoResponse, ImageSpec, ImageStatusRequest, ImageStatusResponse, Int64Value,
-    ListImagesRequest, ListImagesResponse, PullImageRequest, PullImageResponse, RemoveImageRequest, RemoveImageResponse, UInt64Value,
+    self, AuthConfig, FilesystemIdentifier, FilesystemUsage, ImageFsInfoResponse, ImageSpec, ImageStatusRequest, ImageStatusResponse,
+    Int64Value, ListImagesRequest, ListImagesResponse, PullImageRequest, PullImageResponse, RemoveImageRequest, RemoveImageResponse,
+    UInt64Value,
 };
-use crate::api::runtime;
 use crate::error::{Context, Error, Result};
 use crate::image::{Auth, FsUsage, Image};
 use crate::store::now_ns;
@@ -44,7 +45,10 @@ pub(super) fn auth(given: &AuthConfig) -> Option<Auth> {
 fn wanted(spec: &MessageField<ImageSpec>) -> Result<&str> {
     let Some(spec) = spec.as_ref().filter(|s| !s.image.is_empty()) else { return Err(Error::invalid("image.image is empty")) };
     if !spec.runtime_handler.is_empty() {
-        return Err(Error::invalid(format!("image.runtime_handler: images are not kept per runtime handler, found {:?}", spec.runtime_handler)));
+        return Err(Error::invalid(format!(
+            "image.runtime_handler: images are not kept per runtime handler, found {:?}",
+            spec.runtime_handler
+        )));
     }
     Ok(&spec.image)
 }
@@ -106,31 +110,5 @@ impl Service {
             container_filesystems: vec![usage(&info.container)],
             ..Default::default()
         })
-    }
-}
-
-/// kubelet knows some errors only by the word their message starts with (contract.md): it goes to the front.
-pub(super) fn lead(error: Error) -> Error {
-    const WORDS: &[&str] = &["RegistryUnavailable", "SignatureValidationFailed"];
-    for word in WORDS {
-        if let Some(at) = error.message().find(word).filter(|at| *at > 0) {
-            let (before, after) = error.message().split_at(at);
-            let rest = after[word.len()..].trim_start_matches(':').trim_start();
-            return Error::new(error.code(), format!("{word}: {before}{rest}"));
-        }
-    }
-    error
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::error::Code;
-
-    #[test]
-    fn known_words_come_first() {
-        let e = lead(Error::new(Code::Unknown, "pull a: RegistryUnavailable: connect to b: refused"));
-        assert_eq!(e.message(), "RegistryUnavailable: pull a: connect to b: refused");
-        assert_eq!(lead(Error::internal("x")).message(), "x");
     }
 }

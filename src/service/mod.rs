@@ -119,7 +119,11 @@ impl RuntimeService for Service {
         Ok(self.cgroup_driver())
     }
 
-    fn update_runtime_config(&self, request: runtime::UpdateRuntimeConfigRequest, _: &Call) -> Result<runtime::UpdateRuntimeConfigResponse> {
+    fn update_runtime_config(
+        &self,
+        request: runtime::UpdateRuntimeConfigRequest,
+        _: &Call,
+    ) -> Result<runtime::UpdateRuntimeConfigResponse> {
         self.set_runtime_config(&request)
     }
 
@@ -180,7 +184,11 @@ impl RuntimeService for Service {
         self.update_resources(&request, call)
     }
 
-    fn reopen_container_log(&self, request: runtime::ReopenContainerLogRequest, call: &Call) -> Result<runtime::ReopenContainerLogResponse> {
+    fn reopen_container_log(
+        &self,
+        request: runtime::ReopenContainerLogRequest,
+        call: &Call,
+    ) -> Result<runtime::ReopenContainerLogResponse> {
         self.reopen_log(&request, call)
     }
 
@@ -216,7 +224,12 @@ impl Admin for Service {
         self.import(&request, call)
     }
 
-    fn pull_image(&self, request: admin_api::PullRequest, call: &Call, send: &mut dyn FnMut(admin_api::PullProgress) -> Result<()>) -> Result<()> {
+    fn pull_image(
+        &self,
+        request: admin_api::PullRequest,
+        call: &Call,
+        send: &mut dyn FnMut(admin_api::PullProgress) -> Result<()>,
+    ) -> Result<()> {
         self.pull_with_progress(&request, call, send)
     }
 

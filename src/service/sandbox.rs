@@ -45,8 +45,7 @@ impl Service {
         let Some(sandbox) = self.sandboxes.find(id)? else { return Ok(()) };
         self.stop_sandbox(sandbox.id(), call)?;
         let cancel = &call.cancel;
-        self.each_container(sandbox.id(), |c| self.containers.remove(c, cancel))
-            .context(|| format!("remove sandbox {}", sandbox.id()))?;
+        self.each_container(sandbox.id(), |c| self.containers.remove(c, cancel)).context(|| format!("remove sandbox {}", sandbox.id()))?;
         crash::step("remove-sandbox:1-containers");
         self.sandboxes.remove(&sandbox)
     }

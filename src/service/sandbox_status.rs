@@ -5,8 +5,8 @@ use std::collections::BTreeMap;
 use super::convert::{matches, namespace_option};
 use super::{Call, Service};
 use crate::api::runtime::{
-    LinuxPodSandboxStatus, ListPodSandboxRequest, ListPodSandboxResponse, Namespace, PodIP, PodSandbox, PodSandboxNetworkStatus, PodSandboxState,
-    PodSandboxStatus, PodSandboxStatusRequest, PodSandboxStatusResponse,
+    LinuxPodSandboxStatus, ListPodSandboxRequest, ListPodSandboxResponse, Namespace, PodIP, PodSandbox, PodSandboxNetworkStatus,
+    PodSandboxState, PodSandboxStatus, PodSandboxStatusRequest, PodSandboxStatusResponse,
 };
 use crate::error::{Error, Result};
 use crate::sandbox::{Sandbox, Status};

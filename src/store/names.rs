@@ -60,7 +60,8 @@ impl Names {
             match map.get(name) {
                 None => {
                     let flight = Arc::new(Flight { result: Lock::new(Rank::Status, None), done: Condvar::new() });
-                    let entry = Entry { id: id.to_owned(), request: request.into(), flight: flight.clone(), unclaimed: Some(cancel.clone()) };
+                    let entry =
+                        Entry { id: id.to_owned(), request: request.into(), flight: flight.clone(), unclaimed: Some(cancel.clone()) };
                     map.insert(name.to_owned(), entry);
                     return Ok(Claim::Make(Making { names: self, name: name.to_owned(), flight, finished: false }));
                 }

@@ -2,15 +2,18 @@
 
 /// Cancellation and deadline of a call.
 pub mod cancel;
-/// Crash points of debug builds.
-#[cfg(feature = "daemon")]
-pub mod crash;
 /// Messages of a socket that must not block.
 pub mod channel;
 /// Giving up power: capabilities, system calls.
 pub mod confine;
+/// Crash points of debug builds.
+#[cfg(feature = "daemon")]
+pub mod crash;
 /// Files: atomic writes, bounded reads, removal of trees.
 pub mod file;
+/// Paths inside a root filesystem, as a process in it would see them.
+#[cfg(feature = "daemon")]
+pub mod inroot;
 /// Ranked locks: the order is asserted in debug builds.
 #[cfg(feature = "daemon")]
 pub mod lock;
@@ -28,16 +31,13 @@ pub mod netlink;
 pub mod pidfd;
 /// Child processes: bounded output, timeout, process group killed.
 pub mod process;
-/// Paths inside a root filesystem, as a process in it would see them.
-#[cfg(feature = "daemon")]
-pub mod inroot;
 /// File operations confined to a directory that holds a layer of a stranger.
 #[cfg(feature = "daemon")]
 pub mod rooted;
 /// Unix sockets: peer credentials, passing of file descriptors.
 pub mod socket;
+/// Threads with names.
+pub mod thread;
 /// One thread that waits on many descriptors.
 #[cfg(feature = "daemon")]
 pub mod watch;
-/// Threads with names.
-pub mod thread;

@@ -25,7 +25,9 @@ pub fn for_each<T: Sync, R: Send>(name: &str, items: &[T], work: &(impl Fn(&T) -
         std::thread::scope(|scope| {
             let started: Vec<_> = chunk
                 .iter()
-                .map(|item| std::thread::Builder::new().name(name.to_owned()).stack_size(512 * 1024).spawn_scoped(scope, move || work(item)).ok())
+                .map(|item| {
+                    std::thread::Builder::new().name(name.to_owned()).stack_size(512 * 1024).spawn_scoped(scope, move || work(item)).ok()
+                })
                 .collect();
             for (thread, item) in started.into_iter().zip(chunk) {
                 // Without a thread, and after a panic, the work is done here: it must be done.

@@ -98,7 +98,11 @@ mod tests {
                     let mut byte = [0];
                     let n = std::io::Read::read(&mut reader, &mut byte).unwrap();
                     tx.send((n, byte[0])).unwrap();
-                    if n == 0 { Keep::No } else { Keep::Yes }
+                    if n == 0 {
+                        Keep::No
+                    } else {
+                        Keep::Yes
+                    }
                 }),
             )
             .unwrap();
