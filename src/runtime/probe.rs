@@ -33,27 +33,29 @@ pub fn probe(handler: &Handler, scratch: &Path, shim: &Path) -> Result<Version> 
     let output = Program::new(&handler.path).arg("--version").run_ok(&Cancel::never(), LIMIT).context(what)?;
     let version = parse_version(&String::from_utf8_lossy(&output.stdout))
         .ok_or_else(|| Error::precondition(format!("{}: {} --version says no version", what(), handler.path.display())))?;
-    let dir = scratch.join(format!("probe-{}-{}", handler.name, std::process::id()));
+    // A name of the configuration becomes a file name and an id.
+    let plain: String = handler.name.chars().map(|c| if c.is_ascii_alphanumeric() { c } else { '-' }).collect();
+    let id = format!("crisp-probe-{plain}-{}", std::process::id());
+    let dir = scratch.join(&id);
     file::remove_tree(&dir).context(what)?;
-    let ran = run_in(handler, &dir, shim);
+    let ran = run_in(handler, &dir, &id, shim);
     let cleaned = file::remove_tree(&dir);
     ran.context(what)?;
     cleaned.context(what)?;
     Ok(version)
 }
 
-fn run_in(handler: &Handler, dir: &Path, shim: &Path) -> Result<()> {
+fn run_in(handler: &Handler, dir: &Path, id: &str, shim: &Path) -> Result<()> {
     file::make_dir(&dir.join("rootfs"), 0o700)?;
-    let id = format!("crisp-probe-{}-{}", handler.name, std::process::id());
     let cgroup = if handler.systemd_cgroup { format!("system.slice:crisp:{id}") } else { format!("/{id}") };
     let spec = serde_json::to_vec(&spec(shim, &cgroup)).context(|| "write config.json")?;
     file::write(&dir.join("config.json"), &spec, 0o600, file::Durability::Atomic)?;
     let log = dir.join("log");
     // Not detached: its end is the container's end, and its stdout the container's.
-    let mut args = oci::run(handler, &log, dir, &dir.join("pid"), None, &id);
+    let mut args = oci::run(handler, &log, dir, &dir.join("pid"), None, id);
     args.retain(|a| a != "--detach");
     let result = oci::program(handler, args).current_dir(dir).run(&Cancel::never(), LIMIT).and_then(|output| judge(&output, &log));
-    let _ = oci::program(handler, oci::delete(handler, None, &id)).run(&Cancel::never(), LIMIT);
+    let _ = oci::program(handler, oci::delete(handler, None, id)).run(&Cancel::never(), LIMIT);
     if let Ok(left) = Layout::detect().and_then(|layout| Cgroup::at(&layout, &cgroup)) {
         let _ = left.kill_all(Duration::from_secs(1));
         let _ = left.remove(Duration::from_secs(1));

@@ -63,8 +63,8 @@ impl Shim {
 
     /// Everything that is due: children, deadlines, the way to the end. Gives the time to come again.
     pub fn advance(&mut self, now: Instant) -> Option<Instant> {
-        self.tasks.iter_mut().for_each(|t| t.check(now));
         self.reap();
+        self.tasks.iter_mut().for_each(|t| t.check(now));
         let mut again = None;
         let mut sooner = |time: Option<Instant>| again = [again, time].into_iter().flatten().min();
         sooner(self.advance_execs(now));

@@ -167,7 +167,7 @@ impl Shim {
             }
             for ready in self.wait(again) {
                 match ready {
-                    // The children are looked at in every round: a SIGCHLD may be lost while a program is started.
+                    // It only wakes us: the children are looked at in every round.
                     Ready::Signals => while matches!(self.signals.read_signal(), Ok(Some(_))) {},
                     Ready::Listener => self.accept(),
                     Ready::Console => self.console(),

@@ -58,12 +58,13 @@ fn child_mask() -> SigSet {
     mask
 }
 
-/// Runs `start`, which starts a program, with no signal blocked: masks are inherited. A SIGCHLD of that moment is lost, so
-/// the caller looks for dead children afterwards.
+/// Runs `start`, which starts a program, with no signal blocked: masks are inherited. A SIGCHLD of that moment would be
+/// lost, be it the program's own, so one is sent afterwards in any case.
 pub fn with_clean_signals<T>(start: impl FnOnce() -> Result<T>) -> Result<T> {
     SigSet::empty().thread_set_mask().context(|| "clear signal mask")?;
     let result = start();
     child_mask().thread_set_mask().context(|| "set signal mask")?;
+    nix::sys::signal::raise(Signal::SIGCHLD).context(|| "raise SIGCHLD")?;
     result
 }
 

@@ -500,7 +500,6 @@ fn small(f: &Fixture) {
 type Scenario = (&'static str, fn(&Fixture));
 
 fn all(kind: Kind, program: &str) {
-    let table: BTreeSet<PathBuf> = mount::table().unwrap().into_iter().map(|m| m.target).collect();
     let f = Fixture::new(kind, program);
     let scenarios: [Scenario; 17] = [
         ("exit_code_and_log", exit_code_and_log),
@@ -531,7 +530,7 @@ fn all(kind: Kind, program: &str) {
     assert!(parent.procs().is_empty());
     parent.remove(Duration::from_secs(1)).unwrap();
     assert!(!std::fs::read_dir(&f.handler.root).is_ok_and(|mut d| d.next().is_some()), "the runtime remembers something");
-    assert_eq!(mount::table().unwrap().into_iter().map(|m| m.target).collect::<BTreeSet<_>>(), table);
+    assert!(mount::below(f.dir.path()).unwrap().is_empty());
     let ours = f.dir.path().to_string_lossy().into_owned();
     for entry in std::fs::read_dir("/proc").unwrap().flatten() {
         let line = std::fs::read(entry.path().join("cmdline")).unwrap_or_default();
@@ -581,5 +580,109 @@ fn shim_with_runc_and_crun() {
     if installed("crun") {
         let _hugetlb = Hugetlb::mounted();
         all(Kind::Crun, "crun");
+    }
+}
+
+/// The static build; a container has no libraries for another one.
+fn static_shim() -> Option<PathBuf> {
+    let found = std::env::var_os("CRISP_SHIM").map(PathBuf::from);
+    if found.is_none() {
+        println!("CRISP_SHIM does not name a static crisp-shim: passed over");
+    }
+    found
+}
+
+#[test]
+fn probe_tells_what_works() {
+    let Some(shim) = static_shim() else { return };
+    let dir = tempfile::tempdir().unwrap();
+    let handler = |program: &str, kind| Handler {
+        name: program.into(),
+        path: program.into(),
+        root: dir.path().join("oci"),
+        kind,
+        systemd_cgroup: false,
+    };
+    if installed("runc") {
+        let version = crisp::runtime::probe::probe(&handler("runc", Kind::Runc), dir.path(), &shim).unwrap();
+        assert_eq!(version.name, "runc");
+    }
+    // A runtime that says it is one and refuses everything: its own words come back.
+    let refuses = dir.path().join("refuses");
+    let text = "#!/bin/sh\ncase \"$*\" in --version) echo crun version 9.9;; *) echo 'no cgroups for me' >&2; exit 1;; esac\n";
+    std::fs::write(&refuses, text).unwrap();
+    std::fs::set_permissions(&refuses, std::os::unix::fs::PermissionsExt::from_mode(0o755)).unwrap();
+    let error = crisp::runtime::probe::probe(&handler(refuses.to_str().unwrap(), Kind::Crun), dir.path(), &shim).unwrap_err();
+    assert!(error.message().ends_with("run a container: exit 1: no cgroups for me"), "{error}");
+    std::fs::remove_file(&refuses).unwrap();
+    let left: Vec<_> = std::fs::read_dir(dir.path()).unwrap().map(|e| e.unwrap().file_name()).filter(|n| n != "oci").collect();
+    assert!(left.is_empty(), "{left:?}");
+}
+
+#[test]
+fn sandbox_init_has_nothing_and_reaps() {
+    let Some(shim) = static_shim() else { return };
+    let args = ["--pid", "--fork", "--kill-child"];
+    let mut outer = process::Program::new("unshare").args(args).arg(&shim).arg("init").spawn().unwrap();
+    let children = format!("/proc/{0}/task/{0}/children", outer.id());
+    let pid = || std::fs::read_to_string(&children).ok()?.trim().parse::<i32>().ok();
+    let status = |key: &str| {
+        let text = std::fs::read_to_string(format!("/proc/{}/status", pid()?)).ok()?;
+        text.lines().find_map(|l| Some(l.strip_prefix(key)?.trim().to_owned()))
+    };
+    eventually("init is confined", || status("Seccomp:").as_deref() == Some("2"));
+    let init = pid().unwrap();
+    for key in ["CapInh:", "CapPrm:", "CapEff:", "CapBnd:", "CapAmb:"] {
+        assert_eq!(status(key).as_deref(), Some("0000000000000000"), "{key}");
+    }
+    assert_eq!(status("NoNewPrivs:").as_deref(), Some("1"));
+    let names = |of: &str| std::fs::read_dir(format!("/proc/{init}/{of}")).unwrap().count();
+    assert_eq!((names("root"), names("fd")), (0, 0));
+    assert_eq!(std::fs::read_to_string(format!("/proc/{init}/mounts")).unwrap().lines().count(), 1);
+    // Not "text file busy", which would end with the process. (The mount is asked first only when truncating.)
+    let written = File::options().write(true).truncate(true).open(format!("/proc/{init}/exe")).unwrap_err();
+    assert_eq!(written.raw_os_error(), Some(libc::EROFS));
+    // From inside, TERM does nothing and orphans are reaped.
+    let inside = |script: &str| {
+        let enter = process::Program::new("nsenter").args(["-t", &init.to_string(), "--pid", "sh", "-c", script]);
+        enter.run_ok(&Cancel::never(), LIMIT).unwrap();
+    };
+    inside("kill -TERM 1; kill -HUP 1; (sleep 0.05 &)");
+    let descendants = format!("/proc/{init}/task/{init}/children");
+    eventually("the orphan is reaped", || std::fs::read_to_string(&descendants).unwrap().is_empty());
+    assert_eq!(pid(), Some(init));
+    let rollup = std::fs::read_to_string(format!("/proc/{init}/smaps_rollup")).unwrap();
+    println!("sandbox init: {}", rollup.lines().filter(|l| l.starts_with("Pss:") || l.starts_with("Private_Dirty")).collect::<String>());
+    monitor::kill(init, libc::SIGKILL).unwrap();
+    outer.wait().unwrap();
+}
+
+#[test]
+fn fifty_shims_are_small() {
+    if static_shim().is_none() || !installed("runc") {
+        return;
+    }
+    let f = Fixture::new(Kind::Runc, "runc");
+    let f = Fixture { parent: format!("{}-fifty", f.parent), ..f };
+    let _parent = Parent(Cgroup::at(&Layout::detect().unwrap(), &f.parent).unwrap());
+    let all: Vec<(Container, Started)> = (0..50)
+        .map(|n| {
+            let c = f.container(&format!("c{n}"), "sleep 1000");
+            let started = c.start();
+            (c, started)
+        })
+        .collect();
+    let sum = |key: &str| -> u64 {
+        let of = |pid: i32| std::fs::read_to_string(format!("/proc/{pid}/smaps_rollup")).unwrap();
+        let value = |text: String| text.lines().find_map(|l| l.strip_prefix(key)?.split_whitespace().next()?.parse::<u64>().ok());
+        all.iter().map(|(_, s)| value(of(s.shim_pid)).unwrap()).sum()
+    };
+    println!("50 shims: pss {} KiB each, private dirty {} KiB each", sum("Pss:") / 50, sum("Private_Dirty:") / 50);
+    assert!(sum("Pss:") / 50 <= 200);
+    for (c, _) in &all {
+        c.client().kill(9, true).unwrap();
+    }
+    for (c, _) in &all {
+        c.finish();
     }
 }
