@@ -82,7 +82,7 @@ impl Daemon {
                 config.shim.display()
             )));
         }
-        let layout = Layout::detect()?;
+        let layout = Layout::host()?;
         let watcher = Watcher::start("exits")?;
         let network = Network::start(network_settings(config))?;
         let images = Images::open(image_settings(config))?;
@@ -104,7 +104,7 @@ impl Daemon {
             images,
             network: network.clone(),
             handlers,
-            warmer: Warmer::start(&layout)?,
+            warmer: Warmer::start(layout)?,
             systemd_cgroup: config.systemd_cgroup,
             root: config.root.clone(),
             run: config.run.clone(),

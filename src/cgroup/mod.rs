@@ -54,6 +54,16 @@ impl Layout {
         Layout::from_table(&crate::sys::mount::table()?)
     }
 
+    /// The hierarchies as they were when this process first asked: they do not change under a running daemon.
+    pub fn host() -> Result<&'static Layout> {
+        static HOST: std::sync::OnceLock<Layout> = std::sync::OnceLock::new();
+        if let Some(layout) = HOST.get() {
+            return Ok(layout);
+        }
+        let found = Layout::detect()?;
+        Ok(HOST.get_or_init(|| found))
+    }
+
     /// The hierarchies of a mount table. A hierarchy mounted twice counts where it was mounted first.
     pub fn from_table(table: &[MountInfo]) -> Result<Layout> {
         let mut found: Vec<Hierarchy> = Vec::new();

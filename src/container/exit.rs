@@ -85,7 +85,7 @@ impl Containers {
 
     /// The container's cgroup.
     pub(super) fn cgroup(&self, container: &Container) -> Result<Cgroup> {
-        Cgroup::at(&Layout::detect()?, &container.meta.cgroups_path)
+        Cgroup::at(Layout::host()?, &container.meta.cgroups_path)
     }
 
     /// Kills what is left of a container whose shim is not there, deletes the runtime's state, and says how it ended.

@@ -27,6 +27,7 @@ impl Handlers {
     pub fn probe(configured: &BTreeMap<String, Handler>, default: Option<&str>, scratch: &Path, shim: &Path) -> Handlers {
         let handlers: Vec<&Handler> = configured.values().collect();
         let states = crate::sys::thread::for_each("probe", &handlers, &|h| probe::probe(h, &scratch.join(&h.name), shim));
+        let _ = crate::sys::file::remove_tree(scratch);
         let mut entries = BTreeMap::new();
         for (handler, state) in handlers.into_iter().zip(states) {
             match &state {

@@ -49,6 +49,10 @@ pub fn write_hosts(meta: &Metadata, ips: &[IpAddr]) -> Result<()> {
 /// Undoes `create`, whatever of it there is.
 pub fn remove(meta: &Metadata) -> Result<()> {
     mount::unmount(&meta.dir.join("shm"))?;
+    if file::remove_tree(&meta.dir).is_ok() {
+        return Ok(());
+    }
+    // Something is mounted that we did not expect: only now is the whole mount table worth reading.
     for left in mount::below(&meta.dir)? {
         mount::unmount(&left)?;
     }

@@ -67,7 +67,7 @@ fn settle_init(meta: &Metadata, pid: i32) -> Result<Process> {
 
 /// The init's own cgroup, below the parent as a container's.
 fn init_cgroup(meta: &Metadata) -> Result<Cgroup> {
-    Cgroup::at(&Layout::detect()?, &cgroup::path::below(&meta.cgroup_parent, &meta.id))
+    Cgroup::at(Layout::host()?, &cgroup::path::below(&meta.cgroup_parent, &meta.id))
 }
 
 /// Kills an init and waits until it is gone, and with it every process of its PID namespace.
@@ -96,9 +96,12 @@ pub fn remove(meta: &Metadata, init: Option<Process>) -> Result<()> {
 }
 
 fn remove_cgroups(meta: &Metadata) -> Result<()> {
-    init_cgroup(meta)?.remove(KILL_WAIT)?;
+    let cgroup = init_cgroup(meta)?;
+    // An init that was started but not yet recorded when the daemon died is found here.
+    cgroup.kill_all(KILL_WAIT)?;
+    cgroup.remove(KILL_WAIT)?;
     if meta.own_cgroup_parent {
-        Cgroup::at(&Layout::detect()?, &meta.cgroup_parent)?.remove(KILL_WAIT)?;
+        Cgroup::at(Layout::host()?, &meta.cgroup_parent)?.remove(KILL_WAIT)?;
     }
     Ok(())
 }
