@@ -390,7 +390,8 @@ mod tests {
         };
         assert_eq!(
             request(0),
-            json!({"type": "a", "mtu": 9, "name": "n", "cniVersion": "0.4.0", "prevResult": {"ips": []}, "runtimeConfig": {"mac": "02:00:00:00:00:01"}})
+            json!({"type": "a", "mtu": 9, "name": "n", "cniVersion": "0.4.0", "prevResult": {"ips": []},
+                "runtimeConfig": {"mac": "02:00:00:00:00:01"}})
         );
         assert_eq!(request(1), json!({"type": "b", "name": "n", "cniVersion": "0.4.0", "prevResult": {"ips": []}}));
     }
@@ -423,7 +424,8 @@ mod tests {
         }
 
         #[test]
-        fn what_parses_survives_the_cache(name in "[a-z./-]{0,6}", kind in "[a-z./]{0,4}", version in "[01]\\.[0-4]\\.[01]", caps in any::<bool>()) {
+        fn what_parses_survives_the_cache(name in "[a-z./-]{0,6}", kind in "[a-z./]{0,4}", version in "[01]\\.[0-4]\\.[01]",
+            caps in any::<bool>()) {
             let text = json!({"name": name, "cniVersion": version, "plugins": [{"type": kind, "capabilities": {"ips": caps}}]}).to_string();
             if let Ok(list) = Conflist::parse(text.as_bytes()) {
                 let again = Conflist::parse(&list.to_json()).unwrap();

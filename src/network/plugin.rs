@@ -202,7 +202,7 @@ mod tests {
     }
 
     #[test]
-    fn children_left_behind_do_not_hang_us() {
+    fn children_left_behind_are_not_waited_for() {
         let (_dir, p) = plugins("sleep 2 & echo '{}'");
         let begin = Instant::now();
         assert_eq!(p.run("fake", Verb::Add, None, b"{}", &Cancel::never()).unwrap(), b"{}\n");

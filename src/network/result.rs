@@ -231,7 +231,8 @@ mod tests {
             ["10.1.0.5", "fd00::5"]
         );
         let one = parse(
-            r#"{"cniVersion":"1.0.0","interfaces":[{"name":"br0","mac":"02:00:00:00:00:01"},{"name":"eth0","mac":"02:00:00:00:00:02","sandbox":"/n"}],
+            r#"{"cniVersion":"1.0.0","interfaces":[{"name":"br0","mac":"02:00:00:00:00:01"},
+                {"name":"eth0","mac":"02:00:00:00:00:02","sandbox":"/n"}],
                 "ips":[{"interface":1,"address":"10.1.0.5/16","gateway":"10.1.0.1"},{"interface":0,"address":"10.1.0.1/16"}],
                 "routes":[{"dst":"0.0.0.0/0"}],"dns":{"nameservers":["10.0.0.10"],"search":["a"]}}"#,
         )

@@ -70,8 +70,8 @@ enum Token<'a> {
 
 /// How a block ended.
 #[derive(PartialEq)]
-enum End {
-    File,
+enum Stop {
+    Eof,
     End,
     Else,
 }
@@ -81,7 +81,7 @@ pub fn render(template: &str, values: &Values) -> Result<String> {
     let tokens = split(template)?;
     let mut at = 0;
     let (nodes, end) = parse(&tokens, &mut at, 0)?;
-    if end != End::File {
+    if end != Stop::Eof {
         return Err(Error::invalid("directive {{end}} or {{else}} without {{if}} or {{range}}"));
     }
     let mut out = String::new();
@@ -122,7 +122,7 @@ fn split(template: &str) -> Result<Vec<Token<'_>>> {
     }
 }
 
-fn parse(tokens: &[Token<'_>], at: &mut usize, depth: usize) -> Result<(Vec<Node>, End)> {
+fn parse(tokens: &[Token<'_>], at: &mut usize, depth: usize) -> Result<(Vec<Node>, Stop)> {
     if depth > 16 {
         return Err(Error::invalid("directives are nested more than 16 deep"));
     }
@@ -138,8 +138,8 @@ fn parse(tokens: &[Token<'_>], at: &mut usize, depth: usize) -> Result<(Vec<Node
         };
         let (word, rest) = action.split_once(char::is_whitespace).unwrap_or((action, ""));
         match word {
-            "end" if rest.is_empty() => return Ok((nodes, End::End)),
-            "else" if rest.is_empty() => return Ok((nodes, End::Else)),
+            "end" if rest.is_empty() => return Ok((nodes, Stop::End)),
+            "else" if rest.is_empty() => return Ok((nodes, Stop::Else)),
             "if" => {
                 let test = operand(rest.trim(), action)?;
                 let (body, otherwise) = branches(tokens, at, depth, action)?;
@@ -160,17 +160,17 @@ fn parse(tokens: &[Token<'_>], at: &mut usize, depth: usize) -> Result<(Vec<Node
             _ => nodes.push(Node::Show(operand(action, action)?)),
         }
     }
-    Ok((nodes, End::File))
+    Ok((nodes, Stop::Eof))
 }
 
 /// The body of an `if` or `range`, and what follows its `else`.
 fn branches(tokens: &[Token<'_>], at: &mut usize, depth: usize, action: &str) -> Result<(Vec<Node>, Vec<Node>)> {
     let (body, mut end) = parse(tokens, at, depth + 1)?;
     let mut otherwise = Vec::new();
-    if end == End::Else {
+    if end == Stop::Else {
         (otherwise, end) = parse(tokens, at, depth + 1)?;
     }
-    if end != End::End {
+    if end != Stop::End {
         return Err(Error::invalid(format!("directive {{{{{action}}}}} has no {{{{end}}}}")));
     }
     Ok((body, otherwise))

@@ -12,8 +12,8 @@ use crate::error::Code;
 use crate::sys::cancel::Cancel;
 use crate::sys::thread;
 
-/// Records `VERB name ifname netns` in `log` and stdin in `<n>-<name>-<VERB>`, then does as the files `<name>.<VERB>` (a
-/// script) say; ADD's answer is prevResult-independent.
+/// Records `VERB name ifname netns` in `log` and stdin in `<name>-<VERB>-<ifname>.json`, runs the script `<name>.<VERB>` if there
+/// is one, then answers; what ADD gives says `by` whom.
 const FAKE: &str = r#"#!/bin/sh
 home=$(dirname "$0"); me=$(basename "$0")
 cat > "$home/$me-$CNI_COMMAND-$CNI_IFNAME.json"
@@ -23,7 +23,9 @@ fi
 echo "$CNI_COMMAND $me $CNI_IFNAME ${CNI_NETNS:-none}" >> "$home/log"
 if [ -e "$home/$me.$CNI_COMMAND" ]; then . "$home/$me.$CNI_COMMAND"; fi
 if [ "$CNI_COMMAND" = ADD ]; then
-  echo "{\"cniVersion\":\"1.0.0\",\"by\":\"$me\",\"interfaces\":[{\"name\":\"$CNI_IFNAME\",\"mac\":\"02:00:00:00:00:01\",\"sandbox\":\"$CNI_NETNS\"}],\"ips\":[{\"interface\":0,\"address\":\"10.9.0.2/24\"},{\"interface\":0,\"address\":\"fd00::2/64\"}]}"
+  link="{\"name\":\"$CNI_IFNAME\",\"mac\":\"02:00:00:00:00:01\",\"sandbox\":\"$CNI_NETNS\"}"
+  echo "{\"cniVersion\":\"1.0.0\",\"by\":\"$me\",\"interfaces\":[$link],"
+  echo "\"ips\":[{\"interface\":0,\"address\":\"10.9.0.2/24\"},{\"interface\":0,\"address\":\"fd00::2/64\"}]}"
 fi
 "#;
 
@@ -131,6 +133,9 @@ fn a_chain_is_added_in_order_and_deleted_in_reverse() {
 
     network.check(&a).unwrap();
     assert_eq!(host.log(), ["CHECK a eth0 /run/netns/not-there", "CHECK b eth0 /run/netns/not-there"]);
+    host.behave("b", "CHECK", "exit 9");
+    assert_eq!(network.check(&a).unwrap_err().message(), "check network of sandbox s1: network net: plugin b: CHECK: exit 9");
+    host.log();
 
     // Today's configuration is another one; DEL does not look at it.
     host.conf("10.conflist", "1.0.0", "net", &["c"]);
@@ -296,7 +301,8 @@ fn gc_frees_what_the_dead_have_left() {
     eventually("STATUS was asked", || network.status().ready);
     host.log();
     network.gc(&["living".to_owned()]).unwrap();
-    assert_eq!(host.log(), ["DEL b eth0 none", "DEL a eth0 none", "GC a  none", "GC b  none"]);
+    let log: Vec<String> = host.log().into_iter().filter(|l| !l.starts_with("STATUS")).collect();
+    assert_eq!(log, ["DEL b eth0 none", "DEL a eth0 none", "GC a  none", "GC b  none"]);
     assert_eq!(host.input("a", "GC", "")["cni.dev/valid-attachments"], json!([{"containerID": "living", "ifname": "eth0"}]));
     assert_eq!(network.cached_sandboxes(), ["living"]);
 }

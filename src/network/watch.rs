@@ -34,6 +34,8 @@ fn run(network: &Weak<Network>, conf_dir: &Path, stop: &Cancel, wake: &OwnedFd) 
     loop {
         let pause = {
             let Some(network) = network.upgrade() else { return };
+            // Taken before looking: a wake-up after this is for the next round.
+            let _ = rustix::io::read(wake, &mut [0; 8]);
             // Armed before the directory is read: a change after the reading wakes us.
             watcher.arm(conf_dir, &network.plugin_dirs());
             if look {
@@ -144,8 +146,6 @@ impl Watcher {
         let mut set = vec![(wake.as_fd(), PollFlags::POLLIN)];
         set.extend(self.inotify.as_ref().map(|i| (i.as_fd(), PollFlags::POLLIN)));
         let ready = stop.poll(&set, limit)?;
-        let mut counter = [0; 8];
-        let _ = rustix::io::read(wake, &mut counter);
         let Some(inotify) = &mut self.inotify else { return Ok(true) };
         if ready.get(1).is_none_or(|flags| flags.is_empty()) {
             return Ok(false);
