@@ -109,6 +109,8 @@ impl Client {
             Err(ureq::Error::Io(e)) if e.kind() == std::io::ErrorKind::ConnectionRefused => {
                 Err(unavailable(format!("connect to {host}: {e}")))
             }
+            // It speaks TLS and we do not trust it: the pull says so. Anything else is no TLS.
+            Err(e) if e.to_string().to_lowercase().contains("certificate") => Ok("https"),
             Err(_) => Ok("http"),
         }
     }
