@@ -170,7 +170,8 @@ mod tests {
         let basic = |u: &str, p: &str| Credentials::Basic { username: u.into(), password: p.into() };
         let auth = Auth { auth: "dTpwOng=".into(), ..Auth::default() };
         assert!(auth.credentials("q.io").unwrap() == basic("u", "p:x"));
-        let auth = Auth { username: "u".into(), password: "p".into(), server_address: "https://index.docker.io/v1/".into(), ..Auth::default() };
+        let auth =
+            Auth { username: "u".into(), password: "p".into(), server_address: "https://index.docker.io/v1/".into(), ..Auth::default() };
         assert!(auth.credentials("docker.io").unwrap() == basic("u", "p"));
         assert!(auth.credentials("evil.io").unwrap() == Credentials::Anonymous);
         assert!(Auth { auth: "%%".into(), ..Auth::default() }.credentials("q.io").is_err());

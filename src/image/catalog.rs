@@ -107,9 +107,17 @@ pub struct Addition<'a> {
 impl Catalog {
     /// Restores the catalog. False beside it when the index was unreadable: layers must not be collected then, a pull
     /// will want them again.
-    pub fn open(dir: &Path, quarantine: &Path, bounds: Bounds, platform: Platform, pinned: &[String], layers: &Layers) -> Result<(Catalog, bool)> {
+    pub fn open(
+        dir: &Path,
+        quarantine: &Path,
+        bounds: Bounds,
+        platform: Platform,
+        pinned: &[String],
+        layers: &Layers,
+    ) -> Result<(Catalog, bool)> {
         let layout = Layout::open(dir)?;
-        let pinned = pinned.iter().map(|p| Reference::parse(p).map(|r| r.to_string())).collect::<Result<_>>().context(|| "pinned images")?;
+        let pinned =
+            pinned.iter().map(|p| Reference::parse(p).map(|r| r.to_string())).collect::<Result<_>>().context(|| "pinned images")?;
         let loaded = layout.load(quarantine)?;
         let trusted = loaded.is_some();
         let catalog = Catalog {
@@ -207,7 +215,8 @@ impl Catalog {
                 known.push(Known { record: Record { name: None, manifest: old.record.manifest }, id: old.id });
             }
         }
-        let record = |name: Option<&String>| Known { record: Record { name: name.cloned(), manifest: addition.manifest.clone() }, id: id.clone() };
+        let record =
+            |name: Option<&String>| Known { record: Record { name: name.cloned(), manifest: addition.manifest.clone() }, id: id.clone() };
         known.extend(addition.names.iter().map(|n| record(Some(n))));
         if !known.iter().any(|k| k.id == id) {
             known.push(record(None));

@@ -70,8 +70,7 @@ impl<R: Read> Read for Gzip<R> {
                     // One byte at a buffer's end is enough to go on: a header that is none is an error of the decoder.
                     let start = inner.fill_buf()?;
                     let another = start.first() == Some(&GZIP[0]) && start.get(1).is_none_or(|b| *b == GZIP[1]);
-                    self.state =
-                        if another { State::Member(Box::new(GzDecoder::new(inner))) } else { State::Tail(inner) };
+                    self.state = if another { State::Member(Box::new(GzDecoder::new(inner))) } else { State::Tail(inner) };
                 }
                 State::Tail(inner) => {
                     std::io::copy(inner, &mut std::io::sink())?;

@@ -98,7 +98,10 @@ impl Layers {
                     ready.insert(chain_id, Usage { bytes: marker.bytes, inodes: marker.inodes });
                 }
                 (chain_id, marker) if is_hex(name.split('.').next().unwrap_or_default(), 64) => {
-                    log::warn!("image: remove half-made layer {name} ({})", chain_id.err().or(marker.err()).map_or(String::new(), |e| e.to_string()));
+                    log::warn!(
+                        "image: remove half-made layer {name} ({})",
+                        chain_id.err().or(marker.err()).map_or(String::new(), |e| e.to_string())
+                    );
                     if let Err(e) = file::remove_tree(&path) {
                         log::error!("image: {e}");
                     }
@@ -209,8 +212,13 @@ impl Layers {
         // The files must be on disk before the marker says so: one call for them all.
         let dir = std::fs::File::open(&self.dir).context(|| format!("open {}", self.dir.display()))?;
         rustix::fs::syncfs(&dir).context(|| format!("sync {}", self.dir.display()))?;
-        let marker =
-            Marker { version: 1, chain_id: chain_id.clone(), diff_id: wanted.diff_id.clone(), bytes: unpacked.bytes, inodes: unpacked.inodes };
+        let marker = Marker {
+            version: 1,
+            chain_id: chain_id.clone(),
+            diff_id: wanted.diff_id.clone(),
+            bytes: unpacked.bytes,
+            inodes: unpacked.inodes,
+        };
         let data = serde_json::to_vec(&marker).context(|| "write layer marker")?;
         file::write(&place.join(MARKER), &data, 0o600, Durability::Synced)?;
         self.state.lock().ready.insert(chain_id.clone(), Usage { bytes: unpacked.bytes, inodes: unpacked.inodes });

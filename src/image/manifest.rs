@@ -135,7 +135,8 @@ struct Raw {
 /// Parses a document that was announced with `media_type` ("" when nothing was said).
 pub fn parse(data: &[u8], media_type: &str) -> Result<Document> {
     let wrong = |why: String| Error::precondition(format!("manifest: {why}"));
-    let raw: Raw = serde_json::from_slice(data).context(|| "parse manifest").map_err(|e| e.with_code(crate::error::Code::FailedPrecondition))?;
+    let raw: Raw =
+        serde_json::from_slice(data).context(|| "parse manifest").map_err(|e| e.with_code(crate::error::Code::FailedPrecondition))?;
     if raw.fs_layers.is_some() || raw.schema_version == Some(1) {
         return Err(wrong("schema 1 is not supported; push the image again with a current tool".to_owned()));
     }
@@ -152,7 +153,9 @@ pub fn parse(data: &[u8], media_type: &str) -> Result<Document> {
     for said in said.into_iter().flatten() {
         match known(said) {
             None => return Err(wrong(format!("media type {said} is not an image"))),
-            Some(is_index) if is_index != raw.manifests.is_some() => return Err(wrong(format!("does not look like the {said} it claims to be"))),
+            Some(is_index) if is_index != raw.manifests.is_some() => {
+                return Err(wrong(format!("does not look like the {said} it claims to be")))
+            }
             Some(_) => {}
         }
     }
@@ -233,7 +236,10 @@ pub fn choose<'a>(entries: &'a [Descriptor], platform: &Platform) -> Result<&'a 
     }
     let mut offered: Vec<String> = entries.iter().filter_map(|d| d.platform.as_ref()).map(|p| p.to_string()).collect();
     offered.retain(|p| !p.starts_with("unknown/"));
-    Err(Error::not_found(format!("no image for {platform} in the index; it has {}", if offered.is_empty() { "none".to_owned() } else { offered.join(", ") })))
+    Err(Error::not_found(format!(
+        "no image for {platform} in the index; it has {}",
+        if offered.is_empty() { "none".to_owned() } else { offered.join(", ") }
+    )))
 }
 
 /// A parsed config with its diff IDs, as many as the manifest has layers.

@@ -224,7 +224,8 @@ impl Images {
 
     /// Holds the layers of an image for a container, until `release`.
     pub fn hold(&self, image: &str, holder: &str) -> Result<Held> {
-        let image = self.status(image)?.ok_or_else(|| crate::error::Error::not_found(format!("image {image} is not here; pull it first")))?;
+        let image =
+            self.status(image)?.ok_or_else(|| crate::error::Error::not_found(format!("image {image} is not here; pull it first")))?;
         self.hold_again(holder, &image.chain)
     }
 

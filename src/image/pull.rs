@@ -29,7 +29,8 @@ pub(super) fn pull(inner: &Arc<Inner>, reference: &Reference, auth: &Auth, cance
                 let entry = manifest::choose(&entries, &inner.platform).context(|| reference.to_string())?;
                 fetched = remote.manifest(entry.digest.as_str(), limit, cancel)?;
                 if fetched.data.len() as u64 != entry.size {
-                    let words = format!("{reference}: manifest {} has {} bytes, the index says {}", entry.digest, fetched.data.len(), entry.size);
+                    let words =
+                        format!("{reference}: manifest {} has {} bytes, the index says {}", entry.digest, fetched.data.len(), entry.size);
                     return Err(Error::precondition(words));
                 }
                 depth += 1;

@@ -142,12 +142,8 @@ fn is_domain(text: &str) -> bool {
     } else {
         text.split_once(':').map_or((text, None), |(h, p)| (h, Some(p)))
     };
-    let label = |l: &str| {
-        !l.is_empty()
-            && l.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'-')
-            && !l.starts_with('-')
-            && !l.ends_with('-')
-    };
+    let label =
+        |l: &str| !l.is_empty() && l.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'-') && !l.starts_with('-') && !l.ends_with('-');
     host.split('.').all(label) && port.is_none_or(is_port)
 }
 
@@ -214,8 +210,34 @@ mod tests {
     #[test]
     fn refuses_bad_ones() {
         for bad in [
-            "", " ", "Busybox", "a//b", "/a", "a/", "a:", "a:-x", "a@sha256:12", "a@", "q.io/", "q.io/A", "a__/b", "a___b", "a._b", "-a", "a:b:c",
-            "[::1/a", "[zz]/a", "q.io:port/a", "q.io:70000/a", "http://q.io/a", "a b", "a\nb", "q..io/a", &D[7..], "../../x", "a:b/..",
+            "",
+            " ",
+            "Busybox",
+            "a//b",
+            "/a",
+            "a/",
+            "a:",
+            "a:-x",
+            "a@sha256:12",
+            "a@",
+            "q.io/",
+            "q.io/A",
+            "a__/b",
+            "a___b",
+            "a._b",
+            "-a",
+            "a:b:c",
+            "[::1/a",
+            "[zz]/a",
+            "q.io:port/a",
+            "q.io:70000/a",
+            "http://q.io/a",
+            "a b",
+            "a\nb",
+            "q..io/a",
+            &D[7..],
+            "../../x",
+            "a:b/..",
         ] {
             assert!(Reference::parse(bad).is_err(), "{bad:?}");
         }

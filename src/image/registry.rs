@@ -269,13 +269,8 @@ impl Remote {
         let before = self.authorization.lock().clone();
         let mut response = self.send(&url, accept, before.as_deref(), cancel)?;
         if response.status() == StatusCode::UNAUTHORIZED {
-            let challenges: Vec<Challenge> = response
-                .headers()
-                .get_all("www-authenticate")
-                .iter()
-                .filter_map(|v| v.to_str().ok())
-                .flat_map(parse_challenges)
-                .collect();
+            let challenges: Vec<Challenge> =
+                response.headers().get_all("www-authenticate").iter().filter_map(|v| v.to_str().ok()).flat_map(parse_challenges).collect();
             if let Some(authorization) = self.answer(&challenges, cancel)? {
                 response = self.send(&url, accept, Some(&authorization), cancel)?;
                 if response.status() != StatusCode::UNAUTHORIZED {
@@ -449,7 +444,9 @@ impl Read for Transfer {
     fn read(&mut self, buffer: &mut [u8]) -> std::io::Result<usize> {
         self.cancel.check().map_err(|e| self.fail(e))?;
         match self.inner.read(buffer) {
-            Ok(0) if self.left > 0 && !buffer.is_empty() => Err(self.fail(unavailable(format!("{}: ended {} bytes early", self.what, self.left)))),
+            Ok(0) if self.left > 0 && !buffer.is_empty() => {
+                Err(self.fail(unavailable(format!("{}: ended {} bytes early", self.what, self.left))))
+            }
             Ok(n) => {
                 self.left = self.left.saturating_sub(n as u64);
                 Ok(n)

@@ -87,7 +87,9 @@ fn one_image_under_all_its_names() {
     assert_eq!((image.user(), image.uid(), image.stop_signal()), ("1000", Some(1000), Some("SIGUSR1")));
     assert_eq!((image.volumes(), image.labels()["a"].as_str()), (vec!["/a".to_owned(), "/v".to_owned()], "b"));
     assert!(image.size > 0);
-    for name in [id.as_str(), &id[7..], &id[7..19], &id[..20], "q.io/x/y:v1", &format!("q.io/x/y@{manifest}"), &format!("q.io/x/y:z@{manifest}")] {
+    for name in
+        [id.as_str(), &id[7..], &id[7..19], &id[..20], "q.io/x/y:v1", &format!("q.io/x/y@{manifest}"), &format!("q.io/x/y:z@{manifest}")]
+    {
         assert_eq!(images.status(name).unwrap().as_ref(), Some(image), "{name}");
     }
     for name in ["q.io/x/y", "y", &id[7..11], &"0".repeat(64)] {

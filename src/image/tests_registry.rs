@@ -168,7 +168,8 @@ fn by_tag_and_digest() {
     assert_eq!(image.repo_digests, [format!("{}/a/b@{}", fake.address, c.digest)]);
     let events = Arc::new(Mutex::new(Vec::new()));
     let (sink, name) = (events.clone(), format!("{}/a/b:v1", fake.address));
-    let image = site.images.pull(&name, None, &Cancel::never(), Some(Arc::new(move |p: &Progress| sink.lock().unwrap().push(p.clone())))).unwrap();
+    let image =
+        site.images.pull(&name, None, &Cancel::never(), Some(Arc::new(move |p: &Progress| sink.lock().unwrap().push(p.clone())))).unwrap();
     assert_eq!(image.repo_tags, [name]);
     assert_eq!(image.repo_digests.len(), 1);
     assert!(events.lock().unwrap().iter().filter(|p| p.done == p.total).count() >= 4);
@@ -361,7 +362,8 @@ fn a_cancelled_pull_leaves_nothing_half_made() {
     assert_eq!(thread.join().unwrap().unwrap_err().code(), Code::Cancelled);
     assert!(start.elapsed() < Duration::from_millis(500));
     let end = std::time::Instant::now() + Duration::from_secs(10);
-    let temp = || std::fs::read_dir(site.dir.path().join("layers")).unwrap().any(|e| e.unwrap().file_name().to_string_lossy().contains("tmp"));
+    let temp =
+        || std::fs::read_dir(site.dir.path().join("layers")).unwrap().any(|e| e.unwrap().file_name().to_string_lossy().contains("tmp"));
     while temp() {
         assert!(std::time::Instant::now() < end);
         std::thread::sleep(Duration::from_millis(50));

@@ -468,8 +468,13 @@ mod tests {
     #[test]
     fn a_file_is_never_written_through_a_link() {
         let site = Site::new();
-        site.unpack(&[link("f", EntryType::Symlink, "../secret"), file("f", b"new"), item("d", EntryType::Directory), link("d", EntryType::Symlink, "..")])
-            .unwrap();
+        site.unpack(&[
+            link("f", EntryType::Symlink, "../secret"),
+            file("f", b"new"),
+            item("d", EntryType::Directory),
+            link("d", EntryType::Symlink, ".."),
+        ])
+        .unwrap();
         assert_eq!(std::fs::read(site.path("f")).unwrap(), b"new");
         assert!(site.path("d").symlink_metadata().unwrap().is_symlink());
     }
@@ -483,7 +488,12 @@ mod tests {
         refused(&[file(".wh.w", b""), link("l", EntryType::Link, "w")], "not a file");
         let site = Site::new();
         // A link to a link is a second name of the link, never of its target.
-        let made = site.unpack(&[link("s", EntryType::Symlink, "../secret"), link("l", EntryType::Link, "s"), file("a", b"1"), link("b", EntryType::Link, "./a")]);
+        let made = site.unpack(&[
+            link("s", EntryType::Symlink, "../secret"),
+            link("l", EntryType::Link, "s"),
+            file("a", b"1"),
+            link("b", EntryType::Link, "./a"),
+        ]);
         assert_eq!(made.unwrap().inodes, 3);
         assert!(site.path("l").symlink_metadata().unwrap().is_symlink());
         assert_eq!(site.path("b").metadata().unwrap().nlink(), 2);
@@ -522,7 +532,11 @@ mod tests {
         let site = Site::new();
         let pax: &[(&str, &[u8])] = &[("SCHILY.xattr.user.a", b"1\n2"), ("mtime", b"5.5")];
         let made = site
-            .unpack(&[Item { device: (1, 3), ..item("null", EntryType::Char) }, item("pipe", EntryType::Fifo), Item { pax, ..file("sub/f", b"x") }])
+            .unpack(&[
+                Item { device: (1, 3), ..item("null", EntryType::Char) },
+                item("pipe", EntryType::Fifo),
+                Item { pax, ..file("sub/f", b"x") },
+            ])
             .unwrap();
         assert_eq!(made.implicit, BTreeSet::from([PathBuf::new(), PathBuf::from("sub")]));
         assert_eq!(site.path("null").metadata().unwrap().rdev(), rustix::fs::makedev(1, 3));

@@ -21,7 +21,8 @@ pub fn prepare(place: &Path, layers: &[PathBuf], target: &Path) -> Result<()> {
             // The root directory of an overlay is that of its upper layer: it must look like the image's.
             let (top, upper) = (Rooted::open(&layers[0])?, Rooted::open(&upper)?);
             let root = |r: &Rooted| r.dir(Path::new("")).context(|| "open the root directory");
-            rooted::copy_dir_metadata(root(&top)?, root(&upper)?, Path::new("")).context(|| "take metadata of the image's root directory")?;
+            rooted::copy_dir_metadata(root(&top)?, root(&upper)?, Path::new(""))
+                .context(|| "take metadata of the image's root directory")?;
             layers
         }
     };

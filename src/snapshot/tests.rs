@@ -9,7 +9,8 @@ fn layer(dir: &Path, name: &str, files: &[&str]) -> PathBuf {
     for file in files {
         match file.strip_prefix('-') {
             Some(gone) => {
-                rustix::fs::mknodat(rustix::fs::CWD, path.join(gone), rustix::fs::FileType::CharacterDevice, rustix::fs::Mode::empty(), 0).unwrap()
+                rustix::fs::mknodat(rustix::fs::CWD, path.join(gone), rustix::fs::FileType::CharacterDevice, rustix::fs::Mode::empty(), 0)
+                    .unwrap()
             }
             None => {
                 std::fs::create_dir_all(path.join(file).parent().unwrap()).unwrap();

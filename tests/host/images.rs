@@ -150,7 +150,11 @@ fn describe(path: &Path) -> String {
     let attributes: Vec<String> = crisp::sys::rooted::xattrs(path)
         .unwrap()
         .into_iter()
-        .filter(|(k, _)| !k.as_bytes().starts_with(b"trusted.overlay.") && !k.as_bytes().starts_with(b"user.umoci") && !k.as_bytes().starts_with(b"user.rootless"))
+        .filter(|(k, _)| {
+            !k.as_bytes().starts_with(b"trusted.overlay.")
+                && !k.as_bytes().starts_with(b"user.umoci")
+                && !k.as_bytes().starts_with(b"user.rootless")
+        })
         .map(|(k, v)| format!("{}={}", k.to_string_lossy(), String::from_utf8_lossy(&v)))
         .collect();
     // Directories' times differ where a tool sets them before it fills them.
@@ -279,7 +283,8 @@ fn a_registry_with_its_own_ca() {
     let new = ["-newkey", "rsa:2048", "-nodes", "-subj", "/CN=test"];
     run("openssl", &[&["req", "-x509", "-days", "2", "-keyout", key, "-out", certificate][..], &new].concat());
     run("openssl", &[&["req", "-keyout", server_key, "-out", request][..], &new].concat());
-    let sign = ["x509", "-req", "-days", "2", "-in", request, "-CA", certificate, "-CAkey", key, "-CAcreateserial", "-out", server, "-extfile"];
+    let sign =
+        ["x509", "-req", "-days", "2", "-in", request, "-CA", certificate, "-CAkey", key, "-CAcreateserial", "-out", server, "-extfile"];
     run("openssl", &[&sign[..], &[names.to_str().unwrap()]].concat());
     let registry = Registry::start_with(dir.path(), &format!(", tls: {{certificate: {server}, key: {server_key}}}"));
     let reference = format!("{}/test/box:v1", registry.address);
@@ -316,7 +321,8 @@ fn layers_as_gnu_tar_writes_them() {
         let (layer_path, tree_path) = (layer.display().to_string(), tree.display().to_string());
         run("tar", &[&format!("--format={format}"), "-S", "-cf", &layer_path, "-C", &tree_path, "."]);
         let diff_id = Digest::of(&std::fs::read(&layer).unwrap());
-        let config = serde_json::json!({"os": "linux", "architecture": architecture, "rootfs": {"type": "layers", "diff_ids": [diff_id.as_str()]}});
+        let config =
+            serde_json::json!({"os": "linux", "architecture": architecture, "rootfs": {"type": "layers", "diff_ids": [diff_id.as_str()]}});
         std::fs::write(work.join("c.json"), config.to_string()).unwrap();
         std::fs::write(work.join("manifest.json"), r#"[{"Config":"c.json","RepoTags":["sparse:1"],"Layers":["layer.tar"]}]"#).unwrap();
         let root = work.join("root");
