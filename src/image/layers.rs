@@ -18,8 +18,11 @@ use crate::error::{Context, Error, ErrorList, Result};
 use crate::sys::cancel::Cancel;
 use crate::sys::file::{self, Durability};
 use crate::sys::lock::{Lock, Rank};
+use crate::sys::thread;
 
 const MARKER: &str = "layer.json";
+/// In the name of a directory that is being deleted.
+const GONE: &str = ".gone-";
 /// Between looks at cancellation while another pull makes the layer we want.
 const LOOK: Duration = Duration::from_millis(100);
 
@@ -88,6 +91,7 @@ impl Layers {
     pub fn open(dir: &Path, limits: Limits) -> Result<Layers> {
         file::make_dir(dir, 0o711)?;
         let mut ready = HashMap::new();
+        let mut gone = Vec::new();
         let what = || format!("list {}", dir.display());
         for entry in std::fs::read_dir(dir).context(what)? {
             let path = entry.context(what)?.path();
@@ -97,18 +101,15 @@ impl Layers {
                 (Ok(chain_id), Ok(marker)) if marker.chain_id == chain_id => {
                     ready.insert(chain_id, Usage { bytes: marker.bytes, inodes: marker.inodes });
                 }
-                (chain_id, marker) if is_hex(name.split('.').next().unwrap_or_default(), 64) => {
-                    log::warn!(
-                        "image: remove half-made layer {name} ({})",
-                        chain_id.err().or(marker.err()).map_or(String::new(), |e| e.to_string())
-                    );
-                    if let Err(e) = file::remove_tree(&path) {
-                        log::error!("image: {e}");
-                    }
+                (_, Err(e)) if is_hex(name.split('.').next().unwrap_or_default(), 64) && !path.join(MARKER).exists() => {
+                    log::warn!("image: remove half-made layer {name} ({e})");
+                    gone.push(set_aside(&path)?);
                 }
+                // A marker we cannot read may be a newer version's, and a container may be using the files.
                 _ => log::warn!("image: {} is not a layer; left alone", path.display()),
             }
         }
+        delete(gone);
         let state = State { ready, busy: HashSet::new(), holds: HashMap::new() };
         Ok(Layers { dir: dir.to_owned(), limits, serial: AtomicU64::new(0), state: Lock::new(Rank::Leaf, state), changed: Condvar::new() })
     }
@@ -251,7 +252,8 @@ impl Layers {
         Ok(())
     }
 
-    /// Removes all layers that neither `used` nor a holder needs. Gives back how many went.
+    /// Removes all layers that neither `used` nor a holder needs. Gives back how many went; their files are deleted behind
+    /// the caller's back, because a large layer can keep a slow disk busy for half a minute.
     pub fn collect(&self, used: &HashSet<Digest>) -> Result<usize> {
         let goes: Vec<Digest> = {
             let mut state = self.state.lock();
@@ -265,13 +267,15 @@ impl Layers {
             goes
         };
         let mut errors = ErrorList::default();
+        let mut gone = Vec::new();
         for chain_id in &goes {
             let _claim = Claim { layers: self, chain_id: chain_id.clone() };
             let place = self.dir.join(chain_id.hex());
             // The marker first: what a crash leaves is then half-made, not half-there.
             errors.keep(file::remove_file(&place.join(MARKER)));
-            errors.keep(file::remove_tree(&place));
+            gone.extend(errors.keep(set_aside(&place)));
         }
+        delete(gone);
         errors.finish().map(|()| goes.len())
     }
 }
@@ -300,6 +304,35 @@ impl Drop for Temp {
     }
 }
 
+/// Moves a layer's directory out of the way, to a name that is free.
+fn set_aside(place: &Path) -> Result<PathBuf> {
+    let name = place.file_name().unwrap_or_default().to_string_lossy().into_owned();
+    if name.contains(GONE) {
+        return Ok(place.to_owned());
+    }
+    let stamp = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).map_or(0, |d| d.as_nanos());
+    let to = place.with_file_name(format!("{name}{GONE}{stamp}"));
+    std::fs::rename(place, &to).context(|| format!("move {} aside", place.display()))?;
+    Ok(to)
+}
+
+/// Deletes directories on a thread of its own. What a crash leaves is found by the next `open`.
+fn delete(gone: Vec<PathBuf>) {
+    if gone.is_empty() {
+        return;
+    }
+    let work = move || {
+        for path in gone {
+            if let Err(e) = file::remove_tree(&path) {
+                log::error!("image: {e}");
+            }
+        }
+    };
+    if let Err(e) = thread::spawn("layer-gc", work) {
+        log::error!("image: {e}; unused layers stay until the next start");
+    }
+}
+
 fn read_marker(dir: &Path) -> Result<Marker> {
     let path = dir.join(MARKER);
     let data = file::read(&path, 64 << 10)?;
@@ -308,6 +341,17 @@ fn read_marker(dir: &Path) -> Result<Marker> {
         return Err(Error::internal(format!("{}: not a layer of this version", dir.display())));
     }
     Ok(marker)
+}
+
+/// Waits until deletions in `dir` are done.
+#[cfg(test)]
+pub(super) fn settle(dir: &Path) {
+    let going = || std::fs::read_dir(dir).unwrap().flatten().any(|e| e.file_name().to_string_lossy().contains(GONE));
+    let end = std::time::Instant::now() + Duration::from_secs(60);
+    while going() {
+        assert!(std::time::Instant::now() < end, "deletion does not end");
+        std::thread::sleep(Duration::from_millis(5));
+    }
 }
 
 #[cfg(test)]
@@ -354,6 +398,7 @@ mod tests {
         layers.release("c1");
         assert_eq!(layers.collect(&HashSet::new()).unwrap(), 1);
         assert!(layers.hold_ready("c1", &chain).is_err());
+        settle(dir.path());
         assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 0);
     }
 
@@ -381,6 +426,7 @@ mod tests {
             std::fs::create_dir_all(dir.path().join(name).join("diff")).unwrap();
         }
         Layers::open(dir.path(), limits()).unwrap();
+        settle(dir.path());
         let left: Vec<_> = std::fs::read_dir(dir.path()).unwrap().map(|e| e.unwrap().file_name()).collect();
         assert_eq!(left, ["keep-me"]);
     }

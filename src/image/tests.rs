@@ -103,6 +103,7 @@ fn one_image_under_all_its_names() {
     images.remove("q.io/x/y:v1").unwrap();
     images.remove("q.io/x/y:v1").unwrap();
     assert!(images.list().is_empty());
+    layers::settle(&dir.path().join("root/layers"));
     assert_eq!(std::fs::read_dir(dir.path().join("root/layers")).unwrap().count(), 0);
     assert_eq!(std::fs::read_dir(dir.path().join("root/images/blobs/sha256")).unwrap().count(), 0);
 }

@@ -358,3 +358,226 @@ fn find_below(path: &Path, below: &[PathBuf]) -> Result<Option<OwnedFd>> {
     }
     Ok(None)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::os::unix::fs::{FileTypeExt, MetadataExt};
+    use tar::EntryType;
+
+    /// An entry as hostile as wanted: names are written as they are.
+    struct Item<'a> {
+        name: &'a str,
+        kind: EntryType,
+        link: &'a str,
+        data: &'a [u8],
+        pax: &'a [(&'a str, &'a [u8])],
+        device: (u32, u32),
+    }
+
+    fn item<'a>(name: &'a str, kind: EntryType) -> Item<'a> {
+        Item { name, kind, link: "", data: b"", pax: &[], device: (0, 0) }
+    }
+
+    fn file<'a>(name: &'a str, data: &'a [u8]) -> Item<'a> {
+        Item { data, ..item(name, EntryType::Regular) }
+    }
+
+    fn link<'a>(name: &'a str, kind: EntryType, link: &'a str) -> Item<'a> {
+        Item { link, ..item(name, kind) }
+    }
+
+    fn archive(items: &[Item]) -> Vec<u8> {
+        let mut builder = tar::Builder::new(Vec::new());
+        for item in items {
+            builder.append_pax_extensions(item.pax.iter().copied()).unwrap();
+            let mut h = tar::Header::new_ustar();
+            h.as_old_mut().name[..item.name.len()].copy_from_slice(item.name.as_bytes());
+            h.as_old_mut().linkname[..item.link.len()].copy_from_slice(item.link.as_bytes());
+            h.set_entry_type(item.kind);
+            h.set_mode(0o755);
+            h.set_uid(0);
+            h.set_gid(0);
+            h.set_mtime(1000);
+            h.set_size(item.data.len() as u64);
+            h.set_device_major(item.device.0).unwrap();
+            h.set_device_minor(item.device.1).unwrap();
+            h.set_cksum();
+            builder.append(&h, item.data).unwrap();
+        }
+        builder.into_inner().unwrap()
+    }
+
+    struct Site {
+        dir: tempfile::TempDir,
+    }
+
+    impl Site {
+        /// A layer directory beside a secret that nothing may reach.
+        fn new() -> Site {
+            let dir = tempfile::tempdir().unwrap();
+            std::fs::create_dir(dir.path().join("layer")).unwrap();
+            std::fs::write(dir.path().join("secret"), "secret").unwrap();
+            Site { dir }
+        }
+
+        fn path(&self, name: &str) -> PathBuf {
+            self.dir.path().join("layer").join(name)
+        }
+
+        fn unpack(&self, items: &[Item]) -> Result<Unpacked> {
+            let limits = Limits { max_entries: 10, max_bytes: 10_000 };
+            let result = unpack(&mut archive(items).as_slice(), &self.path(""), &limits, &Cancel::never());
+            assert_eq!(std::fs::read(self.dir.path().join("secret")).unwrap(), b"secret");
+            assert_eq!(std::fs::metadata(self.dir.path().join("secret")).unwrap().nlink(), 1);
+            assert_eq!(std::fs::read_dir(self.dir.path()).unwrap().count(), 2, "something was made outside");
+            result
+        }
+    }
+
+    fn refused(items: &[Item], words: &str) {
+        let e = Site::new().unpack(items).unwrap_err();
+        assert!(e.message().contains(words), "{e}");
+    }
+
+    #[test]
+    fn names_that_climb_are_refused_or_kept_inside() {
+        refused(&[file("../evil", b"x")], "outside");
+        refused(&[file("a/../../evil", b"x")], "outside");
+        let site = Site::new();
+        site.unpack(&[file("/abs/x", b"1"), file("a/../b", b"2")]).unwrap();
+        assert!(site.path("abs/x").exists() && site.path("b").exists());
+    }
+
+    #[test]
+    fn links_as_parents_stay_inside() {
+        let site = Site::new();
+        site.unpack(&[
+            link("up", EntryType::Symlink, "../.."),
+            file("up/secret", b"evil"),
+            link("abs", EntryType::Symlink, "/"),
+            file("abs/x", b"y"),
+            link("dangling", EntryType::Symlink, "not/here"),
+            file("dangling/z", b"z"),
+        ])
+        .unwrap();
+        assert_eq!(std::fs::read(site.path("secret")).unwrap(), b"evil");
+        assert!(site.path("x").exists() && site.path("not/here/z").exists());
+    }
+
+    #[test]
+    fn a_file_is_never_written_through_a_link() {
+        let site = Site::new();
+        site.unpack(&[
+            link("f", EntryType::Symlink, "../secret"),
+            file("f", b"new"),
+            item("d", EntryType::Directory),
+            link("d", EntryType::Symlink, ".."),
+        ])
+        .unwrap();
+        assert_eq!(std::fs::read(site.path("f")).unwrap(), b"new");
+        assert!(site.path("d").symlink_metadata().unwrap().is_symlink());
+    }
+
+    #[test]
+    fn hard_links_stay_in_the_layer() {
+        refused(&[link("l", EntryType::Link, "../secret")], "outside");
+        refused(&[link("l", EntryType::Link, "/etc/passwd")], "no such file in this layer");
+        refused(&[link("up", EntryType::Symlink, ".."), link("l", EntryType::Link, "up/secret")], "no such file in this layer");
+        refused(&[item("d", EntryType::Directory), link("l", EntryType::Link, "d")], "not a file");
+        refused(&[file(".wh.w", b""), link("l", EntryType::Link, "w")], "not a file");
+        let site = Site::new();
+        // A link to a link is a second name of the link, never of its target.
+        let made = site.unpack(&[
+            link("s", EntryType::Symlink, "../secret"),
+            link("l", EntryType::Link, "s"),
+            file("a", b"1"),
+            link("b", EntryType::Link, "./a"),
+        ]);
+        assert_eq!(made.unwrap().inodes, 3);
+        assert!(site.path("l").symlink_metadata().unwrap().is_symlink());
+        assert_eq!(site.path("b").metadata().unwrap().nlink(), 2);
+    }
+
+    #[test]
+    fn whiteouts() {
+        let site = Site::new();
+        site.unpack(&[
+            file(".wh.gone", b""),
+            item("o", EntryType::Directory),
+            file("o/.wh..wh..opq", b""),
+            file(".wh..wh.plnk", b""),
+            file(".wh.again/", b""),
+            file("again/x", b"1"),
+            item("kept", EntryType::Directory),
+            file(".wh.kept", b""),
+        ])
+        .unwrap();
+        assert!(site.path("gone").symlink_metadata().unwrap().file_type().is_char_device());
+        for opaque in ["o", "again", "kept"] {
+            assert!(rooted::is_opaque(&site.path(opaque)), "{opaque}");
+        }
+        assert!(!site.path(".wh..wh.plnk").exists());
+        for bad in [".wh.", ".wh..", ".wh...", "d/.wh..."] {
+            refused(&[file(bad, b"")], "whiteout of nothing");
+        }
+        let fake = Item { device: (0, 0), ..item("w", EntryType::Char) };
+        refused(&[fake], "0/0");
+        let forged = Item { pax: &[("SCHILY.xattr.trusted.overlay.redirect", b"/etc")], ..item("d", EntryType::Directory) };
+        refused(&[forged], "overlayfs's own");
+    }
+
+    #[test]
+    fn devices_fifos_and_attributes() {
+        let site = Site::new();
+        let pax: &[(&str, &[u8])] = &[("SCHILY.xattr.user.a", b"1\n2"), ("mtime", b"5.5")];
+        let made = site
+            .unpack(&[
+                Item { device: (1, 3), ..item("null", EntryType::Char) },
+                item("pipe", EntryType::Fifo),
+                Item { pax, ..file("sub/f", b"x") },
+            ])
+            .unwrap();
+        assert_eq!(made.implicit, BTreeSet::from([PathBuf::new(), PathBuf::from("sub")]));
+        assert_eq!(site.path("null").metadata().unwrap().rdev(), rustix::fs::makedev(1, 3));
+        assert!(site.path("pipe").metadata().unwrap().file_type().is_fifo());
+        let meta = site.path("sub/f").metadata().unwrap();
+        assert_eq!((meta.mtime(), meta.mtime_nsec()), (5, 500_000_000));
+        assert_eq!(rooted::xattrs(&site.path("sub/f")).unwrap(), [("user.a".into(), b"1\n2".to_vec())]);
+    }
+
+    #[test]
+    fn limits() {
+        let names: Vec<String> = (0..11).map(|i| format!("f{i}")).collect();
+        let items: Vec<Item> = names.iter().map(|n| file(n, b"")).collect();
+        assert_eq!(Site::new().unpack(&items).unwrap_err().code(), Code::ResourceExhausted);
+        let e = Site::new().unpack(&[file("a", &[0; 6000]), file("b", &[0; 6000])]).unwrap_err();
+        assert_eq!(e.code(), Code::ResourceExhausted);
+        // A size that lies is refused before a byte is read.
+        let lie = Item { pax: &[("size", b"99999999999")], ..file("a", b"x") };
+        assert_eq!(Site::new().unpack(&[lie]).unwrap_err().code(), Code::ResourceExhausted);
+        refused(&[file("a", b""), file("a/b", b"")], "in the way");
+        refused(&[item("", EntryType::Regular)], "root of a layer");
+    }
+
+    #[test]
+    fn sparse_files_keep_their_holes() {
+        let site = Site::new();
+        let mut h = tar::Header::new_gnu();
+        h.set_path("s").unwrap();
+        h.set_entry_type(EntryType::GNUSparse);
+        h.set_mode(0o644);
+        h.set_size(512);
+        let gnu = h.as_gnu_mut().unwrap();
+        gnu.sparse[0].set_offset(4096);
+        gnu.sparse[0].set_length(512);
+        gnu.set_real_size(8192);
+        h.set_cksum();
+        let mut data = h.as_bytes().to_vec();
+        data.extend([7u8; 512]);
+        let limits = Limits { max_entries: 10, max_bytes: 10_000 };
+        unpack(&mut data.as_slice(), &site.path(""), &limits, &Cancel::never()).unwrap();
+        let text = std::fs::read(site.path("s")).unwrap();
+        assert!(text.len() == 8192 && text[..4096] == [0; 4096] && text[4096..4608] == [7; 512] && text[4608..].iter().all(|b| *b == 0));
+    }
+}

@@ -6,6 +6,9 @@ use crate::error::{Context, Result};
 use crate::sys::rooted::{self, Rooted};
 use crate::sys::{file, mount};
 
+/// Layers whose names fit a page of options as they are.
+const LONG_NAMES: usize = 30;
+
 pub fn prepare(place: &Path, layers: &[PathBuf], target: &Path) -> Result<()> {
     let (upper, work) = (place.join("fs"), place.join("work"));
     file::make_dir(&work, 0o711)?;
@@ -26,7 +29,30 @@ pub fn prepare(place: &Path, layers: &[PathBuf], target: &Path) -> Result<()> {
             layers
         }
     };
-    mount::overlay(&mount::Overlay { lower, upper_work: Some((&upper, &work)), volatile: false }, target)
+    let links = place.join("l");
+    let short;
+    let lower = if lower.len() > LONG_NAMES {
+        short = shorten(&links, lower)?;
+        &short
+    } else {
+        lower
+    };
+    let result = mount::overlay(&mount::Overlay { lower, upper_work: Some((&upper, &work)), volatile: false }, target);
+    // The kernel resolved the links; the mount keeps the directories themselves.
+    file::remove_tree(&links)?;
+    result
+}
+
+/// A link of a few characters for each layer: all layers' names together must fit the one page of options that kernels
+/// before 6.7 take.
+fn shorten(links: &Path, layers: &[PathBuf]) -> Result<Vec<PathBuf>> {
+    file::make_dir(links, 0o700)?;
+    let link = |(i, layer): (usize, &PathBuf)| {
+        let link = links.join(i.to_string());
+        std::os::unix::fs::symlink(layer, &link).context(|| format!("link {}", link.display()))?;
+        Ok(link)
+    };
+    layers.iter().enumerate().map(link).collect()
 }
 
 /// Mounts and unmounts a small overlay in `dir`, with what our layers need: opaque marks and whiteouts.

@@ -27,12 +27,17 @@ struct Registry {
 
 impl Registry {
     fn start(dir: &Path) -> Registry {
+        Registry::start_with(dir, "")
+    }
+
+    /// `extra` goes into the `http` section of the configuration.
+    fn start_with(dir: &Path, extra: &str) -> Registry {
         let port = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
         let address = format!("127.0.0.1:{port}");
         let config = dir.join("registry.yml");
         let storage = dir.join("registry");
         let text = format!(
-            "version: 0.1\nlog: {{level: error}}\nstorage: {{filesystem: {{rootdirectory: {}}}}}\nhttp: {{addr: {address}}}\n",
+            "version: 0.1\nlog: {{level: error}}\nstorage: {{filesystem: {{rootdirectory: {}}}}}\nhttp: {{addr: {address}{extra}}}\n",
             storage.display()
         );
         std::fs::write(&config, text).unwrap();
@@ -145,7 +150,11 @@ fn describe(path: &Path) -> String {
     let attributes: Vec<String> = crisp::sys::rooted::xattrs(path)
         .unwrap()
         .into_iter()
-        .filter(|(k, _)| !k.as_bytes().starts_with(b"trusted.overlay.") && !k.as_bytes().starts_with(b"user.umoci") && !k.as_bytes().starts_with(b"user.rootless"))
+        .filter(|(k, _)| {
+            !k.as_bytes().starts_with(b"trusted.overlay.")
+                && !k.as_bytes().starts_with(b"user.umoci")
+                && !k.as_bytes().starts_with(b"user.rootless")
+        })
         .map(|(k, v)| format!("{}={}", k.to_string_lossy(), String::from_utf8_lossy(&v)))
         .collect();
     // Directories' times differ where a tool sets them before it fills them.
@@ -216,7 +225,12 @@ fn pulled_and_imported_images_equal_umoci() {
     images.remove(&image.id).unwrap();
     images.remove(&docker.id).unwrap();
     assert!(images.list().is_empty());
-    assert_eq!(std::fs::read_dir(root.join("layers")).unwrap().count(), 0);
+    // The files go behind our back.
+    let end = Instant::now() + Duration::from_secs(60);
+    while std::fs::read_dir(root.join("layers")).unwrap().count() > 0 {
+        assert!(Instant::now() < end, "unused layers are not deleted");
+        std::thread::sleep(Duration::from_millis(20));
+    }
     assert!(crisp::sys::mount::below(dir.path()).unwrap().is_empty());
 }
 
@@ -259,4 +273,68 @@ fn an_image_of_130_layers_mounts() {
     snapshotter.prepare("c1", &images.hold("deep:1", "c1").unwrap().layers, &target).unwrap();
     assert_eq!(std::fs::read_dir(target.join("dir")).unwrap().count(), 130);
     snapshotter.remove("c1", &target).unwrap();
+}
+
+#[test]
+fn a_registry_with_its_own_ca() {
+    let dir = tempfile::tempdir().unwrap();
+    let (key, certificate) = (dir.path().join("key.pem"), dir.path().join("ca.crt"));
+    let (key, certificate) = (key.to_str().unwrap(), certificate.to_str().unwrap());
+    // One certificate as authority and one for the server: a server certificate must not be an authority.
+    let (server_key, request, server) = (dir.path().join("s.key"), dir.path().join("s.csr"), dir.path().join("s.crt"));
+    let names = dir.path().join("names");
+    std::fs::write(&names, "subjectAltName=IP:127.0.0.1\n").unwrap();
+    let (server_key, request, server) = (server_key.to_str().unwrap(), request.to_str().unwrap(), server.to_str().unwrap());
+    let new = ["-newkey", "rsa:2048", "-nodes", "-subj", "/CN=test"];
+    run("openssl", &[&["req", "-x509", "-days", "2", "-keyout", key, "-out", certificate][..], &new].concat());
+    run("openssl", &[&["req", "-keyout", server_key, "-out", request][..], &new].concat());
+    let sign =
+        ["x509", "-req", "-days", "2", "-in", request, "-CA", certificate, "-CAkey", key, "-CAcreateserial", "-out", server, "-extfile"];
+    run("openssl", &[&sign[..], &[names.to_str().unwrap()]].concat());
+    let registry = Registry::start_with(dir.path(), &format!(", tls: {{certificate: {server}, key: {server_key}}}"));
+    let reference = format!("{}/test/box:v1", registry.address);
+    let mut settings = Settings::new(&dir.path().join("root"));
+    let strangers = Images::open(settings.clone()).unwrap();
+    let e = strangers.pull(&reference, None, &Cancel::never(), None).unwrap_err();
+    assert!(e.message().starts_with("RegistryUnavailable") && e.message().contains("certificate"), "{e}");
+    let certs = dir.path().join("certs").join(&registry.address);
+    std::fs::create_dir_all(&certs).unwrap();
+    std::fs::copy(certificate, certs.join("ca.crt")).unwrap();
+    settings.registry.certs_dir = Some(dir.path().join("certs"));
+    let images = Images::open(settings).unwrap();
+    // Trusted now: the registry itself answers, that it has no such image.
+    let e = images.pull(&reference, None, &Cancel::never(), None).unwrap_err();
+    assert_eq!(e.code(), crisp::error::Code::NotFound, "{e}");
+}
+
+#[test]
+fn layers_as_gnu_tar_writes_them() {
+    let dir = tempfile::tempdir().unwrap();
+    let tree = dir.path().join("tree");
+    std::fs::create_dir(&tree).unwrap();
+    let holes = std::fs::File::create(tree.join("holes")).unwrap();
+    for i in 0..30u64 {
+        std::os::unix::fs::FileExt::write_at(&holes, &[i as u8 + 1; 4096], i * 65536).unwrap();
+    }
+    holes.set_len(8 << 20).unwrap();
+    std::fs::write(tree.join("f".repeat(150)), "long").unwrap();
+    let architecture = crisp::image::Platform::host().architecture;
+    for format in ["gnu", "pax"] {
+        let work = dir.path().join(format);
+        std::fs::create_dir(&work).unwrap();
+        let layer = work.join("layer.tar");
+        let (layer_path, tree_path) = (layer.display().to_string(), tree.display().to_string());
+        run("tar", &[&format!("--format={format}"), "-S", "-cf", &layer_path, "-C", &tree_path, "."]);
+        let diff_id = Digest::of(&std::fs::read(&layer).unwrap());
+        let config =
+            serde_json::json!({"os": "linux", "architecture": architecture, "rootfs": {"type": "layers", "diff_ids": [diff_id.as_str()]}});
+        std::fs::write(work.join("c.json"), config.to_string()).unwrap();
+        std::fs::write(work.join("manifest.json"), r#"[{"Config":"c.json","RepoTags":["sparse:1"],"Layers":["layer.tar"]}]"#).unwrap();
+        let root = work.join("root");
+        let images = Images::open(Settings::new(&root)).unwrap();
+        images.import(&work, None).unwrap();
+        let held = images.hold("sparse:1", "c").unwrap();
+        compare(&held.layers[0], &tree);
+        assert!(held.layers[0].join("holes").metadata().unwrap().blocks() < 4096, "holes were filled");
+    }
 }
