@@ -137,7 +137,8 @@ impl Shim {
             }
             Phase::Running => {
                 if all {
-                    for pid in self.cgroup.procs() {
+                    // The first process gets it once, below.
+                    for pid in self.cgroup.procs().into_iter().filter(|p| *p != self.pid) {
                         monitor::kill(pid, signal)?;
                     }
                 }
