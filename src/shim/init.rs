@@ -29,8 +29,7 @@ pub fn run() -> Result<()> {
     nix::sched::unshare(CloneFlags::CLONE_NEWNS).context(|| "unshare the mount namespace")?;
     let none = None::<&str>;
     nix::mount::mount(none, "/", none, MsFlags::MS_REC | MsFlags::MS_PRIVATE, none).context(|| "make mounts private")?;
-    // The link must be read before the tmpfs covers /proc.
-    let program = std::fs::File::open("/proc/self/exe").context(|| "open /proc/self/exe")?;
+    // By its path, before the tmpfs covers /proc: the link itself leads into the mount namespace we came from.
     let source = std::fs::read_link("/proc/self/exe").context(|| "read /proc/self/exe")?;
     let flags = MsFlags::MS_NOSUID | MsFlags::MS_NODEV;
     nix::mount::mount(Some("crisp"), PLACE, Some("tmpfs"), flags, Some("mode=0555,size=4k,nr_inodes=4"))
@@ -38,7 +37,6 @@ pub fn run() -> Result<()> {
     let target = Path::new(PLACE).join(SELF);
     std::fs::File::create(&target).context(|| "create the program's place")?;
     crate::sys::mount::bind(&source, &target, false)?;
-    drop(program);
     let read_only = MsFlags::MS_BIND | MsFlags::MS_REMOUNT | MsFlags::MS_RDONLY | flags;
     nix::mount::mount(none, &target, none, read_only, none).context(|| "make the program read-only")?;
     nix::unistd::chdir(PLACE).context(|| "enter the empty root")?;

@@ -142,8 +142,7 @@ impl Shim {
     /// The OCI runtime says that the container runs.
     fn running(&mut self) -> Result<()> {
         let pid = read_pid(&self.dir.join(PID_FILE))?;
-        // The OCI runtime may have been faster than our loop.
-        self.stdio.take_console()?;
+        self.stdio.expect_console()?;
         self.pid = pid;
         // It may have ended already; until it is reaped its start time can be read.
         self.start_time = pidfd::start_time_of(pid).unwrap_or(0);

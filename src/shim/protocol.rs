@@ -74,7 +74,16 @@ impl From<&Error> for Fault {
 
 impl From<Fault> for Error {
     fn from(fault: Fault) -> Error {
-        let codes = [Code::Cancelled, Code::InvalidArgument, Code::DeadlineExceeded, Code::NotFound, Code::FailedPrecondition];
+        let codes = [
+            Code::Cancelled,
+            Code::InvalidArgument,
+            Code::DeadlineExceeded,
+            Code::NotFound,
+            Code::ResourceExhausted,
+            Code::FailedPrecondition,
+            Code::Unimplemented,
+            Code::Unavailable,
+        ];
         let code = codes.into_iter().find(|c| *c as i32 == fault.code).unwrap_or(Code::Internal);
         Error::new(code, fault.message)
     }

@@ -136,13 +136,11 @@ impl Shim {
                 Ok(())
             }
             Phase::Running => {
-                if all {
-                    for pid in self.cgroup.procs() {
-                        monitor::kill(pid, signal)?;
-                    }
-                }
-                // Ours and not reaped: the number cannot mean another process.
-                monitor::kill(self.pid, signal)
+                // Ours and not reaped: the number cannot mean another process. It comes first: a shell that sees its child
+                // killed would go on with the next command.
+                monitor::kill(self.pid, signal)?;
+                let rest = if all { self.cgroup.procs() } else { Vec::new() };
+                rest.into_iter().filter(|p| *p != self.pid).try_for_each(|pid| monitor::kill(pid, signal))
             }
             // What is left is being killed, or nothing is.
             Phase::Ending | Phase::Exited => Ok(()),

@@ -189,7 +189,7 @@ impl Shim {
         let mut fds: Vec<(BorrowedFd, PollFlags, Ready)> = Vec::with_capacity(6 + self.peers.len());
         fds.push((self.signals.as_fd(), PollFlags::POLLIN, Ready::Signals));
         fds.push((self.listener.as_fd(), PollFlags::POLLIN, Ready::Listener));
-        fds.extend(self.stdio.console().map(|c| (c.as_fd(), PollFlags::POLLIN, Ready::Console)));
+        fds.extend(self.stdio.console().map(|c| (c, PollFlags::POLLIN, Ready::Console)));
         fds.extend(self.oom.as_ref().map(OomWatch::interest).map(|(fd, flags)| (fd, flags, Ready::Oom)));
         // Until the container runs, the pipes hold words of the OCI runtime: they belong in the error.
         if self.phase != Phase::Starting && !matches!(self.ending, Some(Ending::Deleting(_))) {

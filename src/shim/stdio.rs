@@ -2,13 +2,13 @@
 
 use std::fs::File;
 use std::io::Read;
-use std::os::fd::{AsFd, OwnedFd};
-use std::os::unix::net::UnixListener;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 
 use super::log::{Log, Output, Pumped};
 use super::protocol::ShimConfig;
-use crate::error::{Context, Result};
+use crate::error::{Context, Error, Result};
 use crate::sys::{file, monitor, process, socket};
 
 const CONSOLE_FILE: &str = "console.sock";
@@ -22,7 +22,15 @@ pub struct Stdio {
     stdin: Option<OwnedFd>,
     /// What the OCI runtime itself says when the container has a terminal.
     errors: Option<File>,
-    console: Option<(UnixListener, PathBuf)>,
+    console: Option<Console>,
+}
+
+/// Where the terminal will come from.
+struct Console {
+    listener: UnixListener,
+    path: PathBuf,
+    /// The OCI runtime connects long before it sends.
+    runtime: Option<UnixStream>,
 }
 
 /// The container's ends, for the OCI runtime to inherit.
@@ -49,7 +57,12 @@ impl Stdio {
             let listener = socket::listen(&path, 0o600)?;
             listener.set_nonblocking(true).context(|| "set O_NONBLOCK")?;
             let shown = if path.as_os_str().len() < 108 { path.clone() } else { PathBuf::from(CONSOLE_FILE) };
-            let stdio = Stdio { outputs: [None, None], stdin: None, errors: Some(errors), console: Some((listener, path)) };
+            let stdio = Stdio {
+                outputs: [None, None],
+                stdin: None,
+                errors: Some(errors),
+                console: Some(Console { listener, path, runtime: None }),
+            };
             return Ok((stdio, Inherited { stdin: None, stdout: None, stderr, console: Some(shown) }));
         }
         let (output, stdout) = read_end(&owner)?;
@@ -71,24 +84,45 @@ impl Stdio {
         self.outputs.iter().enumerate().filter_map(|(i, o)| Some((i, o.as_ref()?.reader())))
     }
 
-    /// The socket on which the terminal will come.
-    pub fn console(&self) -> Option<&UnixListener> {
-        self.console.as_ref().map(|c| &c.0)
+    /// What to poll until the terminal has come.
+    pub fn console(&self) -> Option<BorrowedFd<'_>> {
+        let console = self.console.as_ref()?;
+        Some(console.runtime.as_ref().map_or(console.listener.as_fd(), AsFd::as_fd))
     }
 
-    /// Takes the terminal that the OCI runtime sends.
-    pub fn take_console(&mut self) -> Result<()> {
-        let Some((listener, path)) = &self.console else { return Ok(()) };
-        let (stream, _) = listener.accept().context(|| "accept the OCI runtime on the console socket")?;
-        socket::check_peer(&stream)?;
-        // It sends at once; one that does not must not hold us.
-        stream.set_read_timeout(Some(std::time::Duration::from_secs(1))).context(|| "set a timeout on the console socket")?;
-        let master = socket::receive_descriptor(&stream)?;
+    /// Takes what there is of the terminal: first the connection, then the descriptor. True once it is here, or none is to come.
+    pub fn take_console(&mut self) -> Result<bool> {
+        let Some(console) = &mut self.console else { return Ok(true) };
+        let Some(stream) = &console.runtime else {
+            let (stream, _) = console.listener.accept().context(|| "accept the OCI runtime on the console socket")?;
+            socket::check_peer(&stream)?;
+            stream.set_nonblocking(true).context(|| "set O_NONBLOCK")?;
+            console.runtime = Some(stream);
+            return Ok(false);
+        };
+        let master = match socket::receive_descriptor(stream) {
+            Ok(Some(master)) => master,
+            Ok(None) => return Ok(false),
+            Err(error) => {
+                // Else its end would be ready for ever.
+                console.runtime = None;
+                return Err(error);
+            }
+        };
         process::set_nonblocking(master.as_fd())?;
         self.outputs[0] = Some(Output::new(File::from(master), "stdout"));
-        file::remove_file(path)?;
+        file::remove_file(&console.path)?;
         self.console = None;
-        Ok(())
+        Ok(true)
+    }
+
+    /// The OCI runtime has ended well: it has sent the terminal, if one was asked for.
+    pub fn expect_console(&mut self) -> Result<()> {
+        // The loop may have seen neither the connection nor the descriptor yet.
+        if self.take_console()? || self.take_console()? {
+            return Ok(());
+        }
+        Err(Error::internal("the OCI runtime sent no terminal"))
     }
 
     /// What a failed OCI runtime has said on stderr, before anything of the container could.
@@ -126,8 +160,8 @@ impl Stdio {
         self.outputs = [None, None];
         self.stdin = None;
         self.errors = None;
-        if let Some((_, path)) = self.console.take() {
-            let _ = file::remove_file(&path);
+        if let Some(console) = self.console.take() {
+            let _ = file::remove_file(&console.path);
         }
     }
 }

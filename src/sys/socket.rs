@@ -94,12 +94,14 @@ pub fn receive(stream: &UnixStream) -> Result<Option<(Vec<u8>, Vec<OwnedFd>)>> {
     Ok(Some((message, fds)))
 }
 
-/// Takes the one descriptor that an OCI runtime sends over a console socket, with whatever text beside it.
-pub fn receive_descriptor(stream: &UnixStream) -> Result<OwnedFd> {
+/// Takes the one descriptor that an OCI runtime sends over a console socket, with whatever text beside it. None when a
+/// non-blocking socket has nothing yet.
+pub fn receive_descriptor(stream: &UnixStream) -> Result<Option<OwnedFd>> {
     let mut text = [0; 256];
     match receive_some(stream, &mut text)? {
-        Some((_, mut fds)) if !fds.is_empty() => Ok(fds.swap_remove(0)),
-        _ => Err(Error::internal("receive descriptor: none came")),
+        None => Ok(None),
+        Some((_, mut fds)) if !fds.is_empty() => Ok(Some(fds.swap_remove(0))),
+        Some(_) => Err(Error::internal("receive descriptor: none came")),
     }
 }
 

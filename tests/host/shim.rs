@@ -487,10 +487,10 @@ fn small(f: &Fixture) {
     c.wait_for_line("stdout F hello");
     let rollup = std::fs::read_to_string(format!("/proc/{}/smaps_rollup", started.shim_pid)).unwrap();
     let value = |key: &str| rollup.lines().find_map(|l| l.strip_prefix(key)?.split_whitespace().next()?.parse::<u64>().ok()).unwrap();
-    println!("{}: shim pss {} KiB, private dirty {} KiB", f.handler.name, value("Pss:"), value("Private_Dirty:"));
+    println!("{}: shim pss {} KiB, anonymous {} KiB", f.handler.name, value("Pss:"), value("Anonymous:"));
     // The static release build alone is small.
     if std::env::var_os("CRISP_SHIM").is_some() {
-        assert!(value("Private_Dirty:") <= 200, "{rollup}");
+        assert!(value("Anonymous:") <= 200, "{rollup}");
     }
     c.client().kill(9, true).unwrap();
     c.finish();
