@@ -232,6 +232,7 @@ impl Daemon {
             path("root"),
             path("run"),
             path("bin/crisp-shim"),
+            // As in use when it is measured; as much as there is when it is tested.
             if cfg!(debug_assertions) { "debug" } else { "info" },
         );
         if let Some((name, _)) = self.options.runtimes.first() {
@@ -252,10 +253,11 @@ impl Daemon {
         let unused = ["aufs", "btrfs", "devmapper", "zfs"].map(|name| format!("\"io.containerd.snapshotter.v1.{name}\""));
         let cri = "plugins.\"io.containerd.grpc.v1.cri\"";
         let mut text = format!(
-            "version = 2\nroot = {}\nstate = {}\ndisabled_plugins = [{}, \"io.containerd.internal.v1.opt\"]\n[debug]\nlevel = \"warn\"\n[grpc]\naddress = {}\n",
+            "version = 2\nroot = {}\nstate = {}\ndisabled_plugins = [{}, \"io.containerd.internal.v1.opt\"]\n[debug]\nlevel = \"{}\"\n[grpc]\naddress = {}\n",
             path("root"),
             path("run"),
             unused.join(", "),
+            if cfg!(debug_assertions) { "warn" } else { "info" },
             path("cri.sock"),
         );
         text += &format!("[{cri}]\nsandbox_image = \"{PAUSE}\"\ndisable_tcp_service = true\nrestrict_oom_score_adj = true\n");
