@@ -253,7 +253,8 @@ impl Daemon {
         let unused = ["aufs", "btrfs", "devmapper", "zfs"].map(|name| format!("\"io.containerd.snapshotter.v1.{name}\""));
         let cri = "plugins.\"io.containerd.grpc.v1.cri\"";
         let mut text = format!(
-            "version = 2\nroot = {}\nstate = {}\ndisabled_plugins = [{}, \"io.containerd.internal.v1.opt\"]\n[debug]\nlevel = \"{}\"\n[grpc]\naddress = {}\n",
+            "version = 2\nroot = {}\nstate = {}\ndisabled_plugins = [{}, \"io.containerd.internal.v1.opt\"]\n\
+             [debug]\nlevel = \"{}\"\n[grpc]\naddress = {}\n",
             path("root"),
             path("run"),
             unused.join(", "),
