@@ -126,7 +126,7 @@ impl Daemon {
     pub fn run(&mut self) {
         let log = File::options().create(true).append(true).open(self.log_path()).expect("open the daemon's log");
         let (program, config) = match self.kind {
-            Kind::Crispd => (PathBuf::from(env!("CARGO_BIN_EXE_crispd")), self.crispd_config()),
+            Kind::Crispd => (crispd(), self.crispd_config()),
             Kind::Containerd => (find("containerd").expect("containerd is not installed"), self.containerd_config()),
         };
         fs::write(self.layout.path("config.toml"), config).expect("write the daemon's configuration");
@@ -291,6 +291,11 @@ impl Drop for Daemon {
         }
         remove_cgroups(&self.layout.tag);
     }
+}
+
+/// The daemon of this build, or the one CRISPD names.
+pub fn crispd() -> PathBuf {
+    std::env::var_os("CRISPD").map_or_else(|| PathBuf::from(env!("CARGO_BIN_EXE_crispd")), PathBuf::from)
 }
 
 /// The static shim: CRISP_SHIM, or where `make shim` puts it.

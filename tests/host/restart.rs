@@ -7,7 +7,7 @@ use crisp::api::runtime::{ContainerState, ListContainersRequest, ListPodSandboxR
 use nix::sys::signal::Signal;
 
 use crate::client::Call;
-use crate::daemon::{tool, Kind};
+use crate::daemon::{crispd, tool, Kind};
 use crate::harness::{handlers, http_get_soon, kind, Container, Host, Sandbox};
 use crate::objects::{container_config, create_request, exec_request, run_request, sandbox_config};
 
@@ -127,7 +127,7 @@ fn a_crash_at_each_step_leaves_nothing() {
     if kind() != Kind::Crispd {
         return;
     }
-    let steps = tool(env!("CARGO_BIN_EXE_crispd"), &["debug", "steps"]);
+    let steps = tool(&crispd().display().to_string(), &["debug", "steps"]);
     let steps: Vec<_> = steps.lines().map(str::trim).filter(|line| !line.is_empty()).collect();
     assert!(steps.len() >= 10, "{steps:?}");
     let handlers = handlers();
