@@ -29,7 +29,7 @@ doctor: ## Tell what this host lacks, and change nothing
 	@scripts/check-host
 
 # The development profile alone wherever gRPC is linked: its C++ core costs minutes per profile.
-check: ## Format, lints, documentation, unit tests, the daemon in process, the repository's own rules
+check: shim ## Format, lints, documentation, unit tests, the daemon in process, the repository's own rules
 	$(CARGO) fmt --check
 	$(CARGO) clippy --locked --all-targets -- -D warnings
 	RUSTDOCFLAGS='-D warnings' $(CARGO) doc --locked --no-deps --lib --document-private-items

@@ -1,11 +1,11 @@
 //! The table for people and the JSON for programs.
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use crisp::api::runtime::VersionRequest;
 use serde_json::{json, Map, Value};
 
-use crate::daemon::{find, shim, Daemon, Kind};
+use crate::daemon::{crispd, find, shim, Daemon, Kind};
 use crate::density::{Density, QUERIES};
 use crate::life::{Life, Network, Pace, STEPS};
 use crate::memory::Memory;
@@ -109,7 +109,7 @@ impl Report {
         for (index, daemon) in daemons.iter().enumerate() {
             let peer = peers.iter().position(|peer| peer.daemon == index).expect("each daemon has a peer");
             let (program, monitor) = match daemon.kind {
-                Kind::Crispd => (Some(PathBuf::from(env!("CARGO_BIN_EXE_crispd"))), Some(shim())),
+                Kind::Crispd => (Some(crispd()), Some(shim())),
                 Kind::Containerd => (find("containerd"), find("containerd-shim-runc-v2")),
             };
             for (label, path) in [("daemon", program), ("monitor", monitor)] {

@@ -126,7 +126,7 @@ impl Daemon {
     pub fn run(&mut self) {
         let log = File::options().create(true).append(true).open(self.log_path()).expect("open the daemon's log");
         let (program, config) = match self.kind {
-            Kind::Crispd => (PathBuf::from(env!("CARGO_BIN_EXE_crispd")), self.crispd_config()),
+            Kind::Crispd => (crispd(), self.crispd_config()),
             Kind::Containerd => (find("containerd").expect("containerd is not installed"), self.containerd_config()),
         };
         fs::write(self.layout.path("config.toml"), config).expect("write the daemon's configuration");
@@ -232,6 +232,7 @@ impl Daemon {
             path("root"),
             path("run"),
             path("bin/crisp-shim"),
+            // As in use when it is measured; as much as there is when it is tested.
             if cfg!(debug_assertions) { "debug" } else { "info" },
         );
         if let Some((name, _)) = self.options.runtimes.first() {
@@ -252,10 +253,12 @@ impl Daemon {
         let unused = ["aufs", "btrfs", "devmapper", "zfs"].map(|name| format!("\"io.containerd.snapshotter.v1.{name}\""));
         let cri = "plugins.\"io.containerd.grpc.v1.cri\"";
         let mut text = format!(
-            "version = 2\nroot = {}\nstate = {}\ndisabled_plugins = [{}, \"io.containerd.internal.v1.opt\"]\n[debug]\nlevel = \"warn\"\n[grpc]\naddress = {}\n",
+            "version = 2\nroot = {}\nstate = {}\ndisabled_plugins = [{}, \"io.containerd.internal.v1.opt\"]\n\
+             [debug]\nlevel = \"{}\"\n[grpc]\naddress = {}\n",
             path("root"),
             path("run"),
             unused.join(", "),
+            if cfg!(debug_assertions) { "warn" } else { "info" },
             path("cri.sock"),
         );
         text += &format!("[{cri}]\nsandbox_image = \"{PAUSE}\"\ndisable_tcp_service = true\nrestrict_oom_score_adj = true\n");
@@ -288,6 +291,11 @@ impl Drop for Daemon {
         }
         remove_cgroups(&self.layout.tag);
     }
+}
+
+/// The daemon of this build, or the one CRISPD names.
+pub fn crispd() -> PathBuf {
+    std::env::var_os("CRISPD").map_or_else(|| PathBuf::from(env!("CARGO_BIN_EXE_crispd")), PathBuf::from)
 }
 
 /// The static shim: CRISP_SHIM, or where `make shim` puts it.

@@ -71,7 +71,7 @@ fn runtimes() -> Vec<(String, PathBuf)> {
     let mounts = fs::read_to_string("/proc/mounts").expect("read the mount table");
     assert!(
         !hybrid || mounts.contains(" /sys/fs/cgroup/hugetlb "),
-        "this host has hybrid cgroups, which crun 1.8 refuses unless hugetlb is mounted: run scripts/with-hugetlb cargo test …, or make host"
+        "crun 1.8 refuses this host's hybrid cgroups unless hugetlb is mounted: run make host, or scripts/with-hugetlb cargo test …"
     );
     let named = |name: &str| (name.to_owned(), find(name).unwrap_or_else(|| panic!("{name} is not installed: run scripts/install-deps")));
     vec![named("runc"), named("crun")]

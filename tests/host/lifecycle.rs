@@ -9,7 +9,7 @@ use crisp::api::runtime::{
 };
 use grpcio::RpcStatusCode;
 
-use crate::daemon::{cgroup_dirs, Kind};
+use crate::daemon::{cgroup_dirs, find, Kind};
 use crate::harness::{handlers, http_get, http_get_soon, kind, Host};
 use crate::objects::{container_config, create_request, exec_request, run_request, sandbox_config};
 use crate::registry::Registry;
@@ -335,23 +335,49 @@ fn what_is_not_there_is_not_found_or_already_gone() {
     host.finish();
 }
 
-/// Where the runtime or a plugin goes wrong, the error is clear and nothing is left. Of crispd alone.
+/// A runtime that is missing, or breaks after the daemon has tried it, gives a clear error and leaves nothing. Of crispd alone.
 #[test]
-fn a_broken_runtime_or_plugin_leaves_nothing() {
+fn a_broken_runtime_leaves_nothing() {
     if kind() != Kind::Crispd {
         return;
     }
-    let host = Host::start_with(|options| options.runtimes.push(("broken".into(), "/bin/false".into())));
-    let sandbox = host.sandbox("broken", "broken");
-    let config = container_config(&sandbox.config, "main", &SLEEP);
-    match host.client.call(&create_request(&sandbox.id, &sandbox.config, &config)) {
-        Err(_) => {}
-        // create may happen in Start.
-        Ok(answer) => drop(host.refused(&StartContainerRequest { container_id: answer.container_id, ..Default::default() })),
-    }
-    host.remove_all();
+    let dir = tempfile::tempdir().expect("make a directory");
+    let (program, broken) = (dir.path().join("fragile"), dir.path().join("broken"));
+    let runc = find("runc").expect("runc is not installed: run scripts/install-deps");
+    let script =
+        format!("#!/bin/sh\n[ -e {} ] && {{ echo no luck today >&2; exit 1; }}\nexec {} \"$@\"\n", broken.display(), runc.display());
+    std::fs::write(&program, script).expect("write the runtime");
+    std::fs::set_permissions(&program, std::os::unix::fs::PermissionsExt::from_mode(0o755)).expect("make it a program");
+    let host = Host::start_with(|options| {
+        options.runtimes.push(("fragile".into(), program));
+        options.runtimes.push(("missing".into(), "/no/such/runtime".into()));
+    });
+    let (code, message) = host.refused(&run_request(&sandbox_config(&host.daemon.layout, "missing", false), "missing"));
+    assert_eq!(code, RpcStatusCode::FAILED_PRECONDITION, "{message}");
+    assert!(message.contains("/no/such/runtime"), "{message}");
     host.assert_clean();
 
+    let sandbox = host.sandbox("fragile", "fragile");
+    std::fs::write(&broken, "").expect("break the runtime");
+    let config = container_config(&sandbox.config, "main", &SLEEP);
+    let message = match host.client.call(&create_request(&sandbox.id, &sandbox.config, &config)) {
+        Err(e) => e.to_string(),
+        // The runtime may be called in Start alone.
+        Ok(answer) => host.refused(&StartContainerRequest { container_id: answer.container_id, ..Default::default() }).1,
+    };
+    assert!(message.contains("no luck today"), "{message}");
+    host.remove_all();
+    host.assert_clean();
+    host.finish();
+}
+
+/// A plugin that fails half way through the chain leaves no lease, and is told by name. Of crispd alone.
+#[test]
+fn a_broken_plugin_leaves_nothing() {
+    if kind() != Kind::Crispd {
+        return;
+    }
+    let host = Host::start();
     // The chain breaks after bridge and its IPAM have given an address.
     let layout = &host.daemon.layout;
     let path = layout.path("cni/10-test.conflist");

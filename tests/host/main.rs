@@ -1,7 +1,7 @@
 //! crispd on this host: real OCI runtimes, CNI plugins, overlayfs, cgroups and a registry. Needs root; `make host` runs it.
 //! A host that cannot is a failure that says what is missing, never a skip.
 //!
-//! `CRISP_TEST_DAEMON=containerd` runs what is common to all CRI runtimes against containerd: that checks the tests.
+//! `CRISP_TEST_DAEMON=containerd` runs what every CRI runtime must do against containerd: that checks the tests.
 
 mod client;
 mod daemon;

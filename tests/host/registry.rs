@@ -24,7 +24,8 @@ impl Registry {
         // A port that was free a moment ago.
         let host = TcpListener::bind("127.0.0.1:0").and_then(|socket| socket.local_addr()).expect("find a port").to_string();
         let config = format!(
-            "version: 0.1\nlog: {{level: error}}\nstorage:\n  filesystem: {{rootdirectory: {}}}\n  delete: {{enabled: true}}\nhttp: {{addr: {host}}}\n",
+            "version: 0.1\nlog: {{level: error}}\nstorage:\n  filesystem: {{rootdirectory: {}}}\n  delete: {{enabled: true}}\n\
+             http: {{addr: {host}}}\n",
             dir.path().join("data").display()
         );
         let path = dir.path().join("config.yml");

@@ -22,7 +22,9 @@ impl Snapshot {
             lines.insert(format!("{kind} {name}"));
         };
         let mounts = fs::read_to_string("/proc/self/mountinfo").expect("read the mount table");
-        mounts.lines().filter_map(|line| line.split(' ').nth(4)).for_each(|point| add("mount", point));
+        // hugetlb: scripts/with-hugetlb of somebody else may come and go.
+        let points = mounts.lines().filter_map(|line| line.split(' ').nth(4)).filter(|point| *point != "/sys/fs/cgroup/hugetlb");
+        points.for_each(|point| add("mount", point));
         names("/run/netns").for_each(|name| add("netns", &name));
         // The bridge is the network's; the plugin keeps it by design.
         names("/sys/class/net").filter(|name| *name != layout.bridge()).for_each(|name| add("link", &name));
