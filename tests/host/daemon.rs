@@ -105,14 +105,21 @@ pub struct Daemon {
     pub layout: Layout,
     pub options: Options,
     child: Option<Child>,
+    /// Directories to remove at the end, for they were not there before.
+    strays: Vec<&'static str>,
 }
+
+/// containerd's shims and its CNI library have fixed places, whatever its configuration says.
+const CONTAINERD_PLACES: [&str; 2] = ["/run/containerd", "/var/lib/cni"];
 
 impl Daemon {
     /// Starts the daemon and waits until it answers.
     pub fn start(kind: Kind, options: Options) -> Daemon {
         let layout = Layout::new();
         layout.write_network();
-        let mut daemon = Daemon { kind, layout, options, child: None };
+        let places = if kind == Kind::Containerd { &CONTAINERD_PLACES[..] } else { &[] };
+        let strays = places.iter().copied().filter(|place| !Path::new(place).exists()).collect();
+        let mut daemon = Daemon { kind, layout, options, child: None, strays };
         if kind == Kind::Crispd {
             // A path of its own tells this daemon's shims from all others.
             fs::copy(shim(), daemon.layout.path("bin/crisp-shim")).unwrap_or_else(|e| panic!("{}: {e} (make shim)", shim().display()));
@@ -290,6 +297,9 @@ impl Drop for Daemon {
             tool("ip", &["link", "del", &self.layout.bridge()]);
         }
         remove_cgroups(&self.layout.tag);
+        for place in &self.strays {
+            let _ = fs::remove_dir_all(place);
+        }
     }
 }
 

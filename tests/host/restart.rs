@@ -11,7 +11,7 @@ use crate::daemon::{crispd, tool, Kind};
 use crate::harness::{handlers, http_get_soon, kind, Container, Host, Sandbox};
 use crate::objects::{container_config, create_request, exec_request, run_request, sandbox_config};
 
-const COUNT: [&str; 3] = ["sh", "-c", "i=0; while :; do i=$((i+1)); echo $i; usleep 10000; done"];
+const COUNT: [&str; 3] = ["sh", "-c", "trap 'exit 0' TERM; i=0; while :; do i=$((i+1)); echo $i; usleep 10000; done"];
 
 /// What lived before the first crash and must live after the last.
 struct Witness {
@@ -110,7 +110,7 @@ fn live(host: &Host, name: &str, handler: &str) -> Result<(), grpcio::Error> {
     let container = step(host, &request)?.container_id;
     step(host, &StartContainerRequest { container_id: container.clone(), ..Default::default() })?;
     step(host, &exec_request(&container, &["true"], 5))?;
-    step(host, &StopContainerRequest { container_id: container.clone(), ..Default::default() })?;
+    step(host, &StopContainerRequest { container_id: container.clone(), timeout: 5, ..Default::default() })?;
     step(host, &RemoveContainerRequest { container_id: container, ..Default::default() })?;
     // One that still runs is left to the sandbox's stop.
     let request = create_request(&sandbox, &config, &container_config(&config, "second", &COUNT));
