@@ -29,6 +29,13 @@ fn main() -> ExitCode {
     }
 }
 
+/// Prints `words`; a reader that has gone away is its own business.
+fn say(words: &str) -> Result<(), (u8, String)> {
+    use std::io::Write;
+    let _ = std::io::stdout().write_all(words.as_bytes());
+    Ok(())
+}
+
 fn text(parser: &mut lexopt::Parser) -> Result<String, lexopt::Error> {
     parser.value()?.string()
 }
@@ -39,8 +46,8 @@ fn run() -> Result<(), (u8, String)> {
     let mut parser = lexopt::Parser::from_env();
     while let Some(arg) = parser.next().map_err(usage)? {
         match arg {
-            Short('h') | Long("help") => return Ok(print!("{HELP}")),
-            Short('V') | Long("version") => return Ok(println!("crispd {}", env!("CARGO_PKG_VERSION"))),
+            Short('h') | Long("help") => return say(HELP),
+            Short('V') | Long("version") => return say(concat!("crispd ", env!("CARGO_PKG_VERSION"), "\n")),
             Short('c') | Long("config") => file = Some(text(&mut parser).map_err(usage)?.into()),
             Long("socket") => overrides.socket = Some(text(&mut parser).map_err(usage)?),
             Long("root") => overrides.root = Some(text(&mut parser).map_err(usage)?),
@@ -53,9 +60,9 @@ fn run() -> Result<(), (u8, String)> {
     let load = |path: Option<&Path>| Config::load(path, &overrides).map_err(|e| (2, e.to_string()));
     match words.iter().map(String::as_str).collect::<Vec<_>>()[..] {
         [] => daemon::run(load(file.as_deref())?, file, overrides).map_err(|e| (1, e.to_string())),
-        ["config", "default"] => Ok(print!("{}", config::DEFAULT)),
-        ["config", "check", path] => load(Some(Path::new(path))).map(|_| println!("{path}: good")),
-        ["debug", "steps"] => Ok(crisp::sys::crash::STEPS.iter().for_each(|s| println!("{s}"))),
+        ["config", "default"] => say(config::DEFAULT),
+        ["config", "check", path] => load(Some(Path::new(path))).and_then(|_| say(&format!("{path}: good\n"))),
+        ["debug", "steps"] => say(&(crisp::sys::crash::STEPS.join("\n") + "\n")),
         _ => Err((2, format!("unknown command {:?}; see crispd --help", words.join(" ")))),
     }
 }

@@ -59,7 +59,7 @@ impl Containers {
                     s.state = State::Running;
                     s.starting = false;
                     s.pid = started.pid;
-                    s.started_at = now_ns();
+                    s.started_at = started.started_at;
                     s.shim_alive = true;
                 })?;
                 crash::step("start:3-running");

@@ -72,11 +72,8 @@ impl Containers {
         let meta = &container.meta;
         if let Ok(state) = Client::new(&meta.dir).state() {
             if state.phase != Phase::Starting {
-                let now = crate::store::now_ns();
                 let changed = self.update(container, |s| {
-                    if s.starting {
-                        s.started_at = now;
-                    }
+                    s.started_at = state.started_at;
                     s.state = State::Running;
                     s.starting = false;
                     s.pid = state.pid;

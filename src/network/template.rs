@@ -71,7 +71,7 @@ enum Token<'a> {
 /// How a block ended.
 #[derive(PartialEq)]
 enum Stop {
-    Eof,
+    Whole,
     End,
     Else,
 }
@@ -81,7 +81,7 @@ pub fn render(template: &str, values: &Values) -> Result<String> {
     let tokens = split(template)?;
     let mut at = 0;
     let (nodes, end) = parse(&tokens, &mut at, 0)?;
-    if end != Stop::Eof {
+    if end != Stop::Whole {
         return Err(Error::invalid("directive {{end}} or {{else}} without {{if}} or {{range}}"));
     }
     let mut out = String::new();
@@ -160,7 +160,7 @@ fn parse(tokens: &[Token<'_>], at: &mut usize, depth: usize) -> Result<(Vec<Node
             _ => nodes.push(Node::Show(operand(action, action)?)),
         }
     }
-    Ok((nodes, Stop::Eof))
+    Ok((nodes, Stop::Whole))
 }
 
 /// The body of an `if` or `range`, and what follows its `else`.

@@ -83,6 +83,7 @@ fn spec(shim: &Path, cgroup: &str) -> serde_json::Value {
         "root": {"path": "rootfs", "readonly": false},
         "mounts": [
             {"destination": "/proc", "type": "proc", "source": "proc"},
+            {"destination": "/dev", "type": "tmpfs", "source": "tmpfs", "options": ["nosuid", "mode=755", "size=64k"]},
             {"destination": "/crisp-shim", "type": "bind", "source": shim, "options": ["bind", "ro"]},
         ],
         "linux": {

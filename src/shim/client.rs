@@ -30,6 +30,8 @@ pub struct Started {
     /// Of `pid`: clock ticks since boot.
     pub start_time: u64,
     pub shim_pid: i32,
+    /// When the runtime had it running, nanoseconds since the epoch.
+    pub started_at: i64,
 }
 
 /// Starts the container whose bundle is `dir`, under a shim of its own that outlives this process. When `cancel` ends or
@@ -52,7 +54,7 @@ pub fn start(shim: &Path, dir: &Path, config: &ShimConfig, cancel: &Cancel, time
     // It forks and ends at once: this waits for nothing.
     parent.wait().context(what)?;
     match waited.context(what)? {
-        Answer::Started { pid, start_time, shim_pid } => Ok(Started { pid, start_time, shim_pid }),
+        Answer::Started { pid, start_time, shim_pid, started_at } => Ok(Started { pid, start_time, shim_pid, started_at }),
         Answer::Failed { error } => Err(Error::from(error)).context(what),
     }
 }

@@ -144,13 +144,14 @@ impl Shim {
         let pid = read_pid(&self.dir.join(PID_FILE))?;
         self.stdio.expect_console()?;
         self.pid = pid;
+        self.started_at = now();
         // It may have ended already; until it is reaped its start time can be read.
         self.start_time = pidfd::start_time_of(pid).unwrap_or(0);
         self.phase = Phase::Running;
         self.stdio.started();
         self.oom = super::oom::OomWatch::new(&self.cgroup);
         self.answered = true;
-        say(&Answer::Started { pid, start_time: self.start_time, shim_pid: std::process::id() as i32 });
+        say(&Answer::Started { pid, start_time: self.start_time, shim_pid: std::process::id() as i32, started_at: self.started_at });
         self.tell_state();
         Ok(())
     }
@@ -163,7 +164,7 @@ impl Shim {
     }
 
     fn first_process_ended(&mut self, end: End) {
-        let finished_at = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_nanos() as i64);
+        let finished_at = now();
         let record =
             ExitRecord { version: VERSION, exit_code: end.exit_code(), signal: end.signal(), oom: self.oom_kills() > 0, finished_at };
         self.pid = 0;
@@ -227,4 +228,9 @@ impl Shim {
         }
         self.finished = true;
     }
+}
+
+/// Nanoseconds since the epoch.
+fn now() -> i64 {
+    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_nanos() as i64)
 }

@@ -55,7 +55,7 @@ pub struct ShimConfig {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(untagged)]
 pub enum Answer {
-    Started { pid: i32, start_time: u64, shim_pid: i32 },
+    Started { pid: i32, start_time: u64, shim_pid: i32, started_at: i64 },
     Failed { error: Fault },
 }
 
@@ -157,6 +157,8 @@ pub struct State {
     pub pid: i32,
     /// Of `pid`, clock ticks since boot.
     pub start_time: u64,
+    /// When the runtime had it running, nanoseconds since the epoch; 0 until then.
+    pub started_at: i64,
     pub oom_kills: u64,
     pub execs: usize,
 }
@@ -206,7 +208,7 @@ mod tests {
         let failed: Answer = serde_json::from_str(r#"{"error":{"code":4,"message":"timed out"}}"#).unwrap();
         let Answer::Failed { error } = failed else { panic!("{failed:?}") };
         assert_eq!(Error::from(error).code(), Code::DeadlineExceeded);
-        let started = serde_json::to_string(&Answer::Started { pid: 1, start_time: 2, shim_pid: 3 }).unwrap();
+        let started = serde_json::to_string(&Answer::Started { pid: 1, start_time: 2, shim_pid: 3, started_at: 4 }).unwrap();
         assert!(matches!(serde_json::from_str(&started).unwrap(), Answer::Started { pid: 1, .. }));
     }
 

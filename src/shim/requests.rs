@@ -123,7 +123,14 @@ impl Shim {
     }
 
     fn state(&self) -> State {
-        State { phase: self.phase, pid: self.pid, start_time: self.start_time, oom_kills: self.oom_kills(), execs: self.execs.len() }
+        State {
+            phase: self.phase,
+            pid: self.pid,
+            start_time: self.start_time,
+            started_at: self.started_at,
+            oom_kills: self.oom_kills(),
+            execs: self.execs.len(),
+        }
     }
 
     fn kill(&mut self, signal: i32, all: bool) -> Result<()> {

@@ -30,6 +30,7 @@ pub struct Shim {
     /// The container's first process and its start time, once it runs. pid 0: not yet, or reaped.
     pub(super) pid: i32,
     pub(super) start_time: u64,
+    pub(super) started_at: i64,
     pub(super) stdio: Stdio,
     pub(super) log: Log,
     pub(super) tasks: Vec<Task>,
@@ -129,6 +130,7 @@ fn prepare(dir: &Path) -> Result<Shim> {
         phase: Phase::Starting,
         pid: 0,
         start_time: 0,
+        started_at: 0,
         stdio: Stdio::default(),
         log,
         tasks: Vec::new(),

@@ -147,7 +147,7 @@ fn describe(path: &Path) -> String {
         String::new()
     };
     let links = if kind.is_file() { meta.nlink() } else { 1 };
-    let attributes: Vec<String> = crisp::sys::rooted::xattrs(path)
+    let mut attributes: Vec<String> = crisp::sys::rooted::xattrs(path)
         .unwrap()
         .into_iter()
         .filter(|(k, _)| {
@@ -157,6 +157,8 @@ fn describe(path: &Path) -> String {
         })
         .map(|(k, v)| format!("{}={}", k.to_string_lossy(), String::from_utf8_lossy(&v)))
         .collect();
+    // Listed in the order they were set.
+    attributes.sort();
     // Directories' times differ where a tool sets them before it fills them.
     let time = if kind.is_dir() { 0 } else { meta.mtime() };
     format!("{:o} {}:{} links {links} time {time} {attributes:?} {content}", meta.mode(), meta.uid(), meta.gid())

@@ -6,10 +6,14 @@
 mod client;
 mod daemon;
 mod harness;
+mod images;
 mod lifecycle;
 mod logs;
+mod network;
 mod objects;
 mod python;
 mod registry;
 mod restart;
+mod shim;
 mod snapshot;
+mod spec;
