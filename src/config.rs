@@ -33,6 +33,8 @@ pub struct Config {
     pub default_runtime: Option<String>,
     pub runtimes: BTreeMap<String, Handler>,
     pub snapshotter: Snapshotter,
+    /// Kept from image garbage collection; sandboxes of this version need none.
+    pub sandbox_image: Option<String>,
     pub sysctls: BTreeMap<String, String>,
     pub cni: Cni,
     pub images: Images,
@@ -92,6 +94,7 @@ struct Raw {
     shim: Spanned<String>,
     default_runtime: Spanned<String>,
     snapshotter: Snapshotter,
+    sandbox_image: String,
     runtimes: BTreeMap<String, RawRuntime>,
     sysctls: BTreeMap<String, Spanned<String>>,
     cni: RawCni,
@@ -162,6 +165,7 @@ impl Default for Raw {
             shim: text(""),
             default_runtime: text(""),
             snapshotter: Snapshotter::Auto,
+            sandbox_image: String::new(),
             runtimes: BTreeMap::new(),
             sysctls: BTreeMap::from([
                 ("net.ipv4.ip_unprivileged_port_start".to_owned(), text("0")),
@@ -340,6 +344,7 @@ fn check(c: &Checker, raw: Raw) -> Result<Config> {
         default_runtime,
         runtimes,
         snapshotter: raw.snapshotter,
+        sandbox_image: Some(raw.sandbox_image).filter(|i| !i.is_empty()),
         sysctls,
         cni: Cni {
             conf_dir: c.path("cni.conf_dir", &raw.cni.conf_dir)?,

@@ -174,6 +174,8 @@ fn registry_settings(config: &Config) -> image::RegistrySettings {
 fn image_settings(config: &Config) -> image::Settings {
     let mut settings = image::Settings::new(&config.root);
     settings.pinned = config.images.pinned.clone();
+    settings.pinned.extend(config.sandbox_image.clone());
+    settings.bounds.layer_workers = config.images.layer_downloads;
     settings.registry = registry_settings(config);
     settings
 }

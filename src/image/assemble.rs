@@ -14,8 +14,6 @@ use crate::sys::cancel::Cancel;
 use crate::sys::lock::{Lock, Rank};
 use crate::sys::thread;
 
-/// Layers of one image made at the same time.
-const WORKERS: usize = 3;
 /// Between two reports of one layer.
 const REPORT: Duration = Duration::from_millis(100);
 
@@ -84,7 +82,7 @@ pub(super) fn assemble(inner: &Arc<Inner>, parts: Parts, open: OpenLayer, cancel
         error: Lock::new(Rank::Leaf, None),
     });
     let mut threads = Vec::new();
-    for i in 1..missing.min(WORKERS) {
+    for i in 1..missing.min(inner.bounds.layer_workers) {
         let job = job.clone();
         threads.push(thread::spawn(&format!("layer-{i}"), move || job.work())?);
     }

@@ -69,6 +69,8 @@ impl Settings {
 #[derive(Clone, Debug)]
 pub struct Bounds {
     pub max_layers: usize,
+    /// Layers of one image downloaded and unpacked at the same time.
+    pub layer_workers: usize,
     pub max_manifest_bytes: u64,
     pub max_config_bytes: u64,
     /// Files of one layer.
@@ -82,6 +84,7 @@ impl Default for Bounds {
         Bounds {
             // overlayfs takes 500 lower layers.
             max_layers: 400,
+            layer_workers: 3,
             max_manifest_bytes: 8 << 20,
             max_config_bytes: 8 << 20,
             max_layer_entries: 2_000_000,

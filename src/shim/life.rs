@@ -11,7 +11,7 @@ use super::server::{say, Ending, Shim};
 use super::stdio::Stdio;
 use super::task::{Purpose, Task};
 use crate::error::{Error, Result};
-use crate::runtime::oci;
+use crate::runtime::{oci, Kind};
 use crate::sys::monitor::{self, End};
 use crate::sys::{file, pidfd};
 
@@ -205,7 +205,11 @@ impl Shim {
 
     /// Makes the OCI runtime forget the container.
     fn delete(&mut self, error: Option<Error>) {
+        let clean = error.is_none();
         self.ending = Some(Ending::Deleting(error));
+        if clean && self.forget() {
+            return self.deleted();
+        }
         let log = self.dir.join(DELETE_LOG);
         let handler = &self.config.handler;
         let program = oci::program(handler, oci::delete(handler, Some(&log), &self.config.id)).current_dir(&self.dir);
@@ -213,6 +217,15 @@ impl Shim {
             Ok(task) => self.tasks.push(task),
             Err(_) => self.deleted(),
         }
+    }
+
+    /// What the runtime's `delete` does about a container that has ended, without a process: its cgroups and its state directory go (our
+    /// specs have no hooks). False where things do not look as crun and runc leave them; then the command has to do it.
+    fn forget(&self) -> bool {
+        let handler = &self.config.handler;
+        let state = handler.root.join(&self.config.id);
+        let known = matches!(handler.kind, Kind::Crun | Kind::Runc) && !handler.systemd_cgroup && state.is_dir();
+        known && self.cgroup.remove(REMOVE_LIMIT).is_ok() && file::remove_tree(&state).is_ok()
     }
 
     /// The last step. What the OCI runtime could not remove is tried once more; the daemon looks again when the container is removed.
