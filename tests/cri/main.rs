@@ -1,0 +1,38 @@
+//! The whole daemon in this process, driven over its socket by a real gRPC client, with fakes for what it runs: an OCI runtime
+//! that starts plain processes and CNI plugins that do nothing, both of which note how they were called. What is tested here is
+//! what a client sees; `tests/host` has the real programs.
+
+/// Images the tests make.
+mod archive;
+/// Calls: unimplemented ones, both package names, codes of wrong requests.
+mod calls;
+/// Clients that go away, deadlines, a hundred calls that wait.
+mod cancel;
+/// Containers: the happy path and its rules.
+mod container;
+/// proto/ and the table of facts.
+mod descriptor;
+/// ExecSync.
+mod exec;
+/// The ImageService.
+mod image;
+/// Status, RuntimeConfig, UpdateRuntimeConfig.
+mod info;
+/// Lists and their filters.
+mod list;
+/// Networks whose plugins fail.
+mod network;
+/// The daemon of one test, and the look for what it left.
+mod node;
+/// What a sandbox or container is refused for.
+mod refused;
+/// A registry in this process.
+mod registry;
+/// Another daemon on the same directories.
+mod restart;
+/// Equal calls that meet.
+mod retry;
+/// OCI runtimes that fail.
+mod runtime;
+/// Sandboxes: the happy path and its rules.
+mod sandbox;
