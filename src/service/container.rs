@@ -17,6 +17,7 @@ impl Service {
     pub(super) fn create(&self, request: CreateContainerRequest, call: &Call) -> Result<CreateContainerResponse> {
         let Some(config) = request.config.into_option() else { return Err(Error::invalid("config is missing")) };
         call.about(&config.metadata.name);
+        self.warmer.request();
         let sandbox = self.sandboxes.get(&request.pod_sandbox_id)?;
         let what = || format!("create container {:?} in sandbox {}", config.metadata.name, sandbox.id());
         sandbox.status().can_hold_containers(sandbox.id()).context(what)?;

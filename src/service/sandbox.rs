@@ -20,6 +20,8 @@ impl Service {
         if let Some(m) = config.metadata.as_ref() {
             call.about(&format!("{}/{}", m.namespace, m.name));
         }
+        // The sandbox's first container follows in a moment.
+        self.warmer.request();
         let handler = self.handlers.get(&request.runtime_handler)?.name.clone();
         let id = self.sandboxes.run(config, &handler, &request.runtime_handler, &call.cancel).context(|| "run sandbox")?;
         call.about(&id);
