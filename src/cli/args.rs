@@ -1,4 +1,4 @@
-//! The command line: words in, one [`Command`] out. Nothing is looked up or opened here.
+//! The command line: words in, one `Command` out. Nothing is looked up or opened here.
 
 use std::ffi::OsString;
 use std::path::PathBuf;

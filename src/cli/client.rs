@@ -1,5 +1,5 @@
 //! The connection to the daemon, and a blocking method for every call of the three services, made from the tables of
-//! [`crate::api`].
+//! `crate::api`.
 
 use std::io::ErrorKind;
 use std::os::unix::net::UnixStream;

@@ -1,7 +1,7 @@
 //! The client `crisp`: the CRI for people on a node without crictl, on the daemon's own socket.
 //!
-//! Words become one command in [`args`]; each command is one function that gives back text or an exit code; errors
-//! are one line and an exit code ([`failure`]).
+//! Words become one command in `args`; each command is one function that gives back text or an exit code; errors
+//! are one line and an exit code (`failure`).
 
 use std::ffi::OsString;
 use std::io::Write;

@@ -33,7 +33,7 @@ pub struct Metadata {
     pub cgroups_path: String,
     /// The container whose PID namespace this one joins (PID mode TARGET).
     pub target: Option<String>,
-    /// run/containers/<id>
+    /// `run/containers/<id>`
     pub dir: PathBuf,
 }
 

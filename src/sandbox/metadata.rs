@@ -38,7 +38,7 @@ pub struct Metadata {
     pub cgroup_parent: String,
     /// The parent is ours alone, to be removed with the sandbox.
     pub own_cgroup_parent: bool,
-    /// run/sandboxes/<id>
+    /// `run/sandboxes/<id>`
     pub dir: PathBuf,
 }
 

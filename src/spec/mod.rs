@@ -9,20 +9,20 @@
 //! | metadata, labels, log_path, stdin, stdin_once, stop_signal | C |
 //! | image.image, image.user_specified_image | H annotation `io.kubernetes.cri.image-name`; C |
 //! | image.annotations, image.runtime_handler, image.image_ref | C |
-//! | command, args, working_dir, envs, tty | H [`process`] |
-//! | mounts: container_path, host_path, readonly, propagation | H [`mounts`]; paths resolved by `container::mounts` |
+//! | command, args, working_dir, envs, tty | H `process` |
+//! | mounts: container_path, host_path, readonly, propagation | H `mounts`; paths resolved by `container::mounts` |
 //! | mounts: selinux_relabel | N without SELinux, R with it |
-//! | mounts: recursive_read_only, image, image_sub_path, uidMappings, gidMappings, mount_options | R [`refuse`] |
-//! | devices | H [`resources`]; stat'ed by `container::devices` |
-//! | CDI_devices, annotations `cdi.k8s.io/*`, RDT and block I/O class annotations | R [`refuse`] |
-//! | annotations | C; into the spec only those on [`Defaults::annotations`] |
+//! | mounts: recursive_read_only, image, image_sub_path, uidMappings, gidMappings, mount_options | R `refuse` |
+//! | devices | H `resources`; stat'ed by `container::devices` |
+//! | CDI_devices, annotations `cdi.k8s.io/*`, RDT and block I/O class annotations | R `refuse` |
+//! | annotations | C; into the spec only those on `Defaults::annotations` |
 //! | windows | R |
-//! | **linux.resources** | H [`resources`] |
+//! | **linux.resources** | H `resources` |
 //! | hugepage_limits | H; R for a size the host lacks or cannot limit, N when such a limit is 0 |
 //! | unified | H on cgroup v2, R on v1 |
-//! | oom_score_adj | H [`process`], raised with a warning to what the daemon may set |
+//! | oom_score_adj | H `process`, raised with a warning to what the daemon may set |
 //! | **linux.security_context** | |
-//! | capabilities, privileged, masked_paths, readonly_paths, no_new_privs, readonly_rootfs | H [`security`] |
+//! | capabilities, privileged, masked_paths, readonly_paths, no_new_privs, readonly_rootfs | H `security` |
 //! | capabilities, seccomp, masks of a privileged container | N, privileged wins |
 //! | namespace_options.pid | C finds the namespace, H joins it |
 //! | namespace_options.network, .ipc | N: always the sandbox's |
