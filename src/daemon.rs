@@ -75,7 +75,9 @@ impl Daemon {
     pub fn start(config: &Config) -> Result<Daemon> {
         file::make_dir(&config.root, 0o711)?;
         file::make_dir(&config.run, 0o711)?;
-        let locks = vec![lock(&config.root)?, lock(&config.run)?];
+        // The CNI cache too: what another daemon has in it would look like left-overs to us.
+        file::make_dir(&config.cni.cache_dir, 0o700)?;
+        let locks = vec![lock(&config.root)?, lock(&config.run)?, lock(&config.cni.cache_dir)?];
         if !config.shim.is_file() {
             return Err(Error::precondition(format!(
                 "shim: {} is not there (build it with make, or set shim in the configuration)",

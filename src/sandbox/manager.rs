@@ -453,11 +453,10 @@ impl Sandboxes {
             errors.keep(orphan.netns.as_deref().map_or(Ok(()), namespace::unpin));
             errors.keep(files::remove(&orphan));
         }
-        for id in self.network.cached_sandboxes() {
-            if self.index.find(&id).ok().flatten().is_none() {
-                log::warn!("sandbox {id}: network left without a record, torn down");
-                errors.keep(self.network.teardown(&attachment::orphan(&Metadata::orphan(&id, &dir, &self.settings.netns_dir))));
-            }
+        // Attachments in CNI's cache without a living sandbox, and whatever the plugins themselves remember of others.
+        let living: Vec<String> = self.index.all().iter().map(|s| s.meta.id.clone()).collect();
+        if let Err(e) = self.network.gc(&living) {
+            log::warn!("collect left-over network attachments: {e}");
         }
         errors.finish()
     }
