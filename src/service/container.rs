@@ -4,6 +4,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
+use super::image::lead;
 use super::{Call, Service};
 use crate::api::runtime::{ContainerConfig, CreateContainerRequest, CreateContainerResponse, NamespaceMode, StopContainerRequest};
 use crate::container::{Container, CreateInputs, State};
@@ -35,7 +36,7 @@ impl Service {
             cgroup_parent: &sandbox.meta.cgroup_parent,
             config: config.clone(),
         };
-        let id = self.containers.create(inputs, &call.cancel).context(what)?;
+        let id = self.containers.create(inputs, &call.cancel).context(what).map_err(lead)?;
         // A stop that began meanwhile has not seen this container.
         if let Err(e) = sandbox.status().can_hold_containers(sandbox.id()) {
             if let Some(container) = self.containers.find(&id)? {

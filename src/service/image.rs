@@ -8,7 +8,7 @@ use crate::api::runtime::{
     ListImagesRequest, ListImagesResponse, PullImageRequest, PullImageResponse, RemoveImageRequest, RemoveImageResponse, UInt64Value,
 };
 use crate::api::runtime;
-use crate::error::{Context, Error, Result};
+use crate::error::{Code, Context, Error, Result};
 use crate::image::{Auth, FsUsage, Image};
 use crate::store::now_ns;
 use protobuf::MessageField;
@@ -111,7 +111,11 @@ impl Service {
 
 /// kubelet knows some errors only by the word their message starts with (contract.md): it goes to the front.
 pub(super) fn lead(error: Error) -> Error {
-    const WORDS: &[&str] = &["RegistryUnavailable", "SignatureValidationFailed"];
+    const WORDS: &[&str] = &["RegistryUnavailable", "SignatureValidationFailed", "RROUnsupported", "ImageVolumeMountFailed"];
+    // An image or a mount may be called so too.
+    if error.code() != Code::Unknown {
+        return error;
+    }
     for word in WORDS {
         if let Some(at) = error.message().find(word).filter(|at| *at > 0) {
             let (before, after) = error.message().split_at(at);
@@ -125,7 +129,6 @@ pub(super) fn lead(error: Error) -> Error {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::error::Code;
 
     #[test]
     fn known_words_come_first() {
