@@ -2,6 +2,7 @@
 //! the shim binary printing its own. A runtime may be installed and still refuse the host's cgroups.
 
 use std::path::Path;
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
 use serde_json::json;
@@ -16,6 +17,8 @@ use crate::sys::process::{Output, Program};
 
 /// Longest run of one command.
 const LIMIT: Duration = Duration::from_secs(10);
+/// Of the next probe in this process.
+static NUMBER: AtomicU32 = AtomicU32::new(0);
 
 /// What a runtime says of itself.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -33,27 +36,29 @@ pub fn probe(handler: &Handler, scratch: &Path, shim: &Path) -> Result<Version> 
     let output = Program::new(&handler.path).arg("--version").run_ok(&Cancel::never(), LIMIT).context(what)?;
     let version = parse_version(&String::from_utf8_lossy(&output.stdout))
         .ok_or_else(|| Error::precondition(format!("{}: {} --version says no version", what(), handler.path.display())))?;
-    let dir = scratch.join(format!("probe-{}-{}", handler.name, std::process::id()));
+    // Daemons of one process must not meet in one cgroup.
+    let number = NUMBER.fetch_add(1, Ordering::Relaxed);
+    let name = format!("probe-{}-{}-{number}", handler.name, std::process::id());
+    let dir = scratch.join(&name);
     file::remove_tree(&dir).context(what)?;
-    let ran = run_in(handler, &dir, shim);
+    let ran = run_in(handler, &dir, &format!("crisp-{name}"), shim);
     let cleaned = file::remove_tree(&dir);
     ran.context(what)?;
     cleaned.context(what)?;
     Ok(version)
 }
 
-fn run_in(handler: &Handler, dir: &Path, shim: &Path) -> Result<()> {
+fn run_in(handler: &Handler, dir: &Path, id: &str, shim: &Path) -> Result<()> {
     file::make_dir(&dir.join("rootfs"), 0o700)?;
-    let id = format!("crisp-probe-{}-{}", handler.name, std::process::id());
     let cgroup = if handler.systemd_cgroup { format!("system.slice:crisp:{id}") } else { format!("/{id}") };
     let spec = serde_json::to_vec(&spec(shim, &cgroup)).context(|| "write config.json")?;
     file::write(&dir.join("config.json"), &spec, 0o600, file::Durability::Atomic)?;
     let log = dir.join("log");
     // Not detached: its end is the container's end, and its stdout the container's.
-    let mut args = oci::run(handler, &log, dir, &dir.join("pid"), None, &id);
+    let mut args = oci::run(handler, &log, dir, &dir.join("pid"), None, id);
     args.retain(|a| a != "--detach");
     let result = oci::program(handler, args).current_dir(dir).run(&Cancel::never(), LIMIT).and_then(|output| judge(&output, &log));
-    let _ = oci::program(handler, oci::delete(handler, None, &id)).run(&Cancel::never(), LIMIT);
+    let _ = oci::program(handler, oci::delete(handler, None, id)).run(&Cancel::never(), LIMIT);
     if let Ok(left) = Layout::detect().and_then(|layout| Cgroup::at(&layout, &cgroup)) {
         let _ = left.kill_all(Duration::from_secs(1));
         let _ = left.remove(Duration::from_secs(1));
