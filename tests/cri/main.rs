@@ -24,6 +24,8 @@ mod list;
 mod network;
 /// The daemon of one test, and the look for what it left.
 mod node;
+/// Calls by their path.
+mod raw;
 /// What a sandbox or container is refused for.
 mod refused;
 /// A registry in this process.

@@ -41,7 +41,9 @@ fn from_run_to_remove() {
     let line = &node.plugin_calls()[0];
     let netns = node.path("netns").join(format!("crisp-{id}"));
     assert!(line.starts_with(&format!("first ADD {id} eth0 {} ", netns.display())), "{line}");
-    for argument in ["IgnoreUnknown=1", "K8S_POD_NAME=web", "K8S_POD_NAMESPACE=default", "K8S_POD_UID=uid-web", "K8S_POD_INFRA_CONTAINER_ID="] {
+    for argument in
+        ["IgnoreUnknown=1", "K8S_POD_NAME=web", "K8S_POD_NAMESPACE=default", "K8S_POD_UID=uid-web", "K8S_POD_INFRA_CONTAINER_ID="]
+    {
         assert!(line.contains(argument), "{argument} is not in {line}");
     }
     let ports = node.plugin_request("second.ADD")["runtimeConfig"]["portMappings"].clone();
