@@ -24,6 +24,8 @@ mod list;
 mod network;
 /// The daemon of one test, and the look for what it left.
 mod node;
+/// Sandboxes with one PID namespace.
+mod pid;
 /// Calls by their path.
 mod raw;
 /// What a sandbox or container is refused for.
