@@ -27,6 +27,7 @@ const STOP_GRACE: Duration = Duration::from_secs(5);
 pub struct Daemon {
     server: Option<grpc::Server>,
     network: Arc<Network>,
+    watcher: Watcher,
     _locks: Vec<std::fs::File>,
 }
 
@@ -93,7 +94,7 @@ impl Daemon {
         let handlers = Handlers::probe(&config.runtimes, config.default_runtime.as_deref(), &config.run.join("probe"), &config.shim);
         let sandboxes = Arc::new(Sandboxes::open(sandbox_settings(config), network.clone(), watcher.clone())?);
         let settings = container_settings(config, host.clone());
-        let containers = Arc::new(Containers::open(settings, images.clone(), snapshots, watcher)?);
+        let containers = Arc::new(Containers::open(settings, images.clone(), snapshots, watcher.clone())?);
         sandboxes.restore()?;
         containers.restore(|id| sandboxes.find(id).ok().flatten().is_some())?;
         images.collect()?;
@@ -120,7 +121,7 @@ impl Daemon {
             queue: config.limits.queue,
         };
         let server = grpc::Server::start(settings, service)?;
-        Ok(Daemon { server: Some(server), network, _locks: locks })
+        Ok(Daemon { server: Some(server), network, watcher, _locks: locks })
     }
 
     /// What SIGHUP can change: log level and CNI configuration. Registry certificates are read for each pull anyway.
@@ -137,6 +138,8 @@ impl Daemon {
         if let Some(server) = self.server.take() {
             server.stop(STOP_GRACE);
         }
+        // Records belong to whoever has the locks: exits from here on are for the next daemon to find.
+        self.watcher.stop();
     }
 }
 

@@ -26,6 +26,10 @@ pub mod image;
 #[cfg(feature = "daemon")]
 pub mod sandbox;
 
+/// Configuration: what was written, then what was validated.
+#[cfg(feature = "daemon")]
+pub mod config;
+
 /// cgroup paths, OOM counters, kill, v1 and v2.
 pub mod cgroup;
 /// CNI: conflists, plugins, results.
@@ -48,9 +52,6 @@ pub mod store;
 /// Generated CRI and admin messages and service tables.
 #[cfg(feature = "daemon")]
 pub mod api;
-/// Configuration: what was written, then what was validated.
-#[cfg(feature = "daemon")]
-pub mod config;
 /// Errors with gRPC codes.
 pub mod error;
 /// The only unsafe code, the only `Command`, threads, locks, namespaces, mounts.

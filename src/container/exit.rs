@@ -10,7 +10,7 @@ use super::status::State;
 use crate::cgroup::{Cgroup, Layout};
 use crate::error::{Context, Result};
 use crate::shim::client::{self, Client, Watch};
-use crate::shim::protocol::{Event, ExitRecord};
+use crate::shim::protocol::{Event, ExitRecord, UNDELETED_FILE};
 use crate::store::now_ns;
 use crate::sys::thread;
 use crate::sys::watch::Keep;
@@ -86,6 +86,21 @@ impl Containers {
     /// The container's cgroup.
     pub(super) fn cgroup(&self, container: &Container) -> Result<Cgroup> {
         Cgroup::at(Layout::host()?, &container.meta.cgroups_path)
+    }
+
+    /// Deletes what the OCI runtime could not delete when the container ended. One that still cannot (it may be gone for good)
+    /// does not keep the container from being removed.
+    pub(super) fn delete_again(&self, container: &Container) {
+        let meta = &container.meta;
+        if !meta.dir.join(UNDELETED_FILE).exists() {
+            return;
+        }
+        let cleaned = self
+            .cgroup(container)
+            .and_then(|cgroup| client::cleanup_dead(&meta.handler, &meta.id, &meta.dir, Some(&cgroup), CLEANUP_LIMIT));
+        if let Err(e) = cleaned {
+            log::warn!("container {}: the OCI runtime still cannot delete it: {e}", meta.id);
+        }
     }
 
     /// Kills what is left of a container whose shim is not there, deletes the runtime's state, and says how it ended.

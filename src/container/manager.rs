@@ -264,6 +264,7 @@ impl Containers {
             return Err(Error::precondition(format!("{}: it is RUNNING", what())));
         }
         self.update(container, |s| s.removing = true)?;
+        self.delete_again(container);
         self.release(container).context(what)?;
         crash::step("remove:2-files");
         self.records.remove(&container.meta.id).context(what)?;

@@ -97,7 +97,8 @@ impl Status {
     /// How it ended, by its own exit record.
     pub fn end(&mut self, exit_code: i32, oom: bool, finished_at: i64) {
         self.exit_code = exit_code;
-        self.finished_at = finished_at;
+        // A program that ends at once has ended before we could say that it runs.
+        self.finished_at = finished_at.max(self.started_at);
         self.reason = match (exit_code, oom) {
             (0, _) => "Completed",
             (_, true) => "OOMKilled",
@@ -147,6 +148,13 @@ mod tests {
             status.end(code, oom, 5);
             assert_eq!((status.reason.as_str(), status.state, status.finished_at), (reason, State::Exited, 5));
         }
+    }
+
+    #[test]
+    fn nothing_ends_before_it_began() {
+        let mut status = Status { started_at: 7, ..Status::default() };
+        status.end(0, false, 5);
+        assert_eq!(status.finished_at, 7);
     }
 
     #[test]

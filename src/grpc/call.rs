@@ -1,6 +1,7 @@
 //! From an arrived request to its answer. Every call is run under catch_unwind and leaves one log line: method, id, duration,
 //! code.
 
+use std::future::Future;
 use std::panic::{catch_unwind, AssertUnwindSafe};
 use std::pin::Pin;
 use std::sync::Arc;
@@ -8,7 +9,7 @@ use std::task::{Wake, Waker};
 use std::time::Instant;
 
 use futures_util::sink::{Sink, SinkExt};
-use grpcio::{RpcStatus, RpcStatusCode, ServerStreamingSink, UnarySink, WriteFlags};
+use grpcio::{RpcContext, RpcStatus, RpcStatusCode, ServerStreamingSink, UnarySink, WriteFlags};
 
 use super::lane::Lane;
 use crate::error::{Code, Error, Result};
@@ -51,8 +52,18 @@ fn full(lane: &str) -> Error {
     Error::new(Code::ResourceExhausted, format!("too many calls wait in the {lane} lane"))
 }
 
+/// Sees a refusal on its way. Dropped before it is sent it would reach the client as CANCELLED, and the completion queue's own
+/// thread, which calls this, must not wait for it.
+fn refuse(context: &RpcContext, sending: impl Future<Output = grpcio::Result<()>> + Send + 'static) {
+    context.spawn(async {
+        // A client that is gone does not need it.
+        let _ = sending.await;
+    });
+}
+
 /// Serves a call that reads memory only.
 pub(super) fn fast<P: Send + 'static, Q: Send + 'static>(
+    context: &RpcContext,
     lane: &Arc<Lane>,
     method: Method,
     request: P,
@@ -76,7 +87,7 @@ pub(super) fn fast<P: Send + 'static, Q: Send + 'static>(
     if let Err(job) = lane.submit(job) {
         drop(job);
         if let Some(sink) = sink.lock().take() {
-            drop(sink.fail(status(&full("fast"))));
+            refuse(context, sink.fail(status(&full("fast"))));
         }
     }
 }
@@ -84,6 +95,7 @@ pub(super) fn fast<P: Send + 'static, Q: Send + 'static>(
 /// Serves a call that may block. It is registered as server-streaming, which has the same form on the wire: only that sink
 /// shows a cancellation before the answer. `body` sends its answers through the closure it gets.
 pub(super) fn slow<P: Send + 'static, Q: Send + 'static>(
+    context: &RpcContext,
     lane: &Arc<Lane>,
     method: Method,
     request: P,
@@ -94,8 +106,8 @@ pub(super) fn slow<P: Send + 'static, Q: Send + 'static>(
     let waker = Waker::from(Arc::new(OnCancel(cancel.clone())));
     let mut sink = sink;
     // Registers the waker: nothing is buffered yet, so it is woken by the end of the call alone.
-    let mut context = std::task::Context::from_waker(&waker);
-    if let std::task::Poll::Ready(Err(_)) = Pin::new(&mut sink).poll_ready(&mut context) {
+    let mut task = std::task::Context::from_waker(&waker);
+    if let std::task::Poll::Ready(Err(_)) = Pin::new(&mut sink).poll_ready(&mut task) {
         return;
     }
     let sink = Arc::new(parking_lot::Mutex::new(Some(sink)));
@@ -122,7 +134,7 @@ pub(super) fn slow<P: Send + 'static, Q: Send + 'static>(
     if let Err(job) = lane.submit(job) {
         drop(job);
         if let Some(sink) = sink.lock().take() {
-            drop(sink.fail(status(&full("slow"))));
+            refuse(context, sink.fail(status(&full("slow"))));
         }
     }
 }

@@ -54,23 +54,23 @@ macro_rules! register {
         let (service, lanes) = ($service.clone(), $lanes.clone());
         let info = Method { name: stringify!($method), quiet: FAST.contains(&stringify!($method)) };
         $builder = if info.quiet {
-            $builder.add_unary_handler(&method::<$request, $response>(MethodType::Unary, $path), move |_, request, sink| {
+            $builder.add_unary_handler(&method::<$request, $response>(MethodType::Unary, $path), move |context, request, sink| {
                 let service = service.clone();
-                fast(&lanes.fast, info, request, sink, move |request, call| service.$name(request, call));
+                fast(&context, &lanes.fast, info, request, sink, move |request, call| service.$name(request, call));
             })
         } else {
-            $builder.add_server_streaming_handler(&method::<$request, $response>(MethodType::ServerStreaming, $path), move |_, request, sink| {
+            $builder.add_server_streaming_handler(&method::<$request, $response>(MethodType::ServerStreaming, $path), move |context, request, sink| {
                 let service = service.clone();
-                slow(&lanes.slow, info, request, sink, move |request, call, send| send(service.$name(request, call)?));
+                slow(&context, &lanes.slow, info, request, sink, move |request, call, send| send(service.$name(request, call)?));
             })
         };
     };
     (@stream $builder:ident, $service:ident, $lanes:ident, $path:ident, $method:ident, $name:ident, $request:ty, $response:ty) => {
         let (service, lanes) = ($service.clone(), $lanes.clone());
         let info = Method { name: stringify!($method), quiet: false };
-        $builder = $builder.add_server_streaming_handler(&method::<$request, $response>(MethodType::ServerStreaming, $path), move |_, request, sink| {
+        $builder = $builder.add_server_streaming_handler(&method::<$request, $response>(MethodType::ServerStreaming, $path), move |context, request, sink| {
             let service = service.clone();
-            slow(&lanes.slow, info, request, sink, move |request, call, send| service.$name(request, call, send));
+            slow(&context, &lanes.slow, info, request, sink, move |request, call, send| service.$name(request, call, send));
         });
     };
 }

@@ -2,6 +2,7 @@
 //! the shim binary printing its own. A runtime may be installed and still refuse the host's cgroups.
 
 use std::path::Path;
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
 use serde_json::json;
@@ -16,6 +17,8 @@ use crate::sys::process::{Output, Program};
 
 /// Longest run of one command.
 const LIMIT: Duration = Duration::from_secs(10);
+/// Of the next probe in this process.
+static NUMBER: AtomicU32 = AtomicU32::new(0);
 
 /// What a runtime says of itself.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -33,9 +36,9 @@ pub fn probe(handler: &Handler, scratch: &Path, shim: &Path) -> Result<Version> 
     let output = Program::new(&handler.path).arg("--version").run_ok(&Cancel::never(), LIMIT).context(what)?;
     let version = parse_version(&String::from_utf8_lossy(&output.stdout))
         .ok_or_else(|| Error::precondition(format!("{}: {} --version says no version", what(), handler.path.display())))?;
-    // A name of the configuration becomes a file name and an id.
+    // A name of the configuration becomes a file name and an id; daemons of one process must not meet in one cgroup.
     let plain: String = handler.name.chars().map(|c| if c.is_ascii_alphanumeric() { c } else { '-' }).collect();
-    let id = format!("crisp-probe-{plain}-{}", std::process::id());
+    let id = format!("crisp-probe-{plain}-{}-{}", std::process::id(), NUMBER.fetch_add(1, Ordering::Relaxed));
     let dir = scratch.join(&id);
     file::remove_tree(&dir).context(what)?;
     let ran = run_in(handler, &dir, &id, shim);

@@ -113,7 +113,7 @@ impl Sandboxes {
                     Err(self.names.taken(&name, &id))
                 }
             }
-            Claim::Make(making) => self.make(making, id, name, config, &request[..config_bytes], handler, requested_handler, cancel),
+            Claim::Make(making) => self.make(making, id, name, config, &request[..config_bytes], handler, requested_handler),
         }
     }
 
@@ -127,7 +127,6 @@ impl Sandboxes {
         config_bytes: &[u8],
         handler: &str,
         requested_handler: &str,
-        cancel: &Cancel,
     ) -> Result<String> {
         let prepared = self.prepare(id, name, &config, handler, requested_handler);
         let (meta, sysctls) = match prepared {
@@ -140,7 +139,7 @@ impl Sandboxes {
         let sandbox =
             Arc::new(Sandbox { meta, config, status: Lock::new(Rank::Status, Status::new()), op: Lock::new(Rank::SandboxOp, ()) });
         let id = sandbox.id().to_owned();
-        let result = self.build(&sandbox, config_bytes, sysctls, cancel);
+        let result = self.build(&sandbox, config_bytes, sysctls);
         let Err(error) = result else {
             self.index.insert(&id, sandbox);
             making.finish(Ok(id.clone()), false);
@@ -221,7 +220,7 @@ impl Sandboxes {
     }
 
     /// Makes the sandbox step by step, each recorded before it is done.
-    fn build(self: &Arc<Self>, sandbox: &Arc<Sandbox>, config_bytes: &[u8], sysctls: Vec<(String, String)>, cancel: &Cancel) -> Result<()> {
+    fn build(self: &Arc<Self>, sandbox: &Arc<Sandbox>, config_bytes: &[u8], sysctls: Vec<(String, String)>) -> Result<()> {
         let meta = &sandbox.meta;
         self.records.save_config(&meta.id, config_bytes)?;
         self.update(sandbox, |_| {})?;
@@ -237,7 +236,8 @@ impl Sandboxes {
         crash::step("run:4-network-intent");
         let mut ips = Vec::new();
         if meta.netns.is_some() {
-            ips = self.network.setup(&self.attachment(meta, &sandbox.config)?, cancel)?.ips;
+            // Not cancelled with the client: an abandoned run is finished, and handed to the retry. Plugins have their timeout.
+            ips = self.network.setup(&self.attachment(meta, &sandbox.config)?, &Cancel::never())?.ips;
             files::write_hosts(meta, &ips)?;
         }
         crash::step("run:5-network");

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 
 use crate::api::runtime::{NamespaceMode, NamespaceOption, PodSandboxConfig, UserNamespace};
-use crate::error::Error;
+use crate::error::{Code, Error};
 use protobuf::MessageField;
 
 /// Whether `labels` has everything that `selector` wants.
@@ -23,6 +23,10 @@ pub(super) fn namespace_option(config: &PodSandboxConfig) -> NamespaceOption {
 /// kubelet knows some errors only by the word their message starts with (contract.md): it goes to the front.
 pub(super) fn lead(error: Error) -> Error {
     const WORDS: &[&str] = &["RegistryUnavailable", "SignatureValidationFailed", "RROUnsupported", "ImageVolumeMountFailed"];
+    // An image or a mount may be called so too.
+    if error.code() != Code::Unknown {
+        return error;
+    }
     for word in WORDS {
         if let Some(at) = error.message().find(word).filter(|at| *at > 0) {
             let (before, after) = error.message().split_at(at);
@@ -49,7 +53,7 @@ mod tests {
 
     #[test]
     fn known_words_come_first() {
-        let e = lead(Error::new(crate::error::Code::Unknown, "pull a: RegistryUnavailable: connect to b: refused"));
+        let e = lead(Error::new(Code::Unknown, "pull a: RegistryUnavailable: connect to b: refused"));
         assert_eq!(e.message(), "RegistryUnavailable: pull a: connect to b: refused");
         assert_eq!(lead(Error::internal("x")).message(), "x");
     }

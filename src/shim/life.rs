@@ -135,7 +135,12 @@ impl Shim {
             }
             Purpose::Exec(number) => self.exec_started(number, result),
             Purpose::Update(peer) => self.answer_result(peer, result),
-            Purpose::Delete => self.deleted(),
+            Purpose::Delete => {
+                if result.is_err() {
+                    self.mark_undeleted();
+                }
+                self.deleted()
+            }
         }
     }
 
@@ -215,7 +220,10 @@ impl Shim {
         let program = oci::program(handler, oci::delete(handler, Some(&log), &self.config.id)).current_dir(&self.dir);
         match Task::start(program, &handler.path, Purpose::Delete, log, Vec::new(), self.limit()) {
             Ok(task) => self.tasks.push(task),
-            Err(_) => self.deleted(),
+            Err(_) => {
+                self.mark_undeleted();
+                self.deleted()
+            }
         }
     }
 
@@ -226,6 +234,11 @@ impl Shim {
         let state = handler.root.join(&self.config.id);
         let known = matches!(handler.kind, Kind::Crun | Kind::Runc) && !handler.systemd_cgroup && state.is_dir();
         known && self.cgroup.remove(REMOVE_LIMIT).is_ok() && file::remove_tree(&state).is_ok()
+    }
+
+    /// Leaves word for the daemon that the OCI runtime still knows the container.
+    fn mark_undeleted(&self) {
+        let _ = file::write(&self.dir.join(super::protocol::UNDELETED_FILE), b"", 0o600, file::Durability::Atomic);
     }
 
     /// The last step. What the OCI runtime could not remove is tried once more; the daemon looks again when the container is removed.

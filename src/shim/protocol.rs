@@ -24,6 +24,8 @@ pub const VERSION: u32 = 1;
 pub const CONFIG_FILE: &str = "shim.json";
 pub const SOCKET_FILE: &str = "shim.sock";
 pub const EXIT_FILE: &str = "exit";
+/// There when the OCI runtime could not delete the container.
+pub const UNDELETED_FILE: &str = "undeleted";
 
 /// What one shim is for, in `shim.json`.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]

@@ -78,7 +78,7 @@ pub fn overlay(overlay: &Overlay, target: &Path) -> Result<()> {
 /// property of the process, so this runs on a thread that has unshared it.
 fn overlay_by_options(overlay: &Overlay, target: &Path) -> Result<()> {
     let target = target.to_owned();
-    let base = common_parent(overlay.lower);
+    let base = parent_of_all(overlay.lower);
     let relative = |p: &Path| p.strip_prefix(&base).ok().filter(|r| !r.as_os_str().is_empty()).unwrap_or(p).to_owned();
     let lower: Vec<String> = overlay.lower.iter().map(|p| escape(&relative(p))).collect();
     let mut options = format!("lowerdir={}", lower.join(":"));
@@ -108,7 +108,7 @@ fn escape(path: &Path) -> String {
     path.to_string_lossy().replace('\\', "\\\\").replace(':', "\\:").replace(',', "\\,")
 }
 
-fn common_parent(paths: &[PathBuf]) -> PathBuf {
+fn parent_of_all(paths: &[PathBuf]) -> PathBuf {
     let mut parent = paths.first().and_then(|p| p.parent()).map(Path::to_owned).unwrap_or_else(|| PathBuf::from("/"));
     while !paths.iter().all(|p| p.starts_with(&parent)) && parent.pop() {}
     parent
@@ -230,10 +230,10 @@ mod tests {
     }
 
     #[test]
-    fn common_parent_of_layers() {
+    fn parent_of_layers() {
         let p = |s: &str| PathBuf::from(s);
-        assert_eq!(common_parent(&[p("/a/l/1/diff"), p("/a/l/2/diff")]), p("/a/l"));
-        assert_eq!(common_parent(&[p("/a/l/1/diff")]), p("/a/l/1"));
+        assert_eq!(parent_of_all(&[p("/a/l/1/diff"), p("/a/l/2/diff")]), p("/a/l"));
+        assert_eq!(parent_of_all(&[p("/a/l/1/diff")]), p("/a/l/1"));
     }
 
     proptest::proptest! {

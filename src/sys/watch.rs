@@ -5,6 +5,7 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 
 use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
+use rustix::event::EventfdFlags;
 
 use super::lock::{Lock, Rank};
 use crate::error::{Context, Result};
@@ -33,13 +34,20 @@ pub struct Watcher {
 struct Shared {
     epoll: Epoll,
     map: Lock<(u64, HashMap<u64, Watched>)>,
+    /// Readable once the thread is to end.
+    stop: OwnedFd,
 }
+
+/// The token of `stop`; those of the others begin after it.
+const STOP: u64 = 0;
 
 impl Watcher {
     /// Starts the thread `name`.
     pub fn start(name: &str) -> Result<Watcher> {
         let epoll = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC).context(|| "create epoll")?;
-        let shared = Arc::new(Shared { epoll, map: Lock::new(Rank::Leaf, (0, HashMap::new())) });
+        let stop = rustix::event::eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK).context(|| "make an eventfd")?;
+        epoll.add(stop.as_fd(), EpollEvent::new(EpollFlags::EPOLLIN, STOP)).context(|| "watch a descriptor")?;
+        let shared = Arc::new(Shared { epoll, map: Lock::new(Rank::Leaf, (STOP, HashMap::new())), stop });
         let watcher = Watcher { shared: shared.clone() };
         super::thread::spawn(name, move || shared.run())?;
         Ok(watcher)
@@ -53,6 +61,11 @@ impl Watcher {
         self.shared.epoll.add(fd.as_fd(), EpollEvent::new(EpollFlags::EPOLLIN, token)).context(|| "watch a descriptor")?;
         map.1.insert(token, Watched { fd, on_ready });
         Ok(())
+    }
+
+    /// Ends the thread: no closure runs any more, and all of them are dropped.
+    pub fn stop(&self) {
+        let _ = rustix::io::write(&self.shared.stop, &1u64.to_ne_bytes());
     }
 }
 
@@ -68,6 +81,12 @@ impl Shared {
                     return;
                 }
             };
+            if events[..count].iter().any(|event| event.data() == STOP) {
+                // Dropped without the lock: a closure may own what owns this.
+                let watched = std::mem::take(&mut self.map.lock().1);
+                drop(watched);
+                return;
+            }
             for event in &events[..count] {
                 // Taken out while it runs: the closure may add descriptors or take other locks.
                 let Some(mut watched) = self.map.lock().1.remove(&event.data()) else { continue };
@@ -110,6 +129,20 @@ mod tests {
         assert_eq!((rx.recv().unwrap(), rx.recv().unwrap()), ((1, b'a'), (1, b'b')));
         drop(theirs);
         assert_eq!(rx.recv().unwrap().0, 0);
+        assert!(rx.recv().is_err());
+    }
+
+    #[test]
+    fn a_stopped_watcher_drops_its_closures() {
+        let watcher = Watcher::start("test").unwrap();
+        let (ours, _theirs) = std::os::unix::net::UnixStream::pair().unwrap();
+        let (tx, rx) = crossbeam_channel::unbounded::<()>();
+        let on_ready = move || {
+            let _ = tx.send(());
+            Keep::Yes
+        };
+        watcher.add(ours.into(), Box::new(on_ready)).unwrap();
+        watcher.stop();
         assert!(rx.recv().is_err());
     }
 }

@@ -1,1 +1,198 @@
-//! placeholder
+//! The ImageService and imports.
+
+use crisp::api::admin::{ImportImageRequest, InfoRequest, PullRequest};
+use crisp::api::runtime::*;
+use crisp::cli::client::SHORT;
+use grpcio::RpcStatusCode as Code;
+use protobuf::MessageField;
+
+use crate::archive;
+use crate::node::{refused, Answer, Node};
+use crate::registry::Registry;
+
+fn spec(image: &str) -> MessageField<ImageSpec> {
+    MessageField::some(ImageSpec { image: image.into(), ..Default::default() })
+}
+
+fn pull(node: &Node, image: &str) -> Answer<String> {
+    node.images().pull_image(&PullImageRequest { image: spec(image), ..Default::default() }, SHORT).map(|answer| answer.image_ref)
+}
+
+fn find(node: &Node, image: &str) -> Option<Image> {
+    node.images().image_status(&ImageStatusRequest { image: spec(image), ..Default::default() }, SHORT).expect("status").image.into_option()
+}
+
+fn list(node: &Node, image: &str) -> Vec<Image> {
+    let filter = ImageFilter { image: spec(image), ..Default::default() };
+    let request = ListImagesRequest { filter: MessageField::some(filter), ..Default::default() };
+    node.images().list_images(&request, SHORT).expect("list").images
+}
+
+fn remove(node: &Node, image: &str) -> Answer<RemoveImageResponse> {
+    node.images().remove_image(&RemoveImageRequest { image: spec(image), ..Default::default() }, SHORT)
+}
+
+#[test]
+fn pulled_by_tag_known_by_every_name() {
+    let node = Node::start();
+    let registry = Registry::start();
+    let tag = registry.image();
+    assert_eq!(pull(&node, &tag).expect("pull"), registry.id);
+    let image = find(&node, &registry.id).expect("by id");
+    let by_digest = format!("{}/a/b@{}", registry.address, registry.digest);
+    assert_eq!((image.repo_tags.as_slice(), image.repo_digests.as_slice()), ([tag.clone()].as_slice(), [by_digest.clone()].as_slice()));
+    assert!(image.size > 0 && image.spec.is_some() && !image.pinned);
+    assert_eq!((image.uid.is_none(), image.username.as_str()), (true, "app"));
+    for name in [&tag, &by_digest, &registry.id["sha256:".len()..].to_owned()] {
+        assert_eq!(find(&node, name).as_ref(), Some(&image), "{name}");
+        assert_eq!(list(&node, name), [image.clone()], "{name}");
+    }
+    assert_eq!(list(&node, "").len(), 2);
+    assert_eq!(list(&node, "localhost/nothing:1"), []);
+    assert_eq!(pull(&node, &by_digest).expect("pull by digest"), registry.id);
+    let sandbox = node.sandbox("web");
+    let mut config = node.container_config("app", "true");
+    config.image = spec(&registry.id);
+    let container = node.create(&sandbox, &config).expect("create");
+    let status = node.status(&container).expect("status");
+    assert_eq!(
+        (status.image_id.as_str(), status.image_ref.as_str(), status.image.image.as_str()),
+        (registry.id.as_str(), by_digest.as_str(), tag.as_str())
+    );
+    assert_eq!(status.user.linux.uid, 1000);
+    remove(&node, &by_digest).expect("remove by digest");
+    assert!(find(&node, &tag).is_none() && find(&node, &registry.id).is_none());
+    assert_eq!(list(&node, "").len(), 1);
+    remove(&node, &tag).expect("remove again");
+}
+
+#[test]
+fn a_pull_by_digest_has_no_tag() {
+    let node = Node::start();
+    let registry = Registry::start();
+    let name = format!("{}/a/b@{}", registry.address, registry.digest);
+    assert_eq!(pull(&node, &name).expect("pull"), registry.id);
+    let image = find(&node, &name).expect("it is there");
+    assert!(image.repo_tags.is_empty());
+    assert_eq!(image.repo_digests, [name]);
+}
+
+#[test]
+fn refused_pulls() {
+    let node = Node::start();
+    let registry = Registry::start();
+    refused(pull(&node, ""), Code::INVALID_ARGUMENT, "image");
+    refused(pull(&node, "UPPER CASE"), Code::INVALID_ARGUMENT, "UPPER CASE");
+    refused(pull(&node, &format!("{}/a/b:none", registry.address)), Code::NOT_FOUND, "none");
+    let wrong = format!("{}/a/b@sha256:{}", registry.address, "0".repeat(64));
+    refused(pull(&node, &wrong), Code::NOT_FOUND, "");
+    let mut request = PullImageRequest { image: spec(&registry.image()), ..Default::default() };
+    request.image.mut_or_insert_default().runtime_handler = "kata".into();
+    refused(node.images().pull_image(&request, SHORT), Code::INVALID_ARGUMENT, "runtime_handler");
+    // Nobody listens there.
+    let listener = std::net::TcpListener::bind("127.0.0.1:0").expect("bind");
+    let address = listener.local_addr().expect("bound");
+    drop(listener);
+    let message = refused(pull(&node, &format!("{address}/a/b:v1")), Code::UNKNOWN, "");
+    assert!(message.starts_with("RegistryUnavailable"), "{message}");
+    assert_eq!(list(&node, "").len(), 1);
+}
+
+#[test]
+fn credentials() {
+    let node = Node::start();
+    // me:secret
+    let registry = Registry::with_password(Some("bWU6c2VjcmV0"));
+    let with = |auth: AuthConfig| {
+        let request = PullImageRequest {
+            image: spec(&registry.image()),
+            auth: MessageField::some(auth),
+            // Without metadata, as crictl sends it.
+            sandbox_config: MessageField::some(PodSandboxConfig::default()),
+            ..Default::default()
+        };
+        node.images().pull_image(&request, SHORT).map(|answer| answer.image_ref)
+    };
+    refused(pull(&node, &registry.image()), Code::PERMISSION_DENIED, "");
+    let wrong = with(AuthConfig { username: "me".into(), password: "hunter2-wrong".into(), ..Default::default() });
+    let message = refused(wrong, Code::PERMISSION_DENIED, "");
+    assert!(!message.contains("hunter2"), "{message}");
+    let right = || AuthConfig { username: "me".into(), password: "secret".into(), ..Default::default() };
+    refused(with(AuthConfig { server_address: "elsewhere.example".into(), ..right() }), Code::PERMISSION_DENIED, "");
+    assert_eq!(with(right()).expect("pull"), registry.id);
+    remove(&node, &registry.id).expect("remove");
+    let encoded = AuthConfig { auth: "bWU6c2VjcmV0".into(), server_address: registry.address.clone(), ..Default::default() };
+    assert_eq!(with(encoded).expect("pull"), registry.id);
+}
+
+#[test]
+fn one_image_with_many_names_goes_with_all_of_them() {
+    let node = Node::start();
+    let id = node.import("localhost/two:1", "two", serde_json::json!({}));
+    assert_eq!(node.import("localhost/other/two:2", "two", serde_json::json!({})), id);
+    let image = find(&node, &id).expect("it is there");
+    assert_eq!(image.repo_tags.len(), 2);
+    std::thread::scope(|scope| {
+        for name in ["localhost/two:1", "localhost/other/two:2", id.as_str()].repeat(3) {
+            let node = &node;
+            scope.spawn(move || remove(node, name).expect("all removals succeed"));
+        }
+    });
+    assert_eq!(list(&node, "").len(), 1);
+}
+
+#[test]
+fn a_tag_that_moves() {
+    let node = Node::start();
+    let old = node.image.clone();
+    let new = node.import(archive::IMAGE, "new content", serde_json::json!({}));
+    assert_ne!(old, new);
+    assert_eq!(find(&node, archive::IMAGE).expect("it is there").id, new);
+    if let Some(left) = find(&node, &old) {
+        assert!(left.repo_tags.is_empty());
+    }
+}
+
+#[test]
+fn verbose_status_and_file_systems() {
+    let node = Node::start();
+    let request = ImageStatusRequest { image: spec(archive::IMAGE), verbose: true, ..Default::default() };
+    let answer = node.images().image_status(&request, SHORT).expect("status");
+    let info: serde_json::Value = serde_json::from_str(&answer.info["info"]).expect("info is JSON");
+    assert_eq!(info["imageSpec"]["config"]["Env"][0], "FROM_IMAGE=yes");
+    assert!(find(&node, "localhost/absent:1").is_none());
+    let info = node.images().image_fs_info(&ImageFsInfoRequest::default(), SHORT).expect("info");
+    for fs in [&info.image_filesystems, &info.container_filesystems] {
+        assert!(fs.len() == 1 && fs[0].timestamp > 0 && !fs[0].fs_id.mountpoint.is_empty());
+        assert!(fs[0].used_bytes.is_some() && fs[0].inodes_used.is_some());
+    }
+}
+
+#[test]
+fn images_come_back_after_a_restart() {
+    let mut node = Node::start();
+    let registry = Registry::start();
+    pull(&node, &registry.image()).expect("pull");
+    let before = list(&node, "");
+    node.restart();
+    assert_eq!(list(&node, ""), before);
+}
+
+#[test]
+fn the_admin_service() {
+    let node = Node::start();
+    let admin = node.client().admin();
+    let import = |path: &str| admin.import_image(&ImportImageRequest { path: path.into(), ..Default::default() }, SHORT);
+    refused(import("relative.tar"), Code::INVALID_ARGUMENT, "path");
+    std::fs::write(node.path("rubbish"), "not a tar file at all").expect("write");
+    let error = import(&node.path("rubbish").display().to_string()).expect_err("rubbish");
+    assert_ne!(error.code, Code::OK);
+    let info = admin.info(&InfoRequest::default(), SHORT).expect("info");
+    assert_eq!(info.root, node.path("root").display().to_string());
+    let registry = Registry::start();
+    let messages = admin.pull_image(&PullRequest { image: registry.image(), ..Default::default() }, SHORT).expect("a stream");
+    let all: Vec<_> = messages.collect::<Result<_, _>>().expect("no error");
+    let last = all.last().expect("a last message");
+    assert_eq!((last.image_ref.as_str(), last.layers.len()), (registry.id.as_str(), 1));
+    assert_eq!(last.layers[0].state, "done");
+}

@@ -2,6 +2,9 @@
 //! that starts plain processes and CNI plugins that do nothing, both of which note how they were called. What is tested here is
 //! what a client sees; `tests/host` has the real programs.
 
+// `[id.clone()]` says "exactly this one" better than a slice from a reference.
+#![allow(clippy::cloned_ref_to_slice_refs)]
+
 /// Images the tests make.
 mod archive;
 /// Calls: unimplemented ones, both package names, codes of wrong requests.
@@ -24,6 +27,10 @@ mod list;
 mod network;
 /// The daemon of one test, and the look for what it left.
 mod node;
+/// Sandboxes with one PID namespace.
+mod pid;
+/// Calls by their path.
+mod raw;
 /// What a sandbox or container is refused for.
 mod refused;
 /// A registry in this process.

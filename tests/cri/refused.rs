@@ -1,1 +1,266 @@
-//! placeholder
+//! What is refused, with which code and by which name; and that nothing is left of it.
+
+use crisp::api::runtime::security_profile::ProfileType;
+use crisp::api::runtime::*;
+use grpcio::RpcStatusCode as Code;
+use protobuf::{EnumOrUnknown, MessageField};
+
+use crate::node::{refused, Node};
+
+fn sandbox_options(config: &mut PodSandboxConfig) -> &mut NamespaceOption {
+    config.linux.mut_or_insert_default().security_context.mut_or_insert_default().namespace_options.mut_or_insert_default()
+}
+
+fn security(config: &mut ContainerConfig) -> &mut LinuxContainerSecurityContext {
+    config.linux.mut_or_insert_default().security_context.mut_or_insert_default()
+}
+
+fn sysctl(config: &mut PodSandboxConfig, key: &str) {
+    config.linux.mut_or_insert_default().sysctls.insert(key.into(), "1".into());
+}
+
+type SandboxCase = (&'static str, Code, &'static str, fn(&mut PodSandboxConfig));
+
+const SANDBOXES: &[SandboxCase] = &[
+    ("no metadata", Code::INVALID_ARGUMENT, "metadata", |c| c.metadata = MessageField::none()),
+    ("no name", Code::INVALID_ARGUMENT, "name", |c| c.metadata.mut_or_insert_default().name.clear()),
+    ("no namespace", Code::INVALID_ARGUMENT, "namespace", |c| c.metadata.mut_or_insert_default().namespace.clear()),
+    ("no uid", Code::INVALID_ARGUMENT, "uid", |c| c.metadata.mut_or_insert_default().uid.clear()),
+    ("a name that adds CNI arguments", Code::INVALID_ARGUMENT, "name", |c| {
+        c.metadata.mut_or_insert_default().name = "a;K8S_POD_UID=b".into();
+    }),
+    ("network of a container", Code::INVALID_ARGUMENT, "network", |c| sandbox_options(c).network = NamespaceMode::CONTAINER.into()),
+    ("ipc of a container", Code::INVALID_ARGUMENT, "ipc", |c| sandbox_options(c).ipc = NamespaceMode::CONTAINER.into()),
+    ("ipc of a target", Code::INVALID_ARGUMENT, "ipc", |c| sandbox_options(c).ipc = NamespaceMode::TARGET.into()),
+    ("pid of a target", Code::INVALID_ARGUMENT, "pid", |c| sandbox_options(c).pid = NamespaceMode::TARGET.into()),
+    ("a mode that is none", Code::INVALID_ARGUMENT, "pid", |c| sandbox_options(c).pid = EnumOrUnknown::from_i32(9)),
+    ("user namespaces", Code::UNIMPLEMENTED, "user namespaces", |c| {
+        let mapping = || IDMapping { host_id: 100_000, length: 65536, ..Default::default() };
+        sandbox_options(c).userns_options = MessageField::some(UserNamespace {
+            mode: NamespaceMode::POD.into(),
+            uids: vec![mapping()],
+            gids: vec![mapping()],
+            ..Default::default()
+        });
+    }),
+    ("user namespace of a container", Code::INVALID_ARGUMENT, "userns", |c| {
+        sandbox_options(c).userns_options =
+            MessageField::some(UserNamespace { mode: NamespaceMode::CONTAINER.into(), ..Default::default() });
+    }),
+    ("a sysctl of the host", Code::INVALID_ARGUMENT, "kernel.panic", |c| sysctl(c, "kernel.panic")),
+    ("a sysctl with a plus", Code::INVALID_ARGUMENT, "net.ipv4.+", |c| sysctl(c, "net.ipv4.+")),
+    ("a sysctl that climbs", Code::INVALID_ARGUMENT, "net/../kernel/panic", |c| sysctl(c, "net/../kernel/panic")),
+    ("a net sysctl on the host's network", Code::INVALID_ARGUMENT, "net.ipv4.ip_forward", |c| {
+        sysctl(c, "net.ipv4.ip_forward");
+        sandbox_options(c).network = NamespaceMode::NODE.into();
+    }),
+    ("an ipc sysctl in the host's ipc", Code::INVALID_ARGUMENT, "kernel.shmmax", |c| {
+        sysctl(c, "kernel.shmmax");
+        sandbox_options(c).ipc = NamespaceMode::NODE.into();
+    }),
+    ("a sysctl that is not there", Code::INTERNAL, "no_such_thing", |c| sysctl(c, "net.ipv4.no_such_thing")),
+    ("a hostname with a slash", Code::INVALID_ARGUMENT, "hostname", |c| c.hostname = "a/b".into()),
+    ("a long hostname", Code::INVALID_ARGUMENT, "hostname", |c| c.hostname = "a".repeat(65)),
+    ("a DNS server of two lines", Code::INVALID_ARGUMENT, "dns_config.servers", |c| {
+        c.dns_config.mut_or_insert_default().servers.push("1.1.1.1\nnameserver 6.6.6.6".into());
+    }),
+    ("33 DNS searches", Code::INVALID_ARGUMENT, "dns_config.searches", |c| {
+        c.dns_config.mut_or_insert_default().searches = vec!["a".into(); 33];
+    }),
+    ("a port beyond all ports", Code::INVALID_ARGUMENT, "port_mappings[0]", |c| {
+        c.port_mappings.push(PortMapping { container_port: 80, host_port: 70000, ..Default::default() });
+    }),
+    ("a port on no address", Code::INVALID_ARGUMENT, "port_mappings[0].host_ip", |c| {
+        c.port_mappings.push(PortMapping { container_port: 80, host_port: 80, host_ip: "here".into(), ..Default::default() });
+    }),
+    ("a protocol that is none", Code::INVALID_ARGUMENT, "port_mappings[0].protocol", |c| {
+        c.port_mappings.push(PortMapping { protocol: EnumOrUnknown::from_i32(9), container_port: 80, host_port: 80, ..Default::default() });
+    }),
+    ("a cgroup parent that climbs", Code::INVALID_ARGUMENT, "cgroup_parent", |c| {
+        c.linux.mut_or_insert_default().cgroup_parent = "/a/../..".into();
+    }),
+];
+
+#[test]
+fn sandboxes() {
+    let node = Node::start();
+    for (what, code, words, change) in SANDBOXES {
+        let mut config = node.sandbox_config("web");
+        change(&mut config);
+        let error = node.run(&config).expect_err(what);
+        assert!(error.code == *code && error.message.contains(words), "{what}: {error}");
+        assert!(node.sandbox_ids().is_empty(), "{what}");
+        assert_eq!(node.leftovers(), [""; 0], "{what}");
+    }
+    assert!(node.plugin_calls().is_empty(), "refused before any plugin ran");
+    node.sandbox("web");
+}
+
+type ContainerCase = (&'static str, Code, &'static str, fn(&mut ContainerConfig));
+
+fn mount(config: &mut ContainerConfig, change: impl FnOnce(&mut Mount)) {
+    let mut mount = Mount { container_path: "/data".into(), host_path: "/tmp".into(), ..Default::default() };
+    change(&mut mount);
+    config.mounts.push(mount);
+}
+
+const CONTAINERS: &[ContainerCase] = &[
+    ("no metadata", Code::INVALID_ARGUMENT, "metadata", |c| c.metadata = MessageField::none()),
+    ("no name", Code::INVALID_ARGUMENT, "name", |c| c.metadata.mut_or_insert_default().name.clear()),
+    ("no image", Code::INVALID_ARGUMENT, "image", |c| c.image = MessageField::none()),
+    ("an image that is absent", Code::NOT_FOUND, "localhost/absent:1", |c| {
+        c.image.mut_or_insert_default().image = "localhost/absent:1".into()
+    }),
+    ("an image of a handler", Code::INVALID_ARGUMENT, "runtime_handler", |c| {
+        c.image.mut_or_insert_default().runtime_handler = "kata".into()
+    }),
+    ("a log above its directory", Code::INVALID_ARGUMENT, "log_path", |c| c.log_path = "../out.log".into()),
+    ("a log anywhere", Code::INVALID_ARGUMENT, "log_path", |c| c.log_path = "/tmp/crisp-out.log".into()),
+    ("a log that climbs later", Code::INVALID_ARGUMENT, "log_path", |c| c.log_path = "a/../../out.log".into()),
+    ("privileged", Code::INVALID_ARGUMENT, "privileged", |c| security(c).privileged = true),
+    ("user namespaces", Code::UNIMPLEMENTED, "user namespaces", |c| {
+        security(c).namespace_options.mut_or_insert_default().userns_options =
+            MessageField::some(UserNamespace { mode: NamespaceMode::POD.into(), ..Default::default() });
+    }),
+    ("a PID mode that is none", Code::INVALID_ARGUMENT, "pid", |c| {
+        security(c).namespace_options.mut_or_insert_default().pid = EnumOrUnknown::from_i32(9);
+    }),
+    ("a target that is none", Code::INVALID_ARGUMENT, "target", |c| {
+        let options = security(c).namespace_options.mut_or_insert_default();
+        options.pid = NamespaceMode::TARGET.into();
+        options.target_id = "0123456789".into();
+    }),
+    ("CDI devices", Code::UNIMPLEMENTED, "CDI_devices", |c| c.CDI_devices.push(CDIDevice { name: "a/b=c".into(), ..Default::default() })),
+    ("CDI by annotation", Code::UNIMPLEMENTED, "cdi.k8s.io/x", |c| drop(c.annotations.insert("cdi.k8s.io/x".into(), "a/b=c".into()))),
+    ("localhost seccomp", Code::UNIMPLEMENTED, "seccomp", |c| {
+        security(c).seccomp = MessageField::some(SecurityProfile {
+            profile_type: ProfileType::Localhost.into(),
+            localhost_ref: "profile.json".into(),
+            ..Default::default()
+        });
+    }),
+    ("localhost seccomp the old way", Code::UNIMPLEMENTED, "seccomp", |c| security(c).seccomp_profile_path = "localhost//a.json".into()),
+    ("a seccomp profile that is none", Code::INVALID_ARGUMENT, "seccomp", |c| security(c).seccomp_profile_path = "strict".into()),
+    ("windows", Code::INVALID_ARGUMENT, "windows", |c| c.windows = MessageField::some(WindowsContainerConfig::default())),
+    ("image volumes", Code::UNIMPLEMENTED, "image volumes", |c| {
+        mount(c, |m| {
+            m.host_path.clear();
+            m.image = MessageField::some(ImageSpec { image: "localhost/test:1".into(), ..Default::default() });
+        });
+    }),
+    ("a mount of a path and of an image", Code::INVALID_ARGUMENT, "exclude", |c| {
+        mount(c, |m| m.image = MessageField::some(ImageSpec { image: "localhost/test:1".into(), ..Default::default() }));
+    }),
+    ("a recursive read-only mount that is writable", Code::INVALID_ARGUMENT, "recursive_read_only", |c| {
+        mount(c, |m| m.recursive_read_only = true)
+    }),
+    ("id-mapped mounts", Code::UNIMPLEMENTED, "uidMappings", |c| mount(c, |m| m.uidMappings.push(IDMapping::default()))),
+    ("mount options", Code::UNIMPLEMENTED, "mount_options", |c| mount(c, |m| m.mount_options.push("noexec".into()))),
+    ("a mount to nowhere", Code::INVALID_ARGUMENT, "container_path", |c| mount(c, |m| m.container_path = "data".into())),
+    ("a mount over the root", Code::INVALID_ARGUMENT, "root", |c| mount(c, |m| m.container_path = "/a/..".into())),
+    ("two mounts in one place", Code::INVALID_ARGUMENT, "twice", |c| {
+        mount(c, |_| {});
+        mount(c, |m| m.container_path = "/data/.".into());
+    }),
+    ("a propagation that is none", Code::INVALID_ARGUMENT, "propagation", |c| mount(c, |m| m.propagation = EnumOrUnknown::from_i32(9))),
+    ("a group without a user", Code::INVALID_ARGUMENT, "run_as_group", |c| {
+        security(c).run_as_group = MessageField::some(Int64Value { value: 5, ..Default::default() });
+    }),
+    ("a user that is unknown", Code::FAILED_PRECONDITION, "nobody-here", |c| security(c).run_as_username = "nobody-here".into()),
+    ("a user below zero", Code::INVALID_ARGUMENT, "run_as_user", |c| {
+        security(c).run_as_user = MessageField::some(Int64Value { value: -1, ..Default::default() });
+    }),
+    ("a user of 32 bits", Code::INVALID_ARGUMENT, "run_as_user", |c| {
+        security(c).run_as_user = MessageField::some(Int64Value { value: 1 << 31, ..Default::default() });
+    }),
+    ("a user twice", Code::INVALID_ARGUMENT, "run_as_user", |c| {
+        security(c).run_as_user = MessageField::some(Int64Value { value: 1, ..Default::default() });
+        security(c).run_as_username = "app".into();
+    }),
+    ("a capability that is none", Code::INVALID_ARGUMENT, "CAP_MAGIC", |c| {
+        security(c).capabilities.mut_or_insert_default().add_capabilities.push("CAP_MAGIC".into());
+    }),
+    ("a masked path that is relative", Code::INVALID_ARGUMENT, "masked_paths", |c| security(c).masked_paths.push("proc".into())),
+    ("a working directory in /proc/self/fd", Code::INVALID_ARGUMENT, "working_dir", |c| c.working_dir = "/proc/self/fd/7".into()),
+    ("a working directory that is relative", Code::INVALID_ARGUMENT, "working_dir", |c| c.working_dir = "a".into()),
+    ("a variable without a name", Code::INVALID_ARGUMENT, "envs", |c| c.envs.push(KeyValue::default())),
+    ("a device that is none", Code::FAILED_PRECONDITION, "/etc/passwd", |c| {
+        c.devices.push(Device { host_path: "/etc/passwd".into(), permissions: "r".into(), ..Default::default() });
+    }),
+    ("device permissions that are none", Code::INVALID_ARGUMENT, "permissions", |c| {
+        c.devices.push(Device { host_path: "/dev/null".into(), permissions: "rx".into(), ..Default::default() });
+    }),
+    ("a stop signal that is none", Code::INVALID_ARGUMENT, "stop_signal", |c| c.stop_signal = EnumOrUnknown::from_i32(999)),
+    ("swap below memory", Code::INVALID_ARGUMENT, "memory_swap_limit_in_bytes", |c| {
+        let resources = c.linux.mut_or_insert_default().resources.mut_or_insert_default();
+        (resources.memory_limit_in_bytes, resources.memory_swap_limit_in_bytes) = (64 << 20, 32 << 20);
+    }),
+    ("an SELinux level that is none", Code::INVALID_ARGUMENT, "selinux_options", |c| {
+        security(c).selinux_options = MessageField::some(SELinuxOption { level: "high".into(), ..Default::default() });
+    }),
+];
+
+#[test]
+fn containers() {
+    let node = Node::start();
+    let sandbox = node.sandbox("web");
+    for (what, code, words, change) in CONTAINERS {
+        let mut config = node.container_config("app", "exec sleep 1000");
+        change(&mut config);
+        let error = node.create(&sandbox, &config).expect_err(what);
+        assert!(error.code == *code && error.message.contains(words), "{what}: {error}");
+        assert!(node.container_ids().is_empty(), "{what}");
+        for dir in ["run/containers", "root/containers", "root/snapshots"] {
+            let left = std::fs::read_dir(node.path(dir)).into_iter().flatten().flatten().map(|e| e.path()).next();
+            assert_eq!(left, None, "{what}");
+        }
+    }
+    node.create(&sandbox, &node.container_config("app", "exec sleep 1000")).expect("the name is free");
+}
+
+#[test]
+fn kubelet_knows_it_by_its_first_word() {
+    let node = Node::start();
+    let sandbox = node.sandbox("web");
+    let mut config = node.container_config("app", "true");
+    mount(&mut config, |m| (m.readonly, m.recursive_read_only) = (true, true));
+    let message = refused(node.create(&sandbox, &config), Code::UNKNOWN, "/data");
+    assert!(message.starts_with("RROUnsupported"), "{message}");
+}
+
+#[test]
+fn log_links_are_not_followed() {
+    let node = Node::start();
+    let sandbox = node.sandbox("web");
+    let logs = node.path("logs/web");
+    std::fs::create_dir_all(&logs).expect("make the log directory");
+    std::os::unix::fs::symlink(node.path("cni"), logs.join("out")).expect("link");
+    std::os::unix::fs::symlink(node.path("cni/calls"), logs.join("link.log")).expect("link");
+    for path in ["out/app.log", "link.log"] {
+        let mut config = node.container_config("app", "true");
+        config.log_path = path.into();
+        refused(node.create(&sandbox, &config), Code::INVALID_ARGUMENT, "log_path");
+    }
+}
+
+#[test]
+fn apparmor_where_there_is_none() {
+    if std::fs::read_to_string("/sys/module/apparmor/parameters/enabled").is_ok_and(|text| text.starts_with('Y')) {
+        return;
+    }
+    let node = Node::start();
+    let sandbox = node.sandbox("web");
+    let mut config = node.container_config("app", "true");
+    security(&mut config).apparmor_profile = "localhost/mine".into();
+    refused(node.create(&sandbox, &config), Code::FAILED_PRECONDITION, "apparmor");
+}
+
+#[test]
+fn no_containers_in_a_stopped_sandbox() {
+    let node = Node::start();
+    let sandbox = node.sandbox("web");
+    let created = node.create(&sandbox, &node.container_config("early", "true")).expect("create");
+    node.stop_sandbox(&sandbox).expect("stop");
+    refused(node.create(&sandbox, &node.container_config("late", "true")), Code::FAILED_PRECONDITION, "not ready");
+    refused(node.start_container(&created), Code::FAILED_PRECONDITION, "not ready");
+}

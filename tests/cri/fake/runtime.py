@@ -184,7 +184,10 @@ def exec_(id):
     with open(OPTIONS["--process"]) as file:
         process = json.load(file)
     misbehave(process.get("env", ()))
-    write_pid(spawn(process, load(id)["cgroup"]))
+    cgroup = load(id)["cgroup"]
+    if "--cgroup" in OPTIONS:
+        cgroup = os.path.join(cgroup, OPTIONS["--cgroup"].rpartition(":")[2])
+    write_pid(spawn(process, cgroup))
 
 
 def kill(id, number):
