@@ -30,15 +30,15 @@ pub mod sandbox;
 #[cfg(feature = "daemon")]
 pub mod config;
 
-/// cgroup paths, OOM counters, kill, v1 and v2.
-pub mod cgroup;
 /// CNI: conflists, plugins, results.
 #[cfg(feature = "daemon")]
 pub mod network;
-/// OCI runtimes: the handler table, probe, and the commands.
-pub mod runtime;
 /// The monitor of one container, and the daemon's client of it.
 pub mod shim;
+/// OCI runtimes: the handler table, probe, and the commands.
+pub mod runtime;
+/// cgroup paths, OOM counters, kill, v1 and v2.
+pub mod cgroup;
 /// Root filesystems from layers: overlay, copy.
 #[cfg(feature = "daemon")]
 pub mod snapshot;
@@ -52,8 +52,8 @@ pub mod store;
 /// Generated CRI and admin messages and service tables.
 #[cfg(feature = "daemon")]
 pub mod api;
-/// Errors with gRPC codes.
-pub mod error;
 /// The only unsafe code, the only `Command`, threads, locks, namespaces, mounts.
 #[allow(unsafe_code)]
 pub mod sys;
+/// Errors with gRPC codes.
+pub mod error;
