@@ -67,6 +67,19 @@ struct RecordIn {
     status: Status,
 }
 
+/// Which namespace of a sandbox is not pinned any more: after a reboot none is, and a sandbox on the host's network has no
+/// netns to tell. One without any namespace of its own is told by its files, which go the same way.
+fn lost_namespace(meta: &Metadata) -> Option<&'static str> {
+    let gone = |pin: Option<&Path>| pin.is_some_and(|pin| !namespace::is_pinned(pin));
+    if gone(meta.netns.as_deref()) {
+        return Some("its network namespace is gone");
+    }
+    if gone(meta.ipc_pin().as_deref()) || gone(meta.uts_pin().as_deref()) {
+        return Some("its namespaces are gone");
+    }
+    (!meta.file("hosts").exists()).then_some("its files are gone")
+}
+
 /// All sandboxes.
 pub struct Sandboxes {
     settings: Settings,
@@ -418,7 +431,7 @@ impl Sandboxes {
                 })?,
             }
         }
-        let mut lost = meta.netns.as_deref().filter(|p| !namespace::is_pinned(p)).map(|_| "its network namespace is gone");
+        let mut lost = lost_namespace(meta);
         if let Some(init) = status.init {
             match PidFd::open_started(init.pid, init.start_time)? {
                 Some(_) if status.is_ready() => self.watch_init(&sandbox, init)?,
