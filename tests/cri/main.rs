@@ -40,3 +40,5 @@ mod retry;
 mod runtime;
 /// Sandboxes: the happy path and its rules.
 mod sandbox;
+/// Many things at once.
+mod together;
