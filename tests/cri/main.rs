@@ -2,6 +2,8 @@
 //! that starts plain processes and CNI plugins that do nothing, both of which note how they were called. What is tested here is
 //! what a client sees; `tests/host` has the real programs.
 
+#![allow(clippy::cloned_ref_to_slice_refs)] // lists of ids are compared with lists of ids
+
 /// Images the tests make.
 mod archive;
 /// Calls: unimplemented ones, both package names, codes of wrong requests.
