@@ -103,30 +103,29 @@ fn exit_codes_and_reasons() {
 fn stop_with_and_without_grace() {
     let node = Node::start();
     let sandbox = node.sandbox("web");
-    let deaf = "trap '' TERM; while :; do sleep 0.05; done";
+    let deaf = "trap '' TERM";
     let created = node.create(&sandbox, &node.container_config("created", "exec sleep 1000")).expect("create");
     node.stop(&created, 1).expect("nothing to stop");
     assert_eq!(node.state(&created), ContainerState::CONTAINER_CREATED);
     node.start_container(&created).expect("it can still be started");
 
-    let id = node.launch(&sandbox, "polite", "trap 'exit 5' TERM; while :; do sleep 0.05; done");
-    std::thread::sleep(Duration::from_millis(200));
+    let id = node.launch_with_traps(&sandbox, "polite", "trap 'exit 5' TERM");
     node.stop(&id, 10).expect("stop");
     assert_eq!(node.status(&id).expect("status").exit_code, 5);
 
-    let id = node.launch(&sandbox, "deaf", deaf);
+    let id = node.launch_with_traps(&sandbox, "deaf", deaf);
     let begin = Instant::now();
     node.stop(&id, 1).expect("stop");
     assert!((Duration::from_millis(950)..Duration::from_secs(8)).contains(&begin.elapsed()), "{:?}", begin.elapsed());
     assert_eq!(node.status(&id).expect("status").exit_code, 137);
 
-    let id = node.launch(&sandbox, "zero", deaf);
+    let id = node.launch_with_traps(&sandbox, "zero", deaf);
     let begin = Instant::now();
     node.stop(&id, 0).expect("stop");
     assert!(begin.elapsed() < Duration::from_secs(5));
     assert_eq!(node.status(&id).expect("status").exit_code, 137);
 
-    let id = node.launch(&sandbox, "twice", deaf);
+    let id = node.launch_with_traps(&sandbox, "twice", deaf);
     std::thread::scope(|scope| {
         let patient = scope.spawn(|| node.stop(&id, 600));
         std::thread::sleep(Duration::from_millis(200));
@@ -139,7 +138,7 @@ fn stop_with_and_without_grace() {
 fn stop_signals() {
     let node = Node::start();
     let sandbox = node.sandbox("web");
-    let script = "trap 'exit 1' TERM; trap 'exit 2' USR2; trap 'exit 3' INT; while :; do sleep 0.05; done";
+    let script = "trap 'exit 1' TERM; trap 'exit 2' USR2; trap 'exit 3' INT; echo trapped; while :; do sleep 0.05; done";
     node.import("localhost/signal:1", "signal", serde_json::json!({"StopSignal": "SIGUSR2"}));
     let mut config = node.container_config("image", script);
     config.image.mut_or_insert_default().image = "localhost/signal:1".into();
@@ -150,7 +149,7 @@ fn stop_signals() {
     assert_eq!(node.status(&by_config).expect("status").stop_signal.enum_value(), Ok(Signal::SIGNAL_SIGINT));
     for (id, code) in [(by_image, 2), (by_config, 3)] {
         node.start_container(&id).expect("start");
-        std::thread::sleep(Duration::from_millis(300));
+        node.wait_trapped(&id);
         node.stop(&id, 10).expect("stop");
         assert_eq!(node.status(&id).expect("status").exit_code, code);
     }
@@ -171,7 +170,7 @@ fn every_process_of_a_container_dies_with_it() {
 fn removal_kills_what_runs() {
     let node = Node::start();
     let sandbox = node.sandbox("web");
-    let id = node.launch(&sandbox, "app", "trap '' TERM; while :; do sleep 0.05; done");
+    let id = node.launch_with_traps(&sandbox, "app", "trap '' TERM");
     let pid = node.pid(&id);
     node.remove(&id).expect("remove");
     assert!(!alive(pid));

@@ -2,8 +2,7 @@
 //! that starts plain processes and CNI plugins that do nothing, both of which note how they were called. What is tested here is
 //! what a client sees; `tests/host` has the real programs.
 
-// `[id.clone()]` says "exactly this one" better than a slice from a reference.
-#![allow(clippy::cloned_ref_to_slice_refs)]
+#![allow(clippy::cloned_ref_to_slice_refs)] // lists of ids are compared with lists of ids
 
 /// Images the tests make.
 mod archive;
@@ -43,3 +42,5 @@ mod retry;
 mod runtime;
 /// Sandboxes: the happy path and its rules.
 mod sandbox;
+/// Many things at once.
+mod together;

@@ -261,6 +261,19 @@ impl Node {
         id
     }
 
+    /// A container with the shell's `traps` set, which then waits for ever. A signal that came before would find none of them.
+    pub fn launch_with_traps(&self, sandbox: &str, name: &str, traps: &str) -> String {
+        let id = self.launch(sandbox, name, &format!("{traps}; echo trapped; while :; do sleep 0.05; done"));
+        self.wait_trapped(&id);
+        id
+    }
+
+    /// Waits until the container has said `trapped`.
+    pub fn wait_trapped(&self, id: &str) {
+        let log = self.status(id).expect("status").log_path;
+        eventually("traps are set", || std::fs::read_to_string(&log).ok().filter(|text| text.contains("trapped")));
+    }
+
     pub fn stop(&self, id: &str, seconds: i64) -> Answer<()> {
         let request = StopContainerRequest { container_id: id.into(), timeout: seconds, ..Default::default() };
         self.runtime().stop_container(&request, SHORT).map(drop)

@@ -81,7 +81,7 @@ fn verbose_status_is_json() {
 fn removal_of_a_ready_sandbox_stops_it_with_its_containers() {
     let node = Node::start();
     let id = node.sandbox("web");
-    let (one, two) = (node.launch(&id, "one", "exec sleep 1000"), node.launch(&id, "two", "trap '' TERM; while :; do sleep 1; done"));
+    let (one, two) = (node.launch(&id, "one", "exec sleep 1000"), node.launch_with_traps(&id, "two", "trap '' TERM"));
     node.stop_sandbox(&id).expect("stop");
     for container in [&one, &two] {
         assert_eq!(node.state(container), ContainerState::CONTAINER_EXITED);
