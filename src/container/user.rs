@@ -4,9 +4,7 @@
 use std::collections::HashSet;
 use std::path::Path;
 
-use protobuf::MessageField;
-
-use crate::api::runtime::{ContainerUser, LinuxContainerSecurityContext, LinuxContainerUser, SupplementalGroupsPolicy};
+use crate::api::runtime::{LinuxContainerSecurityContext, SupplementalGroupsPolicy};
 use crate::error::{Error, Result};
 use crate::spec::ResolvedUser;
 use crate::sys::inroot::Root;
@@ -29,17 +27,6 @@ pub fn resolve(rootfs: &Path, security: &LinuxContainerSecurityContext, image_us
         Ok(String::from_utf8_lossy(&data).into_owned())
     };
     look_up(security, image_user, &read("/etc/passwd")?, &read("/etc/group")?)
-}
-
-/// The user as ContainerStatus reports it.
-pub fn status(user: &ResolvedUser) -> ContainerUser {
-    let linux = LinuxContainerUser {
-        uid: user.uid.into(),
-        gid: user.gid.into(),
-        supplemental_groups: user.additional_gids.iter().map(|gid| i64::from(*gid)).collect(),
-        ..Default::default()
-    };
-    ContainerUser { linux: MessageField::some(linux), ..Default::default() }
 }
 
 enum Asked {
@@ -183,6 +170,7 @@ mod tests {
     use super::*;
     use crate::api::runtime::Int64Value;
     use crate::error::Code;
+    use protobuf::MessageField;
 
     const PASSWD: &str =
         "root:x:0:0:root:/root:/bin/sh\nbroken\napp:x:1000:100:App:/home/app:/bin/sh\n:x:5:5::/:\nbig:x:4294967295:0::/:\n\
@@ -279,9 +267,9 @@ mod tests {
     }
 
     #[test]
-    fn status_has_the_primary_group_among_the_others() {
-        let status = status(&found(&by_id(1000), ""));
-        assert_eq!((status.linux.uid, status.linux.gid, status.linux.supplemental_groups.as_slice()), (1000, 100, &[100, 10, 20][..]));
+    fn the_primary_group_is_among_the_others() {
+        let user = found(&by_id(1000), "");
+        assert_eq!((user.uid, user.gid, user.additional_gids.as_slice()), (1000, 100, &[100, 10, 20][..]));
     }
 
     #[test]

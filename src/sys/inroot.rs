@@ -3,40 +3,36 @@
 
 use std::collections::VecDeque;
 use std::ffi::OsString;
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::fd::AsRawFd;
 use std::os::unix::ffi::OsStringExt;
 use std::path::{Component, Path, PathBuf};
 
-use rustix::fs::{AtFlags, FileType, Mode, OFlags, ResolveFlags, CWD};
+use rustix::fs::{AtFlags, FileType, Mode};
 use rustix::io::Errno;
 
 use super::file;
+use super::rooted::Rooted;
 use crate::error::{Context, Error, Result};
 
 /// As many links as the kernel follows in one path.
 const MAX_LINKS: usize = 40;
 
-/// The kernel gives up with EAGAIN when something is renamed while it looks.
-const MAX_TRIES: usize = 16;
-
 /// A directory that is "/" for the paths given to its methods.
-#[derive(Debug)]
 pub struct Root {
-    dir: OwnedFd,
+    inside: Rooted,
     path: PathBuf,
 }
 
 impl Root {
     pub fn open(path: &Path) -> Result<Root> {
-        let dir = rustix::fs::openat(CWD, path, OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty());
-        Ok(Root { dir: dir.context(|| format!("open {}", path.display()))?, path: path.to_path_buf() })
+        Ok(Root { inside: Rooted::open(path)?, path: path.to_path_buf() })
     }
 
     /// Reads a regular file of at most `limit` bytes, links followed inside the tree; None when there is no such file.
     /// Anything but a regular file is an error, and is not opened (a FIFO would block, a device may act).
     pub fn read(&self, path: &Path, limit: u64) -> Result<Option<Vec<u8>>> {
         let what = || format!("read {} in {}", path.display(), self.path.display());
-        let found = match self.lookup(path, OFlags::PATH, ResolveFlags::IN_ROOT | ResolveFlags::NO_MAGICLINKS) {
+        let found = match self.inside.find(path) {
             Ok(found) => found,
             Err(Errno::NOENT | Errno::NOTDIR) => return Ok(None),
             Err(error) => return Err(error).context(what),
@@ -60,7 +56,7 @@ impl Root {
                 done.pop();
                 continue;
             }
-            let parent = self.directory(&done).context(what)?;
+            let parent = self.inside.dir(&done).context(what)?;
             let kind = match rustix::fs::statat(&parent, &name, AtFlags::SYMLINK_NOFOLLOW) {
                 Ok(stat) => FileType::from_raw_mode(stat.st_mode),
                 Err(Errno::NOENT) => {
@@ -87,20 +83,6 @@ impl Root {
             }
         }
         Ok(done)
-    }
-
-    fn directory(&self, path: &Path) -> rustix::io::Result<OwnedFd> {
-        self.lookup(path, OFlags::PATH | OFlags::DIRECTORY, ResolveFlags::IN_ROOT | ResolveFlags::NO_SYMLINKS)
-    }
-
-    fn lookup(&self, path: &Path, flags: OFlags, resolve: ResolveFlags) -> rustix::io::Result<OwnedFd> {
-        let mut tries = 1;
-        loop {
-            match rustix::fs::openat2(&self.dir, path, flags | OFlags::CLOEXEC, Mode::empty(), resolve) {
-                Err(Errno::AGAIN | Errno::INTR) if tries < MAX_TRIES => tries += 1,
-                result => return result,
-            }
-        }
     }
 }
 

@@ -85,6 +85,11 @@ impl Rooted {
         self.resolve(path, OFlags::PATH | OFlags::DIRECTORY)
     }
 
+    /// Finds what the path names, links followed inside the root: a handle for metadata, or to open it by.
+    pub fn find(&self, path: &Path) -> rustix::io::Result<OwnedFd> {
+        self.resolve(path, OFlags::PATH)
+    }
+
     /// Opens what the path names without following a link there: a handle for metadata only.
     pub fn handle(&self, path: &Path) -> rustix::io::Result<OwnedFd> {
         self.resolve(path, OFlags::PATH | OFlags::NOFOLLOW)
