@@ -203,10 +203,8 @@ impl Network {
             let problems = directory.problems.iter().map(|p| format!("; {p}")).collect::<String>();
             return no("NetworkConfigMissing", format!("no valid CNI configuration in {}{problems}", self.settings.conf_dir.display()));
         };
-        for plugin in &network.plugins {
-            if let Err(e) = self.plugins.find(&plugin.kind) {
-                return no("NetworkPluginMissing", format!("network {}: {e}", network.name));
-            }
+        if let Err(e) = self.find_plugins(network) {
+            return no("NetworkPluginMissing", e.to_string());
         }
         if network.version >= Version::V1_1_0 {
             match self.status.lock().as_ref().filter(|v| Arc::ptr_eq(&v.network, network)) {
@@ -254,6 +252,8 @@ impl Network {
         let what = || format!("set up network of sandbox {}", attachment.sandbox_id);
         let netns = attachment.netns.to_str().ok_or_else(|| Error::invalid(format!("netns {:?} is not UTF-8", attachment.netns)))?;
         let plan = self.plan(attachment).context(what)?;
+        // Before anything is recorded: a DEL of what a missing plugin never made would fail for ever.
+        plan.iter().try_for_each(|(network, _)| self.find_plugins(network)).context(what)?;
         let _turn = self.gate.enter(cancel).context(what)?;
         let earlier = self.cache.of_sandbox(&attachment.sandbox_id).context(what)?;
         if !earlier.is_empty() {
@@ -267,6 +267,12 @@ impl Network {
             Ok(()) => Err(error).context(what),
             Err(undo) => Err(error).context(what).map_err(|e| Error::new(e.code(), format!("{e}; and the undo: {undo}"))),
         }
+    }
+
+    /// Whether all plugins of a network are there, those for addresses too.
+    fn find_plugins(&self, network: &Conflist) -> Result<()> {
+        let kinds = network.plugins.iter().flat_map(|p| [Some(&p.kind), p.ipam.as_ref()]).flatten();
+        kinds.into_iter().try_for_each(|kind| self.plugins.find(kind).map(drop)).context(|| format!("network {}", network.name))
     }
 
     /// The networks of a sandbox with their interfaces, in the order of ADD: the default is the last.
