@@ -16,7 +16,7 @@ use crate::sys::thread;
 use crate::sys::watch::Keep;
 
 /// For killing what is left of a container, and for the OCI runtime's delete.
-const CLEANUP_LIMIT: Duration = Duration::from_secs(20);
+pub(super) const CLEANUP_LIMIT: Duration = Duration::from_secs(20);
 
 impl Containers {
     /// Follows the container's shim from now on. A shim that is already gone is treated as one that goes now.

@@ -1,14 +1,17 @@
 //! Containers found at the daemon's start: running ones are reconnected, exits that happened meanwhile are taken from their
 //! records, half-made ones are undone.
 
+use std::path::Path;
 use std::sync::Arc;
 
+use super::exit::CLEANUP_LIMIT;
 use super::manager::{Container, Containers, RecordIn};
 use super::status::State;
 use crate::api::runtime::ContainerConfig;
+use crate::cgroup::{Cgroup, Layout};
 use crate::error::{Context, Error, ErrorList, Result};
 use crate::shim::client::{self, Client};
-use crate::shim::protocol::{ExitRecord, Phase, VERSION};
+use crate::shim::protocol::{ExitRecord, Phase, ShimConfig, CONFIG_FILE, VERSION};
 use crate::shim::record;
 use crate::store::record::Restored;
 use crate::sys::file;
@@ -123,6 +126,10 @@ impl Containers {
             }
             log::warn!("container {id}: left without a record, removed");
             let bundle = dir.join(&id);
+            if errors.keep(end_orphan(&id, &bundle)).is_none() {
+                // Its processes may still use what is below; the next start tries again.
+                continue;
+            }
             errors.keep(self.snapshots.remove(&id, &bundle.join("rootfs")));
             errors.keep(file::remove_tree(&bundle));
         }
@@ -133,4 +140,17 @@ impl Containers {
         }
         errors.finish()
     }
+}
+
+/// Ends a container whose record is lost: its shim's configuration tells what there is to kill. A bundle without one never ran.
+fn end_orphan(id: &str, bundle: &Path) -> Result<()> {
+    let path = bundle.join(CONFIG_FILE);
+    if !path.exists() {
+        return Ok(());
+    }
+    let config: ShimConfig = serde_json::from_slice(&file::read(&path, 1 << 20)?).context(|| format!("read {}", path.display()))?;
+    // A living shim goes with its container; what a dead one left is killed by its cgroup.
+    let _ = Client::new(bundle).kill(libc::SIGKILL, true);
+    let cgroup = Cgroup::at(Layout::host()?, &config.cgroup)?;
+    client::cleanup_dead(&config.handler, id, bundle, Some(&cgroup), CLEANUP_LIMIT)
 }
