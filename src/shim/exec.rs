@@ -8,9 +8,12 @@ use super::protocol::{Event, ExecRequest, Fault, Phase};
 use super::server::Shim;
 use super::task::{Purpose, Task};
 use crate::cgroup::{Cgroup, Layout, Mode};
-use crate::error::{Context, Error, Result};
+use crate::error::{Code, Context, Error, Result};
 use crate::runtime::{oci, Kind};
 use crate::sys::{file, monitor};
+
+/// Most execs at a time: each holds a connection, and a stop must always get one.
+const EXECS: usize = 96;
 
 /// One exec'd process, from the request to its end.
 pub struct Exec {
@@ -54,6 +57,9 @@ impl Shim {
     pub fn exec(&mut self, peer: u32, request: ExecRequest, fds: Vec<OwnedFd>) -> Result<()> {
         if self.phase != Phase::Running {
             return Err(Error::precondition("exec: the container is not running"));
+        }
+        if self.execs.len() >= EXECS {
+            return Err(Error::new(Code::ResourceExhausted, format!("exec: {EXECS} are running")));
         }
         if self.execs.iter().any(|e| e.id == request.id) {
             return Err(Error::invalid(format!("exec: the id {:?} is in use", request.id)));
