@@ -46,8 +46,14 @@ pub struct Sandbox {
 }
 
 impl Sandbox {
+    /// Ready only while its network namespace is there, which others could take away: one statfs(2) tells.
     pub fn status(&self) -> Status {
-        self.status.lock().clone()
+        let mut status = self.status.lock().clone();
+        if status.is_ready() && self.meta.netns.as_deref().is_some_and(|pin| !namespace::is_pinned(pin)) {
+            status.phase = Phase::NotReady;
+            status.reason = "its network namespace is gone".to_owned();
+        }
+        status
     }
 
     pub fn id(&self) -> &str {
