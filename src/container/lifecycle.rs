@@ -67,7 +67,6 @@ impl Containers {
                 Ok(())
             }
             Err(error) => {
-                let error = Err::<(), _>(error).context(|| format!("start container {id}")).unwrap_err();
                 self.update(container, |s| s.end_because(128, "StartError", error.message().to_owned(), now_ns()))?;
                 Err(error)
             }
@@ -120,7 +119,11 @@ impl Containers {
                 return Ok(());
             }
         }
-        self.signal(container, libc::SIGKILL, true)?;
+        if let Err(e) = self.signal(container, libc::SIGKILL, true) {
+            log::error!("{e}");
+            client::kill_shim(&container.meta.dir)?;
+            self.bury(container, 137, "ShimDied", "its shim did not answer, so it was killed with it");
+        }
         if self.wait_exit(container, KILL_WAIT, cancel)? {
             crash::step("stop:2-exited");
             return Ok(());

@@ -15,6 +15,7 @@ use crate::cgroup::Cgroup;
 use crate::error::{Code, Context, Error, ErrorList, Result};
 use crate::runtime::{oci, Handler};
 use crate::sys::cancel::Cancel;
+use crate::sys::pidfd::PidFd;
 use crate::sys::process::{self, Program};
 use crate::sys::{file, monitor, socket};
 
@@ -228,6 +229,17 @@ impl Watch {
 impl AsFd for Watch {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.stream.as_fd()
+    }
+}
+
+/// Kills the shim itself, which does not answer any more; what it watched is for `cleanup_dead`. None there is fine.
+pub fn kill_shim(dir: &Path) -> Result<()> {
+    // Connecting works with a stopped process too, and the kernel says who listens.
+    let Ok(stream) = socket::connect(&dir.join(SOCKET_FILE)) else { return Ok(()) };
+    let pid = socket::peer_pid(&stream)?;
+    match PidFd::open(pid)? {
+        Some(process) => process.kill(libc::SIGKILL).context(|| format!("kill shim {pid}")),
+        None => Ok(()),
     }
 }
 

@@ -183,7 +183,7 @@ pub fn build(inputs: &Inputs) -> Result<(Spec, Vec<String>)> {
         .set_seccomp(security::seccomp(inputs.security(), &bounding, inputs.host)?)
         .set_rootfs_propagation(mounts::rootfs_propagation(inputs.mounts))
         .set_masked_paths(security::masked_paths(inputs.security())?)
-        .set_readonly_paths(security::readonly_paths(inputs.security())?);
+        .set_readonly_paths(security::readonly_paths(inputs)?);
 
     // Every member is set: the defaults of the type are somebody's taste.
     let mut spec = Spec::default();

@@ -65,7 +65,9 @@ fn usual(inputs: &Inputs) -> Vec<Mount> {
         mount("/dev", "tmpfs", "tmpfs", &["nosuid", "strictatime", "mode=755", "size=65536k"]),
         mount("/dev/pts", "devpts", "devpts", &["nosuid", "noexec", "newinstance", "ptmxmode=0666", "mode=0620", "gid=5"]),
         mount("/dev/mqueue", "mqueue", "mqueue", &["nosuid", "noexec", "nodev"]),
-        mount("/sys", "sysfs", "sysfs", &["nosuid", "noexec", "nodev", access]),
+        // Never `ro` here: runc would make the superblock read-only, and with it /sys of every other container of the sandbox.
+        // `security::readonly_paths` makes the mount read-only instead.
+        mount("/sys", "sysfs", "sysfs", &["nosuid", "noexec", "nodev", "rw"]),
         mount("/sys/fs/cgroup", "cgroup", "cgroup", &["nosuid", "noexec", "nodev", "relatime", access]),
     ];
     if inputs.files.shm.is_none() {
@@ -133,10 +135,11 @@ mod tests {
     #[test]
     fn sys_and_cgroup_are_readonly_unless_privileged() {
         let mut fixture = Fixture::new();
-        assert!(options(&at(&fixture, "/sys")).ends_with(",ro"));
+        let readonly = |f: &mut Fixture| f.build().0.linux().as_ref().unwrap().readonly_paths().clone().unwrap_or_default();
+        assert_eq!(readonly(&mut fixture), ["/sys"]);
         assert!(options(&at(&fixture, "/sys/fs/cgroup")).ends_with(",ro"));
         fixture.set_privileged();
-        assert!(options(&at(&fixture, "/sys")).ends_with(",rw"));
+        assert!(readonly(&mut fixture).is_empty());
         assert!(options(&at(&fixture, "/sys/fs/cgroup")).ends_with(",rw"));
     }
 

@@ -1,8 +1,10 @@
 //! Capabilities, seccomp, masked and read-only paths.
 
+use std::path::Path;
+
 use oci_spec::runtime::{Capabilities, Capability, LinuxCapabilities, LinuxSeccomp};
 
-use super::{seccomp, HostFacts};
+use super::{seccomp, HostFacts, Inputs};
 use crate::api::runtime::security_profile::ProfileType;
 use crate::api::runtime::LinuxContainerSecurityContext;
 use crate::error::{Error, Result};
@@ -180,8 +182,16 @@ pub(super) fn masked_paths(security: &LinuxContainerSecurityContext) -> Result<O
 }
 
 /// Exactly the list given; none for a privileged container.
-pub(super) fn readonly_paths(security: &LinuxContainerSecurityContext) -> Result<Option<Vec<String>>> {
-    paths("readonly_paths", &security.readonly_paths, security.privileged)
+/// The request's list, and /sys unless the container is privileged or brings a /sys of its own.
+pub(super) fn readonly_paths(inputs: &Inputs) -> Result<Option<Vec<String>>> {
+    let security = inputs.security();
+    let mut list = paths("readonly_paths", &security.readonly_paths, security.privileged)?.unwrap_or_default();
+    let sys = Path::new("/sys");
+    let ours = !inputs.mounts.iter().any(|m| m.container_path == sys);
+    if !security.privileged && ours && !list.iter().any(|p| Path::new(p) == sys) {
+        list.push("/sys".to_owned());
+    }
+    Ok((!list.is_empty()).then_some(list))
 }
 
 fn paths(field: &str, list: &[String], privileged: bool) -> Result<Option<Vec<String>>> {
@@ -311,7 +321,7 @@ mod tests {
         fixture.security().readonly_paths = vec!["/proc/sys".into(), "/proc/bus".into()];
         let linux = fixture.build().0.linux().clone().unwrap();
         assert_eq!(linux.masked_paths().as_ref().unwrap(), &["/proc/kcore"]);
-        assert_eq!(linux.readonly_paths().as_ref().unwrap().len(), 2);
+        assert_eq!(linux.readonly_paths().as_ref().unwrap(), &["/proc/sys", "/proc/bus", "/sys"]);
         fixture.set_privileged();
         let linux = fixture.build().0.linux().clone().unwrap();
         assert_eq!((linux.masked_paths(), linux.readonly_paths()), (&None, &None));

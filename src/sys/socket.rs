@@ -54,6 +54,12 @@ pub fn check_peer(stream: &UnixStream) -> Result<()> {
     Err(Error::new(crate::error::Code::PermissionDenied, format!("peer of user {} on a private socket", peer.uid())))
 }
 
+/// The process at the other end; of a client's stream, the one that called listen(2).
+pub fn peer_pid(stream: &UnixStream) -> Result<i32> {
+    let peer = nix::sys::socket::getsockopt(stream, nix::sys::socket::sockopt::PeerCredentials).context(|| "read peer credentials")?;
+    Ok(peer.pid())
+}
+
 /// Sends one message: u32 little-endian length, then the bytes, with `fds` beside the first byte.
 pub fn send(stream: &UnixStream, message: &[u8], fds: &[std::os::fd::BorrowedFd<'_>]) -> Result<()> {
     let length = u32::try_from(message.len())

@@ -17,3 +17,4 @@ mod restart;
 mod shim;
 mod snapshot;
 mod spec;
+mod trouble;
