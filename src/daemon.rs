@@ -36,7 +36,7 @@ pub fn run(config: Config, file: Option<PathBuf>, overrides: Overrides) -> Resul
     // Before any thread: all of them inherit the mask, this one takes the signals.
     let signals = [Signal::SIGTERM, Signal::SIGINT, Signal::SIGHUP].into_iter().collect::<SigSet>();
     signals.thread_block().context(|| "block signals")?;
-    crate::sys::process::limit_arenas();
+    crate::sys::process::tame_malloc();
     start_log(config.log_level);
     let mut daemon = Daemon::start(&config)?;
     log::info!("crispd {} serves CRI on {}", env!("CARGO_PKG_VERSION"), config.socket.display());

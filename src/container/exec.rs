@@ -2,7 +2,7 @@
 
 use std::io::{ErrorKind, Read};
 use std::os::fd::{AsFd, OwnedFd};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use nix::poll::PollFlags;
 
@@ -41,15 +41,11 @@ impl Containers {
         let request = ExecRequest { id: crate::store::new_id()?[..16].to_owned(), process };
         let (out_end, err_end) = (out.write_end(), err.write_end());
         let ends = [null.as_fd(), out_end.as_fd(), err_end.as_fd()];
-        // The time to start counts: a runtime or shim that hangs must not hold a probe longer than it asked for. Giving up closes
-        // the connection, at which the shim kills what it was starting.
-        let (begin, start_limit) = match timeout.is_zero() {
-            true => (None, self.settings.runtime_timeout),
-            false => (Some(Instant::now()), timeout.min(self.settings.runtime_timeout)),
-        };
-        let running = Client::new(&container.meta.dir).exec(&request, ends, start_limit).context(what)?;
+        // The time to start counts: a runtime or shim that hangs must not hold a probe longer than it asked for.
+        let limit = if timeout.is_zero() { cancel.clone() } else { cancel.within(timeout) };
+        let starting = limit.within(self.settings.runtime_timeout);
+        let running = Client::new(&container.meta.dir).exec(&request, ends, &starting).context(what)?;
         drop((out_end, err_end));
-        let limit = begin.map_or_else(|| cancel.clone(), |begin| cancel.within(timeout.saturating_sub(begin.elapsed())));
         let exit_code = loop {
             let mut set = vec![(running.as_fd(), PollFlags::POLLIN)];
             set.extend(out.reader.as_ref().map(|r| (r.as_fd(), PollFlags::POLLIN)));

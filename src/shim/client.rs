@@ -140,10 +140,11 @@ impl Client {
         self.order(Request::Update { resources }, limit)
     }
 
-    /// Starts a further process with these as stdin, stdout and stderr; returns once it runs. `limit` as for `update`.
-    pub fn exec(&self, request: &ExecRequest, fds: [BorrowedFd<'_>; 3], limit: Duration) -> Result<RunningExec> {
+    /// Starts a further process with these as stdin, stdout and stderr; returns once it runs. When `cancel` ends first, hanging
+    /// up makes the shim kill what it was starting.
+    pub fn exec(&self, request: &ExecRequest, fds: [BorrowedFd<'_>; 3], cancel: &Cancel) -> Result<RunningExec> {
         let stream = self.ask(Request::Exec(request.clone()), &fds)?;
-        stream.set_read_timeout(Some(limit)).context(|| "set a timeout on the shim's socket")?;
+        cancel.poll(&[(stream.as_fd(), PollFlags::POLLIN)], None)?;
         match next_event(&stream)?.ok_or_else(gone)? {
             Event::Started { pid } => Ok(RunningExec { stream, pid, id: request.id.clone(), client: self.clone() }),
             other => Err(unexpected(&other)),

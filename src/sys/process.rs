@@ -228,10 +228,13 @@ fn drain<R: Read>(pipe: &mut Option<R>, into: &mut Vec<u8>, limit: usize) -> Res
     Ok(())
 }
 
-/// Keeps malloc to two arenas: by default every thread gets one of its own, and many short-lived threads are our way.
-pub fn limit_arenas() {
-    // SAFETY: mallopt takes two integers and is called before other threads exist.
-    unsafe { libc::mallopt(libc::M_ARENA_MAX, 2) };
+/// Keeps malloc to two arenas (by default every thread gets one of its own, and many short-lived threads are our way), and gives
+/// large blocks back to the kernel when they are freed (by default the first large one raises the bar for all that follow).
+pub fn tame_malloc() {
+    for (parameter, value) in [(libc::M_ARENA_MAX, 2), (libc::M_MMAP_THRESHOLD, 128 << 10), (libc::M_TRIM_THRESHOLD, 128 << 10)] {
+        // SAFETY: mallopt takes two integers and is called before other threads exist.
+        unsafe { libc::mallopt(parameter, value) };
+    }
 }
 
 /// Sets O_NONBLOCK.

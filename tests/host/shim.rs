@@ -142,7 +142,7 @@ impl Container {
         let (output, end): (OwnedFd, OwnedFd) = monitor::pipe().unwrap();
         let null = File::options().read(true).write(true).open("/dev/null").unwrap();
         let request = ExecRequest { id: id.into(), process };
-        let exec = self.client().exec(&request, [null.as_fd(), end.as_fd(), null.as_fd()], LIMIT)?;
+        let exec = self.client().exec(&request, [null.as_fd(), end.as_fd(), null.as_fd()], &Cancel::never().within(LIMIT))?;
         Ok((exec, File::from(output)))
     }
 }
