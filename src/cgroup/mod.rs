@@ -51,7 +51,7 @@ pub struct Layout {
 impl Layout {
     /// The hierarchies in this process's mount table.
     pub fn detect() -> Result<Layout> {
-        Layout::from_table(&crate::sys::mount::table()?)
+        Layout::from_table(&crate::sys::mount::table_of(&["cgroup", "cgroup2"])?)
     }
 
     /// The hierarchies as they were when this process first asked: they do not change under a running daemon.

@@ -159,6 +159,25 @@ pub fn table() -> Result<Vec<MountInfo>> {
     Ok(parse_table(&String::from_utf8_lossy(&text)))
 }
 
+/// The mounts of some filesystem types alone, read line by line: a host of many sandboxes has thousands of others, which a small
+/// process must not hold in memory.
+pub fn table_of(fstypes: &[&str]) -> Result<Vec<MountInfo>> {
+    use std::io::BufRead;
+    let what = || "read /proc/self/mountinfo";
+    let mut reader = std::io::BufReader::with_capacity(4096, std::fs::File::open("/proc/self/mountinfo").context(what)?);
+    let (mut found, mut line) = (Vec::new(), Vec::new());
+    loop {
+        line.clear();
+        if reader.read_until(b'\n', &mut line).context(what)? == 0 {
+            return Ok(found);
+        }
+        // Most lines are overlays with long options: they are told apart before they are taken apart.
+        let text = String::from_utf8_lossy(line.strip_suffix(b"\n").unwrap_or(&line));
+        let wanted = text.split_once(" - ").is_some_and(|(_, right)| fstypes.iter().any(|f| right.split(' ').next() == Some(*f)));
+        found.extend(if wanted { parse_line(&text) } else { None });
+    }
+}
+
 /// Mount points at or below `dir`, deepest first: the order to unmount in.
 pub fn below(dir: &Path) -> Result<Vec<PathBuf>> {
     let mut found: Vec<PathBuf> = table()?.into_iter().map(|m| m.target).filter(|t| t.starts_with(dir)).collect();
@@ -227,6 +246,14 @@ mod tests {
         assert_eq!((table[1].fstype.as_str(), table[1].tags.len()), ("overlay", 0));
         assert_eq!(holding(&table, Path::new("/mnt 2/a")).unwrap().fstype, "ext4");
         assert_eq!(holding(&table, Path::new("/mnt 23")).unwrap().fstype, "overlay");
+    }
+
+    #[test]
+    fn one_type_of_the_table() {
+        let all = table().unwrap();
+        let proc: Vec<MountInfo> = all.into_iter().filter(|m| m.fstype == "proc").collect();
+        assert!(!proc.is_empty());
+        assert_eq!(table_of(&["proc"]).unwrap(), proc);
     }
 
     #[test]
