@@ -7,7 +7,7 @@
 //! ```ignore
 //! macro_rules! stubs {
 //!     ($(($method:ident, $name:ident, $request:ident, $response:ident, $kind:ident, $paths:expr))*) => {
-//!         $(fn $name(request: api::runtime::$request) -> Result<api::runtime::$response> { todo!() })*
+//!         $(fn $name(request: api::runtime::$request) -> Result<api::runtime::$response> { send(request) })*
 //!     };
 //! }
 //! api::for_each_runtime_rpc!(stubs);
