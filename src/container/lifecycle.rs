@@ -113,10 +113,13 @@ impl Containers {
             return Ok(());
         }
         if !grace.is_zero() {
-            self.signal(container, container.meta.stop_signal, false)?;
+            let asked = self.signal(container, container.meta.stop_signal, false);
             crash::step("stop:1-signalled");
-            if self.wait_exit(container, grace, cancel)? {
-                return Ok(());
+            match asked {
+                Ok(()) if self.wait_exit(container, grace, cancel)? => return Ok(()),
+                Ok(()) => {}
+                // A shim that does not answer cannot ask its container to end: on to what works without it.
+                Err(e) => log::warn!("{e}; killed without grace"),
             }
         }
         if let Err(e) = self.signal(container, libc::SIGKILL, true) {

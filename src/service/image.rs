@@ -87,6 +87,7 @@ impl Service {
         Ok(ImageStatusResponse { image: MessageField::some(message(&image)), info, ..Default::default() })
     }
 
+    /// `sandbox_config` does not apply: images are not pulled for one sandbox.
     pub(super) fn pull(&self, request: &PullImageRequest, call: &Call) -> Result<PullImageResponse> {
         let reference = wanted(&request.image)?;
         call.about(reference);

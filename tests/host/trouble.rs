@@ -24,11 +24,11 @@ fn shim_of(id: &str) -> i32 {
 #[test]
 fn a_shim_that_does_not_answer_does_not_keep_its_container() {
     let host = Host::start();
-    for handler in handlers() {
+    for (handler, grace) in handlers().into_iter().flat_map(|h| [(h.clone(), 0), (h, 1)]) {
         let sandbox = host.sandbox("stuck", &handler);
         let container = host.launch(&sandbox, "main", &["sh", "-c", "sleep 1000000 & sleep 1000000"]);
         kill(Pid::from_raw(shim_of(&container.id)), Signal::SIGSTOP).expect("stop the shim");
-        host.stop(&container, 0);
+        host.stop(&container, grace);
         let status = host.status(&container);
         assert_eq!(status.state.enum_value(), Ok(ContainerState::CONTAINER_EXITED));
         assert_eq!((status.exit_code, status.reason.as_str()), (137, "ShimDied"), "{status}");
