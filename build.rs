@@ -1,14 +1,14 @@
 //! Rust from proto/, without protoc: the messages into OUT_DIR/proto, the service tables into OUT_DIR/services.rs.
-//! src/api.rs includes both. The shim (no `daemon` feature) needs neither.
+//! src/api.rs includes both. The shim (no `engine` feature) needs neither.
 
 fn main() {
     println!("cargo::rerun-if-changed=build.rs");
     println!("cargo::rerun-if-changed=proto");
-    #[cfg(feature = "daemon")]
+    #[cfg(feature = "engine")]
     daemon::generate();
 }
 
-#[cfg(feature = "daemon")]
+#[cfg(feature = "engine")]
 mod daemon {
     use std::fmt::Write;
     use std::path::{Path, PathBuf};

@@ -140,7 +140,7 @@ foreign!(
     std::string::FromUtf8Error,
 );
 
-#[cfg(feature = "daemon")]
+#[cfg(feature = "engine")]
 foreign!(protobuf::Error, ureq::Error, oci_spec::OciSpecError);
 
 /// An error and its sources, each once, joined by ": ".

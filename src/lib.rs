@@ -13,25 +13,37 @@ pub mod daemon;
 #[cfg(feature = "daemon")]
 pub mod grpc;
 /// The calls of CRI, one file per group; requests and responses stop here.
-#[cfg(feature = "daemon")]
+#[cfg(feature = "engine")]
 pub mod service;
 
+/// Exec, attach and port-forward for clients that bring SPDY or WebSocket.
+#[cfg(feature = "engine")]
+pub mod streaming;
+/// Stats and cAdvisor metrics from kernel files, in parallel.
+#[cfg(feature = "engine")]
+pub mod stats;
 /// Containers: from CREATED to EXITED.
-#[cfg(feature = "daemon")]
+#[cfg(feature = "engine")]
 pub mod container;
 /// Images: references, registry, pull, unpack, import.
-#[cfg(feature = "daemon")]
+#[cfg(feature = "engine")]
 pub mod image;
 /// Sandboxes: pinned namespaces, pod files, network, POD-PID init.
-#[cfg(feature = "daemon")]
+#[cfg(feature = "engine")]
 pub mod sandbox;
 
 /// Configuration: what was written, then what was validated.
-#[cfg(feature = "daemon")]
+#[cfg(feature = "engine")]
 pub mod config;
 
+/// Counters of the daemon itself, for Prometheus.
+#[cfg(feature = "engine")]
+pub mod telemetry;
+/// What happened to sandboxes and containers, for subscribers.
+#[cfg(feature = "engine")]
+pub mod event;
 /// CNI: conflists, plugins, results.
-#[cfg(feature = "daemon")]
+#[cfg(feature = "engine")]
 pub mod network;
 /// The monitor of one container, and the daemon's client of it.
 pub mod shim;
@@ -40,17 +52,17 @@ pub mod runtime;
 /// cgroup paths, OOM counters, kill, v1 and v2.
 pub mod cgroup;
 /// Root filesystems from layers: overlay, copy.
-#[cfg(feature = "daemon")]
+#[cfg(feature = "engine")]
 pub mod snapshot;
 /// The OCI runtime spec of a container, computed without I/O.
-#[cfg(feature = "daemon")]
+#[cfg(feature = "engine")]
 pub mod spec;
 /// Records on disk, names, the id index.
-#[cfg(feature = "daemon")]
+#[cfg(feature = "engine")]
 pub mod store;
 
 /// Generated CRI and admin messages and service tables.
-#[cfg(feature = "daemon")]
+#[cfg(feature = "engine")]
 pub mod api;
 /// The only unsafe code, the only `Command`, threads, locks, namespaces, mounts.
 #[allow(unsafe_code)]

@@ -207,14 +207,14 @@ fn the_shim_side_has_no_crate_of_the_daemon() {
                 if !gated && words.iter().any(|word| line.contains(word.as_str())) {
                     findings.push(format!("{}: {}", source.path, line.trim()));
                 }
-                gated = line.contains("cfg(feature = \"daemon\")");
+                gated = line.contains("cfg(feature = \"engine\")");
             }
         }
     }
     report("the shim is built without the daemon's crates", findings);
 }
 
-/// Whether the file's module is declared behind the feature `daemon`, by its folder's mod.rs or in a line of its own.
+/// Whether the file's module is declared behind the feature `engine`, by its folder's mod.rs or in a line of its own.
 fn of_the_daemon(path: &str) -> bool {
     let Some((dir, name)) = path.rsplit_once('/') else { return false };
     let index = root().join(dir).join("mod.rs");
@@ -222,7 +222,7 @@ fn of_the_daemon(path: &str) -> bool {
     let name = name.trim_end_matches(".rs");
     let mut gated = false;
     for line in index.lines() {
-        if line.contains("cfg(feature = \"daemon\")") {
+        if line.contains("cfg(feature = \"engine\")") {
             gated = true;
         } else if line.trim_end_matches(';').ends_with(&format!("mod {name}")) {
             return gated;

@@ -3,14 +3,14 @@
 /// Runtime handlers of the configuration.
 pub mod handler;
 /// The handler table: what is configured and works.
-#[cfg(feature = "daemon")]
+#[cfg(feature = "engine")]
 pub mod handlers;
 /// Command lines of the OCI runtimes.
 pub mod oci;
 /// Whether a handler works on this host.
-#[cfg(feature = "daemon")]
+#[cfg(feature = "engine")]
 pub mod probe;
 
 pub use handler::{Handler, Kind};
-#[cfg(feature = "daemon")]
+#[cfg(feature = "engine")]
 pub use handlers::Handlers;

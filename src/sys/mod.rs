@@ -7,37 +7,37 @@ pub mod channel;
 /// Giving up power: capabilities, system calls.
 pub mod confine;
 /// Crash points of debug builds.
-#[cfg(feature = "daemon")]
+#[cfg(feature = "engine")]
 pub mod crash;
 /// Files: atomic writes, bounded reads, removal of trees.
 pub mod file;
 /// Paths inside a root filesystem, as a process in it would see them.
-#[cfg(feature = "daemon")]
+#[cfg(feature = "engine")]
 pub mod inroot;
 /// Ranked locks: the order is asserted in debug builds.
-#[cfg(feature = "daemon")]
+#[cfg(feature = "engine")]
 pub mod lock;
 /// Becoming a monitor: session, signals, orphans.
 pub mod monitor;
 /// Mounts and the mount table.
 pub mod mount;
 /// Namespaces: pinning new ones, entering pinned ones.
-#[cfg(feature = "daemon")]
+#[cfg(feature = "engine")]
 pub mod namespace;
 /// Links of a network namespace, by rtnetlink.
-#[cfg(feature = "daemon")]
+#[cfg(feature = "engine")]
 pub mod netlink;
 /// pidfds: race-free signals and waits.
 pub mod pidfd;
 /// Child processes: bounded output, timeout, process group killed.
 pub mod process;
 /// File operations confined to a directory that holds a layer of a stranger.
-#[cfg(feature = "daemon")]
+#[cfg(feature = "engine")]
 pub mod rooted;
 /// Unix sockets: peer credentials, passing of file descriptors.
 pub mod socket;
 /// Threads with names.
 pub mod thread;
 /// One thread that waits on many descriptors.
-#[cfg(feature = "daemon")]
+#[cfg(feature = "engine")]
 pub mod watch;

@@ -1,6 +1,11 @@
 //! Configuration: `Raw` is what the file says, `Config` is what was checked. Unknown keys and bad values are errors with
 //! their line. `DEFAULT` is the commented file that `crispd config default` prints; a test keeps it equal to the defaults.
 
+/// [stats] and [metrics].
+mod observe;
+/// [streaming].
+mod streaming;
+
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -11,8 +16,11 @@ use toml::Spanned;
 use crate::error::{Error, Result};
 use crate::runtime::{Handler, Kind};
 
+pub use observe::{Metrics, MetricsGroup, Stats};
+pub use streaming::{Streaming, Tls};
+
 /// The commented default configuration.
-pub const DEFAULT: &str = include_str!("config.default.toml");
+pub const DEFAULT: &str = include_str!("default.toml");
 
 /// Where `crispd` looks when no `--config` is given.
 pub const PATH: &str = "/etc/crisp/config.toml";
@@ -39,6 +47,9 @@ pub struct Config {
     pub cni: Cni,
     pub images: Images,
     pub limits: Limits,
+    pub streaming: Streaming,
+    pub stats: Stats,
+    pub metrics: Metrics,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
@@ -100,6 +111,9 @@ struct Raw {
     cni: RawCni,
     images: RawImages,
     limits: RawLimits,
+    streaming: streaming::Raw,
+    stats: observe::RawStats,
+    metrics: observe::RawMetrics,
 }
 
 #[derive(Deserialize)]
@@ -174,6 +188,9 @@ impl Default for Raw {
             cni: RawCni::default(),
             images: RawImages::default(),
             limits: RawLimits::default(),
+            streaming: streaming::Raw::default(),
+            stats: observe::RawStats::default(),
+            metrics: observe::RawMetrics::default(),
         }
     }
 }
@@ -372,6 +389,9 @@ fn check(c: &Checker, raw: Raw) -> Result<Config> {
             )?),
             exec_output: c.number("limits.exec_output_bytes", &raw.limits.exec_output_bytes, 1024, 15 << 20)?,
         },
+        streaming: raw.streaming.check(c)?,
+        stats: raw.stats.check(c)?,
+        metrics: raw.metrics.check(c)?,
         root,
         run,
     })

@@ -1,0 +1,1 @@
+//! Counters and histograms of the daemon itself, and the endpoint that shows them to Prometheus.
