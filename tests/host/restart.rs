@@ -7,7 +7,7 @@ use crisp::api::runtime::{ContainerState, ListContainersRequest, ListPodSandboxR
 use nix::sys::signal::Signal;
 
 use crate::client::Call;
-use crate::daemon::{crispd, tool, Kind};
+use crate::daemon::{crispd, patience, tool, Kind};
 use crate::harness::{handlers, http_get_soon, kind, Container, Host, Sandbox};
 use crate::objects::{container_config, create_request, exec_request, run_request, sandbox_config};
 
@@ -143,7 +143,7 @@ fn a_crash_at_each_step_leaves_nothing() {
         // A step of the restore itself ends it before it answers.
         let begin = Instant::now();
         let mut outcome = Ok(());
-        while host.daemon.ended().is_none() && begin.elapsed() < Duration::from_secs(30) {
+        while host.daemon.ended().is_none() && begin.elapsed() < patience(Duration::from_secs(30)) {
             if host.client.call(&ListPodSandboxRequest::default()).is_ok() {
                 outcome = live(&host, &format!("life{number}"), handler);
                 break;
