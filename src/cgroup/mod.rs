@@ -170,7 +170,7 @@ impl Cgroup {
     }
 
     /// Makes the directories, and missing parents. v1 cpusets are filled from the parent, without which nothing can enter
-    /// them; v2 parents hand their controllers down where they can.
+    /// them. On v2 the OCI runtimes turn controllers on in all parents when they make a container's cgroup, and not before.
     pub fn create(&self) -> Result<()> {
         for dir in &self.dirs {
             std::fs::create_dir_all(&dir.path).context(|| format!("create cgroup {}", dir.path.display()))?;
