@@ -87,6 +87,7 @@ impl Fixture {
             log_path: Some(dir.join("log")),
             tty: false,
             stdin: false,
+            stdin_once: false,
             stdio_uid: None,
             stdio_gid: None,
             runtime_timeout_ms: 20_000,
@@ -141,7 +142,7 @@ impl Container {
     fn exec_process(&self, id: &str, process: Value) -> crisp::error::Result<(client::RunningExec, File)> {
         let (output, end): (OwnedFd, OwnedFd) = monitor::pipe().unwrap();
         let null = File::options().read(true).write(true).open("/dev/null").unwrap();
-        let request = ExecRequest { id: id.into(), process };
+        let request = ExecRequest { id: id.into(), process, console: None, keep: false };
         let exec = self.client().exec(&request, [null.as_fd(), end.as_fd(), null.as_fd()], &Cancel::never().within(LIMIT))?;
         Ok((exec, File::from(output)))
     }
