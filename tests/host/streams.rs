@@ -3,6 +3,7 @@
 use std::fs::File;
 use std::io::{Read, Write};
 use std::os::fd::{AsFd, OwnedFd};
+use std::sync::LazyLock;
 use std::time::{Duration, Instant};
 
 use crisp::error::{Code, Result};
@@ -16,12 +17,13 @@ use nix::poll::PollFlags;
 use rustix::termios::{tcsetwinsize, Winsize};
 use serde_json::json;
 
+use crate::daemon::{patience, slowness};
 use crate::shim::{eventually, in_container, installed, lives, process_of, run_all, Container, Fixture, Hugetlb, Scenario};
 
-const LIMIT: Duration = Duration::from_secs(30);
+static LIMIT: LazyLock<Duration> = LazyLock::new(|| patience(Duration::from_secs(30)));
 
 fn within() -> Cancel {
-    Cancel::never().within(LIMIT)
+    Cancel::never().within(*LIMIT)
 }
 
 /// What a session has: our ends of the streams.
@@ -204,7 +206,7 @@ fn attached_to_the_end(f: &Fixture) {
     assert_eq!(read_all(&quick.stdout).len(), 100_003);
     assert_eq!(quick.exit_code(), 0);
     eventually("the end is not late for one who does not read", || c.dir.join("exit").exists());
-    assert!(begin.elapsed() < Duration::from_secs(5));
+    assert!(begin.elapsed() < patience(Duration::from_secs(5)));
     let got = read_all(&slow.stdout);
     assert!(got.len() == 100_003 && got.ends_with(b"xend"));
     assert_eq!(slow.exit_code(), 0);
@@ -224,7 +226,7 @@ fn stuck_attacher(f: &Fixture) {
     read_until(&reads.stdout, "done");
     let waited = begin.elapsed();
     // It holds the others up, for they must not lose anything, but only so long.
-    assert!((Duration::from_secs(9)..Duration::from_secs(15)).contains(&waited), "{waited:?}");
+    assert!((Duration::from_secs(9)..patience(Duration::from_secs(15))).contains(&waited), "{waited:?}");
     let error = stuck.session.ended().unwrap_err();
     assert_eq!(error.code(), Code::DeadlineExceeded);
     assert!(error.message().contains("having taken no output for 10 s"), "{error}");
@@ -382,7 +384,7 @@ fn many_execs(f: &Fixture) {
             });
         }
     });
-    let count: u32 = if f.handler.kind == Kind::Crun { 1000 } else { 100 };
+    let count: u32 = if f.handler.kind == Kind::Crun { 1000 } else { 100 } / slowness().pow(2);
     let begin = Instant::now();
     for n in 0..count {
         let request = ExecRequest { id: format!("n{n}"), process: process_of(&["true"]), console: None, keep: true };
@@ -398,7 +400,7 @@ fn many_execs(f: &Fixture) {
     let begin = Instant::now();
     for _ in 0..50 {
         let own = Program::new(&f.handler.path).arg("--root").arg(root).args(["exec", "--process"]).arg(&input).arg(&c.config.id);
-        own.run_ok(&Cancel::never(), LIMIT).unwrap();
+        own.run_ok(&Cancel::never(), *LIMIT).unwrap();
     }
     println!("{}: {ours:?} for one exec of {count}, {:?} for its own", f.handler.name, begin.elapsed() / 50);
     eventually("descriptors are closed", || descriptors(started.shim_pid) == before);
