@@ -17,6 +17,7 @@ use crate::runtime::Handlers;
 use crate::sandbox::{self, Sandboxes};
 use crate::service::Service;
 use crate::snapshot::{Kind, Snapshotter};
+use crate::stats::filesystem::{self, Disk};
 use crate::sys::file;
 use crate::sys::watch::Watcher;
 
@@ -28,6 +29,7 @@ pub struct Daemon {
     server: Option<grpc::Server>,
     network: Arc<Network>,
     watcher: Watcher,
+    disk: Arc<Disk>,
     _locks: Vec<std::fs::File>,
 }
 
@@ -89,11 +91,12 @@ impl Daemon {
         let watcher = Watcher::start("exits")?;
         let network = Network::start(network_settings(config))?;
         let images = Images::open(image_settings(config))?;
-        let snapshots = snapshotter(config)?;
+        let mut snapshots = snapshotter(config)?;
+        let disk = Arc::new(Disk::start(disk_settings(config), snapshots.count_projects())?);
         let host = container::host::detect()?;
         let handlers = Handlers::probe(&config.runtimes, config.default_runtime.as_deref(), &config.run.join("probe"), &config.shim);
         let sandboxes = Arc::new(Sandboxes::open(sandbox_settings(config), network.clone(), watcher.clone())?);
-        let settings = container_settings(config, host.clone());
+        let settings = container_settings(config, host.clone(), disk.clone());
         let containers = Arc::new(Containers::open(settings, images.clone(), snapshots, watcher.clone())?);
         sandboxes.restore()?;
         containers.restore(|id| sandboxes.find(id).ok().flatten().is_some())?;
@@ -121,7 +124,7 @@ impl Daemon {
             queue: config.limits.queue,
         };
         let server = grpc::Server::start(settings, service)?;
-        Ok(Daemon { server: Some(server), network, watcher, _locks: locks })
+        Ok(Daemon { server: Some(server), network, watcher, disk, _locks: locks })
     }
 
     /// What SIGHUP can change: log level and CNI configuration. Registry certificates are read for each pull anyway.
@@ -140,6 +143,7 @@ impl Daemon {
         }
         // Records belong to whoever has the locks: exits from here on are for the next daemon to find.
         self.watcher.stop();
+        self.disk.stop();
     }
 }
 
@@ -205,7 +209,11 @@ fn sandbox_settings(config: &Config) -> sandbox::Settings {
     }
 }
 
-fn container_settings(config: &Config, host: crate::spec::HostFacts) -> container::Settings {
+fn disk_settings(config: &Config) -> filesystem::Settings {
+    filesystem::Settings { interval: Duration::from_secs(config.stats.disk_interval), files_per_second: config.stats.disk_files_per_second }
+}
+
+fn container_settings(config: &Config, host: crate::spec::HostFacts, layers: Arc<Disk>) -> container::Settings {
     container::Settings {
         root: config.root.clone(),
         run: config.run.clone(),
@@ -214,6 +222,7 @@ fn container_settings(config: &Config, host: crate::spec::HostFacts) -> containe
         exec_output: config.limits.exec_output,
         defaults: crate::spec::Defaults::default(),
         host,
+        layers,
     }
 }
 

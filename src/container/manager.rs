@@ -23,6 +23,14 @@ use crate::sys::file::{self, Durability};
 use crate::sys::lock::{Lock, Rank};
 use crate::sys::watch::Watcher;
 
+/// Whoever measures writable layers.
+pub trait LayerWatch: Send + Sync {
+    /// A container has the writable layer `upper_dir` from now on.
+    fn appeared(&self, container_id: &str, upper_dir: &Path);
+    /// Its layer is about to be removed.
+    fn disappears(&self, container_id: &str);
+}
+
 /// What the manager needs to know.
 pub struct Settings {
     pub root: PathBuf,
@@ -34,6 +42,7 @@ pub struct Settings {
     pub exec_output: usize,
     pub defaults: Defaults,
     pub host: HostFacts,
+    pub layers: Arc<dyn LayerWatch>,
 }
 
 /// One container.
@@ -177,6 +186,7 @@ impl Containers {
             return Err(error);
         }
         let id = container.id().to_owned();
+        self.settings.layers.appeared(&id, &self.snapshots.writable(&id));
         self.index.insert(&id, container);
         Ok(id)
     }
@@ -265,6 +275,7 @@ impl Containers {
         }
         self.update(container, |s| s.removing = true)?;
         self.delete_again(container);
+        self.settings.layers.disappears(&container.meta.id);
         self.release(container).context(what)?;
         crash::step("remove:2-files");
         self.records.remove(&container.meta.id).context(what)?;
