@@ -1,5 +1,6 @@
 //! The composition root: builds everything, restores, serves, stops in order.
 
+use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
@@ -20,6 +21,7 @@ use crate::snapshot::{Kind, Snapshotter};
 use crate::stats::filesystem::{self, Disk};
 use crate::sys::file;
 use crate::sys::watch::Watcher;
+use crate::telemetry::Endpoint;
 
 /// Time that running calls get at a stop.
 const STOP_GRACE: Duration = Duration::from_secs(5);
@@ -30,6 +32,7 @@ pub struct Daemon {
     network: Arc<Network>,
     watcher: Watcher,
     disk: Arc<Disk>,
+    metrics: Option<Endpoint>,
     _locks: Vec<std::fs::File>,
 }
 
@@ -123,8 +126,9 @@ impl Daemon {
             slow_threads: config.limits.slow_threads,
             queue: config.limits.queue,
         };
-        let server = grpc::Server::start(settings, service)?;
-        Ok(Daemon { server: Some(server), network, watcher, disk, _locks: locks })
+        let server = grpc::Server::start(settings, service.clone())?;
+        let metrics = config.metrics.address.map(|address| endpoint(address, &server, service)).transpose()?;
+        Ok(Daemon { server: Some(server), network, watcher, disk, metrics, _locks: locks })
     }
 
     /// What SIGHUP can change: log level and CNI configuration. Registry certificates are read for each pull anyway.
@@ -143,8 +147,19 @@ impl Daemon {
         }
         // Records belong to whoever has the locks: exits from here on are for the next daemon to find.
         self.watcher.stop();
+        self.metrics = None;
         self.disk.stop();
     }
+}
+
+fn endpoint(address: SocketAddr, server: &grpc::Server, service: Arc<Service>) -> Result<Endpoint> {
+    let lanes = server.observer();
+    let endpoint = Endpoint::start(address, move |gauges| {
+        lanes(gauges);
+        service.observe(gauges);
+    })?;
+    log::info!("metrics are served on http://{}/metrics", endpoint.address());
+    Ok(endpoint)
 }
 
 /// One daemon per directory.

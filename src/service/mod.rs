@@ -11,6 +11,8 @@ mod container_status;
 mod convert;
 /// ExecSync, UpdateContainerResources, ReopenContainerLog.
 mod exec;
+/// For the metrics of the daemon itself.
+mod gauges;
 /// The ImageService.
 mod image;
 /// Version, Status, RuntimeConfig, UpdateRuntimeConfig.
