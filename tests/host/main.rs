@@ -18,3 +18,4 @@ mod shim;
 mod snapshot;
 mod spec;
 mod trouble;
+mod unified;
