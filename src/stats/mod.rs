@@ -2,5 +2,7 @@
 
 /// Usage of writable layers.
 pub mod filesystem;
+/// Many readings at once.
+pub mod sampler;
 /// Counting a directory tree, a few files at a time.
 mod walk;
