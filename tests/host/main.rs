@@ -17,5 +17,6 @@ mod restart;
 mod shim;
 mod snapshot;
 mod spec;
+mod stats;
 mod trouble;
 mod unified;
