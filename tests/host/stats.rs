@@ -256,7 +256,7 @@ fn filters() {
         host.create_with(&a, "two", &SLEEP, |c| label(c, "y")),
         host.create_with(&b, "one", &SLEEP, |c| label(c, "x")),
     );
-    [&a1, &a2, &b1].map(|c| host.start_container(c));
+    [&a1, &a2, &b1].into_iter().for_each(|c| host.start_container(c));
     let select = |id: &str, sandbox: &str, app: &str| {
         let mut filter = ContainerStatsFilter { id: id.into(), pod_sandbox_id: sandbox.into(), ..Default::default() };
         if !app.is_empty() {
