@@ -1,5 +1,6 @@
 //! The composition root: builds everything, restores, serves, stops in order.
 
+use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
@@ -17,8 +18,11 @@ use crate::runtime::Handlers;
 use crate::sandbox::{self, Sandboxes};
 use crate::service::Service;
 use crate::snapshot::{Kind, Snapshotter};
+use crate::stats::filesystem::{self, Disk};
+use crate::stats::sampler::Sampler;
 use crate::sys::file;
 use crate::sys::watch::Watcher;
+use crate::telemetry::Endpoint;
 
 /// Time that running calls get at a stop.
 const STOP_GRACE: Duration = Duration::from_secs(5);
@@ -28,6 +32,8 @@ pub struct Daemon {
     server: Option<grpc::Server>,
     network: Arc<Network>,
     watcher: Watcher,
+    disk: Arc<Disk>,
+    metrics: Option<Endpoint>,
     _locks: Vec<std::fs::File>,
 }
 
@@ -89,11 +95,12 @@ impl Daemon {
         let watcher = Watcher::start("exits")?;
         let network = Network::start(network_settings(config))?;
         let images = Images::open(image_settings(config))?;
-        let snapshots = snapshotter(config)?;
+        let mut snapshots = snapshotter(config)?;
+        let disk = Arc::new(Disk::start(disk_settings(config), snapshots.count_projects())?);
         let host = container::host::detect()?;
         let handlers = Handlers::probe(&config.runtimes, config.default_runtime.as_deref(), &config.run.join("probe"), &config.shim);
         let sandboxes = Arc::new(Sandboxes::open(sandbox_settings(config), network.clone(), watcher.clone())?);
-        let settings = container_settings(config, host.clone());
+        let settings = container_settings(config, host.clone(), disk.clone());
         let containers = Arc::new(Containers::open(settings, images.clone(), snapshots, watcher.clone())?);
         sandboxes.restore()?;
         containers.restore(|id| sandboxes.find(id).ok().flatten().is_some())?;
@@ -101,6 +108,7 @@ impl Daemon {
         let preload = images.clone();
         let dir = config.images.preload_dir.clone();
         crate::sys::thread::spawn("preload", move || preload.preload(&dir))?;
+        let layers_mountpoint = images.fs_info()?.container.mountpoint.to_string_lossy().into_owned();
         let service = Arc::new(Service {
             sandboxes,
             containers,
@@ -108,6 +116,9 @@ impl Daemon {
             network: network.clone(),
             handlers,
             warmer: Warmer::start(layout)?,
+            disk: disk.clone(),
+            layers_mountpoint,
+            sampler: Sampler::new(config.stats.threads),
             systemd_cgroup: config.systemd_cgroup,
             root: config.root.clone(),
             run: config.run.clone(),
@@ -120,8 +131,9 @@ impl Daemon {
             slow_threads: config.limits.slow_threads,
             queue: config.limits.queue,
         };
-        let server = grpc::Server::start(settings, service)?;
-        Ok(Daemon { server: Some(server), network, watcher, _locks: locks })
+        let server = grpc::Server::start(settings, service.clone())?;
+        let metrics = config.metrics.address.map(|address| endpoint(address, &server, service)).transpose()?;
+        Ok(Daemon { server: Some(server), network, watcher, disk, metrics, _locks: locks })
     }
 
     /// What SIGHUP can change: log level and CNI configuration. Registry certificates are read for each pull anyway.
@@ -140,7 +152,19 @@ impl Daemon {
         }
         // Records belong to whoever has the locks: exits from here on are for the next daemon to find.
         self.watcher.stop();
+        self.metrics = None;
+        self.disk.stop();
     }
+}
+
+fn endpoint(address: SocketAddr, server: &grpc::Server, service: Arc<Service>) -> Result<Endpoint> {
+    let lanes = server.observer();
+    let endpoint = Endpoint::start(address, move |gauges| {
+        lanes(gauges);
+        service.observe(gauges);
+    })?;
+    log::info!("metrics are served on http://{}/metrics", endpoint.address());
+    Ok(endpoint)
 }
 
 /// One daemon per directory.
@@ -205,7 +229,11 @@ fn sandbox_settings(config: &Config) -> sandbox::Settings {
     }
 }
 
-fn container_settings(config: &Config, host: crate::spec::HostFacts) -> container::Settings {
+fn disk_settings(config: &Config) -> filesystem::Settings {
+    filesystem::Settings { interval: Duration::from_secs(config.stats.disk_interval), files_per_second: config.stats.disk_files_per_second }
+}
+
+fn container_settings(config: &Config, host: crate::spec::HostFacts, layers: Arc<Disk>) -> container::Settings {
     container::Settings {
         root: config.root.clone(),
         run: config.run.clone(),
@@ -215,6 +243,7 @@ fn container_settings(config: &Config, host: crate::spec::HostFacts) -> containe
         kill_on_disconnect: config.streaming.kill_on_disconnect,
         defaults: crate::spec::Defaults::default(),
         host,
+        layers,
     }
 }
 

@@ -52,6 +52,7 @@ impl Containers {
         let limit = self.settings.runtime_timeout + SHIM_MARGIN;
         // Not cancelled with the client: a start is finished and found by the retry's status.
         let started = client::start(&self.settings.shim, &container.meta.dir, &self.shim_config(container), &Cancel::never(), limit);
+        crate::telemetry::shim_started(started.is_ok());
         crash::step("start:2-started");
         match started {
             Ok(started) => {
@@ -93,7 +94,7 @@ impl Containers {
 
     /// Runtimes leave oom_score_adj alone in updates: it is a property of processes.
     fn set_oom_score_adj(&self, container: &Container, adj: i32) -> Result<()> {
-        for pid in self.cgroup(container)?.procs() {
+        for pid in container.cgroup()?.procs() {
             let path = format!("/proc/{pid}/oom_score_adj");
             match std::fs::write(&path, adj.to_string()) {
                 Err(e) if !matches!(e.kind(), std::io::ErrorKind::NotFound) && e.raw_os_error() != Some(libc::ESRCH) => {

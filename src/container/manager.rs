@@ -11,6 +11,8 @@ use serde::{Deserialize, Serialize};
 use super::metadata::Metadata;
 use super::status::{State, Status, User};
 use crate::api::runtime::{ContainerConfig, PodSandboxConfig};
+use crate::cgroup::stat::{Meter, Reader, Sample};
+use crate::cgroup::{Cgroup, Layout};
 use crate::error::{Context, Error, ErrorList, Result};
 use crate::image::{Image, Images};
 use crate::runtime::Handler;
@@ -22,6 +24,14 @@ use crate::sys::crash;
 use crate::sys::file::{self, Durability};
 use crate::sys::lock::{Lock, Rank};
 use crate::sys::watch::Watcher;
+
+/// Whoever measures writable layers.
+pub trait LayerWatch: Send + Sync {
+    /// A container has the writable layer `upper_dir` from now on.
+    fn appeared(&self, container_id: &str, upper_dir: &Path);
+    /// Its layer is about to be removed.
+    fn disappears(&self, container_id: &str);
+}
 
 /// What the manager needs to know.
 pub struct Settings {
@@ -36,6 +46,7 @@ pub struct Settings {
     pub kill_on_disconnect: bool,
     pub defaults: Defaults,
     pub host: HostFacts,
+    pub layers: Arc<dyn LayerWatch>,
 }
 
 /// One container.
@@ -47,16 +58,38 @@ pub struct Container {
     pub(super) changed: Condvar,
     /// Held across a transition, never across a wait.
     pub(super) op: Lock<()>,
+    /// Files of its cgroup, open from the first reading to its end.
+    meter: Meter,
 }
 
 impl Container {
     pub(super) fn new(meta: Metadata, config: ContainerConfig, status: Status) -> Arc<Container> {
         let (status, op) = (Lock::new(Rank::Status, status), Lock::new(Rank::ContainerOp, ()));
-        Arc::new(Container { meta, config, status, changed: Condvar::new(), op })
+        Arc::new(Container { meta, config, status, changed: Condvar::new(), op, meter: Meter::default() })
     }
 
     pub fn status(&self) -> Status {
         self.status.lock().clone()
+    }
+
+    /// Whether it is running, for less than a copy of the status.
+    pub fn is_running(&self) -> bool {
+        self.status.lock().state == State::Running
+    }
+
+    /// A sample of its cgroup and the CPU rate; None when that is not there: it does not run (any more).
+    pub fn sample(&self) -> Option<(Sample, Option<u64>)> {
+        self.meter.sample(|| self.cgroup().ok())
+    }
+
+    /// The reader of its cgroup, for what a sample does not have.
+    pub fn reader(&self) -> Option<Arc<Reader>> {
+        self.meter.reader(|| self.cgroup().ok())
+    }
+
+    /// Its cgroup.
+    pub(super) fn cgroup(&self) -> Result<Cgroup> {
+        Cgroup::at(Layout::host()?, &self.meta.cgroups_path)
     }
 
     pub fn id(&self) -> &str {
@@ -179,6 +212,7 @@ impl Containers {
             return Err(error);
         }
         let id = container.id().to_owned();
+        self.settings.layers.appeared(&id, &self.snapshots.writable(&id));
         self.index.insert(&id, container);
         Ok(id)
     }
@@ -254,6 +288,9 @@ impl Containers {
         if saved.is_ok() || next.state == State::Exited {
             *status = next;
         }
+        if status.state == State::Exited {
+            container.meter.close();
+        }
         container.changed.notify_all();
         saved
     }
@@ -267,6 +304,7 @@ impl Containers {
         }
         self.update(container, |s| s.removing = true)?;
         self.delete_again(container);
+        self.settings.layers.disappears(&container.meta.id);
         self.release(container).context(what)?;
         crash::step("remove:2-files");
         self.records.remove(&container.meta.id).context(what)?;

@@ -16,6 +16,9 @@ pub mod file;
 /// Paths inside a root filesystem, as a process in it would see them.
 #[cfg(feature = "engine")]
 pub mod inroot;
+/// Traffic of the links of a network namespace.
+#[cfg(feature = "engine")]
+pub mod links;
 /// Ranked locks: the order is asserted in debug builds.
 #[cfg(feature = "engine")]
 pub mod lock;
@@ -33,6 +36,9 @@ pub mod netlink;
 pub mod pidfd;
 /// Child processes: bounded output, timeout, process group killed.
 pub mod process;
+/// Project quotas of file systems.
+#[cfg(feature = "engine")]
+pub mod quota;
 /// File operations confined to a directory that holds a layer of a stranger.
 #[cfg(feature = "engine")]
 pub mod rooted;

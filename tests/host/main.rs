@@ -18,5 +18,6 @@ mod shim;
 mod snapshot;
 mod spec;
 mod streams;
+mod stats;
 mod trouble;
 mod unified;
