@@ -2,5 +2,7 @@
 
 /// Usage of writable layers.
 pub mod filesystem;
+/// cAdvisor metrics.
+pub mod metrics;
 /// Counting a directory tree, a few files at a time.
 mod walk;

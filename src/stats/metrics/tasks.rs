@@ -104,8 +104,8 @@ fn count_descriptors(pid: i32, tasks: &mut Tasks) {
     for_each_name(&format!("/proc/{pid}/fd"), |dir, name| {
         descriptors += 1;
         let mut link = [0u8; 16];
-        if let Ok((link, _)) = rustix::fs::readlinkat_raw(dir, name, &mut link) {
-            sockets += u64::from(link.starts_with(b"socket:"));
+        if let Ok(length) = rustix::fs::readlinkat_raw(dir, name, &mut link) {
+            sockets += u64::from(link[..length].starts_with(b"socket:"));
         }
     });
     tasks.descriptors += descriptors;
