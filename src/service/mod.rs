@@ -17,6 +17,8 @@ mod gauges;
 mod image;
 /// Version, Status, RuntimeConfig, UpdateRuntimeConfig.
 mod info;
+/// ListMetricDescriptors and ListPodSandboxMetrics.
+mod metrics;
 /// RunPodSandbox, StopPodSandbox, RemovePodSandbox.
 mod sandbox;
 /// PodSandboxStatus and ListPodSandbox.
@@ -34,6 +36,7 @@ use crate::image::Images;
 use crate::network::Network;
 use crate::runtime::Handlers;
 use crate::sandbox::Sandboxes;
+use crate::stats::metrics::Metrics;
 use crate::sys::cancel::Cancel;
 
 /// One call, as far as a service cares.
@@ -99,6 +102,8 @@ pub struct Service {
     pub handlers: Handlers,
     /// Asked a moment before an OCI runtime will move a process into cgroups.
     pub warmer: Warmer,
+    /// cAdvisor metrics of this host.
+    pub metrics: Metrics,
     pub systemd_cgroup: bool,
     pub root: PathBuf,
     pub run: PathBuf,
@@ -184,6 +189,22 @@ impl RuntimeService for Service {
         call: &Call,
     ) -> Result<runtime::UpdateContainerResourcesResponse> {
         self.update_resources(&request, call)
+    }
+
+    fn list_metric_descriptors(
+        &self,
+        _: runtime::ListMetricDescriptorsRequest,
+        _: &Call,
+    ) -> Result<runtime::ListMetricDescriptorsResponse> {
+        Ok(self.metric_descriptors())
+    }
+
+    fn list_pod_sandbox_metrics(
+        &self,
+        _: runtime::ListPodSandboxMetricsRequest,
+        _: &Call,
+    ) -> Result<runtime::ListPodSandboxMetricsResponse> {
+        self.sandbox_metrics()
     }
 
     fn reopen_container_log(

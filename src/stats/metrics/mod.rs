@@ -16,7 +16,7 @@ use std::sync::Arc;
 
 use crate::api::runtime::{Metric, MetricDescriptor};
 use crate::cgroup::stat::{Reader, Sample};
-use crate::cgroup::{Cgroup, Layout};
+use crate::cgroup::Layout;
 use crate::config::MetricsGroup;
 use crate::stats::filesystem::Disk;
 use crate::store::now_ns;
@@ -42,7 +42,6 @@ pub struct Subject<'a> {
     pub spec: Spec,
     /// Its first process.
     pub pid: i32,
-    pub cgroup: &'a Cgroup,
 }
 
 impl Metrics {
@@ -76,7 +75,7 @@ impl Metrics {
         sink.filesystem(self.disk.usage(subject.labels.id), space);
         sink.io(&detail, space);
         if self.plan.wants_group(MetricsGroup::Processes) {
-            let ask = || tasks::ask(&subject.cgroup.procs(), subject.pid);
+            let ask = || tasks::ask(&reader.process_ids(), subject.pid);
             sink.tasks(&self.tasks.get(subject.labels.id, ask));
         }
         sink.spec(&subject.spec);
