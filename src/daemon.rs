@@ -20,6 +20,7 @@ use crate::service::Service;
 use crate::snapshot::{Kind, Snapshotter};
 use crate::stats::filesystem::{self, Disk};
 use crate::stats::metrics::Metrics;
+use crate::stats::sampler::Sampler;
 use crate::sys::file;
 use crate::sys::watch::Watcher;
 use crate::telemetry::Endpoint;
@@ -109,6 +110,7 @@ impl Daemon {
         let dir = config.images.preload_dir.clone();
         crate::sys::thread::spawn("preload", move || preload.preload(&dir))?;
         let metrics = Metrics::new(&config.stats.groups, layout, config.root.join("snapshots"), disk.clone());
+        let layers_mountpoint = images.fs_info()?.container.mountpoint.to_string_lossy().into_owned();
         let service = Arc::new(Service {
             metrics,
             sandboxes,
@@ -117,6 +119,9 @@ impl Daemon {
             network: network.clone(),
             handlers,
             warmer: Warmer::start(layout)?,
+            disk: disk.clone(),
+            layers_mountpoint,
+            sampler: Sampler::new(config.stats.threads),
             systemd_cgroup: config.systemd_cgroup,
             root: config.root.clone(),
             run: config.run.clone(),

@@ -1,11 +1,9 @@
 //! ListMetricDescriptors and ListPodSandboxMetrics. Kernel files are read by the threads of stats, no lock is held meanwhile, and
 //! all values of one container come from one look at it.
 
-use std::collections::HashMap;
 use std::sync::Arc;
 
 use protobuf::Message;
-use rayon::prelude::*;
 
 use super::Service;
 use crate::api::runtime::{
@@ -33,20 +31,22 @@ impl Service {
     /// The metrics of all sandboxes that are ready, with those of their containers that run, in the order of ids. What ends
     /// meanwhile is not in it.
     pub(super) fn sandbox_metrics_list(&self) -> Result<Vec<PodSandboxMetrics>> {
-        let mut running: HashMap<String, Vec<Arc<Container>>> = HashMap::new();
-        for container in self.containers.all().into_iter().filter(|c| c.is_running()) {
-            running.entry(container.meta.sandbox_id.clone()).or_default().push(container);
-        }
+        let mut containers = self.containers.all();
+        containers.retain(|c| c.is_running());
+        containers.sort_by(|a, b| a.meta.sandbox_id.cmp(&b.meta.sandbox_id));
         let space = self.metrics.space();
-        let mut sandboxes = self.sandboxes.all();
-        sandboxes.retain(|s| s.status().is_ready());
         let measure = |sandbox: &Arc<Sandbox>| {
-            let containers = running.get(sandbox.id()).map(Vec::as_slice).unwrap_or_default();
-            let container_metrics = containers.par_iter().filter_map(|c| self.container_metrics(sandbox, c, &space)).collect();
+            let id = sandbox.id();
+            if !sandbox.status().is_ready() {
+                return None;
+            }
+            let begin = containers.partition_point(|c| c.meta.sandbox_id.as_str() < id);
+            let own = containers[begin..].iter().take_while(|c| c.meta.sandbox_id == id);
+            let container_metrics = own.filter_map(|c| self.container_metrics(sandbox, c, &space)).collect();
             let metrics = self.network_metrics(sandbox);
-            PodSandboxMetrics { pod_sandbox_id: sandbox.id().to_owned(), metrics, container_metrics, ..Default::default() }
+            Some(PodSandboxMetrics { pod_sandbox_id: id.to_owned(), metrics, container_metrics, ..Default::default() })
         };
-        Ok(self.sampler.install(|| sandboxes.par_iter().map(measure).collect()))
+        Ok(self.sampler.each(&self.sandboxes.all(), measure).into_iter().flatten().collect())
     }
 
     fn container_metrics(&self, sandbox: &Sandbox, container: &Container, space: &Space) -> Option<ContainerMetrics> {

@@ -23,6 +23,8 @@ mod metrics;
 mod sandbox;
 /// PodSandboxStatus and ListPodSandbox.
 mod sandbox_status;
+/// Stats of containers and sandboxes.
+mod stats;
 
 use std::cell::RefCell;
 use std::path::PathBuf;
@@ -36,7 +38,9 @@ use crate::image::Images;
 use crate::network::Network;
 use crate::runtime::Handlers;
 use crate::sandbox::Sandboxes;
+use crate::stats::filesystem::Disk;
 use crate::stats::metrics::Metrics;
+use crate::stats::sampler::Sampler;
 use crate::sys::cancel::Cancel;
 
 /// One call, as far as a service cares.
@@ -104,6 +108,12 @@ pub struct Service {
     pub warmer: Warmer,
     /// cAdvisor metrics of this host.
     pub metrics: Metrics,
+    /// Writable layers.
+    pub disk: Arc<Disk>,
+    /// Where they are, as ImageFsInfo says.
+    pub layers_mountpoint: String,
+    /// Reads kernel files of many at once.
+    pub sampler: Sampler,
     pub systemd_cgroup: bool,
     pub root: PathBuf,
     pub run: PathBuf,
@@ -213,6 +223,28 @@ impl RuntimeService for Service {
         call: &Call,
     ) -> Result<runtime::ReopenContainerLogResponse> {
         self.reopen_log(&request, call)
+    }
+
+    fn container_stats(&self, request: runtime::ContainerStatsRequest, call: &Call) -> Result<runtime::ContainerStatsResponse> {
+        self.stats_of_container(&request, call)
+    }
+
+    fn list_container_stats(&self, request: runtime::ListContainerStatsRequest, _: &Call) -> Result<runtime::ListContainerStatsResponse> {
+        let stats = self.container_stats_list(request.filter.as_ref())?;
+        Ok(runtime::ListContainerStatsResponse { stats, ..Default::default() })
+    }
+
+    fn pod_sandbox_stats(&self, request: runtime::PodSandboxStatsRequest, call: &Call) -> Result<runtime::PodSandboxStatsResponse> {
+        self.stats_of_sandbox(&request, call)
+    }
+
+    fn list_pod_sandbox_stats(
+        &self,
+        request: runtime::ListPodSandboxStatsRequest,
+        _: &Call,
+    ) -> Result<runtime::ListPodSandboxStatsResponse> {
+        let stats = self.sandbox_stats_list(request.filter.as_ref())?;
+        Ok(runtime::ListPodSandboxStatsResponse { stats, ..Default::default() })
     }
 
     fn exec_sync(&self, request: runtime::ExecSyncRequest, call: &Call) -> Result<runtime::ExecSyncResponse> {

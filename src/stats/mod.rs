@@ -4,5 +4,7 @@
 pub mod filesystem;
 /// cAdvisor metrics.
 pub mod metrics;
+/// Many readings at once.
+pub mod sampler;
 /// Counting a directory tree, a few files at a time.
 mod walk;

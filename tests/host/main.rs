@@ -20,3 +20,4 @@ mod shim;
 mod snapshot;
 mod spec;
 mod trouble;
+mod unified;

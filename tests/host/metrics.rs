@@ -124,7 +124,8 @@ fn seconds_and_bytes_are_the_kernels() {
         assert!(value(&metrics, "container_cpu_user_seconds_total", &[]) >= 1, "a shell that loops");
 
         // The writable layer, some time after it was written.
-        let usage = |metrics: &[Metric]| metrics.iter().find(|m| m.name == "container_fs_usage_bytes").map(|m| (m.value.value, m.timestamp));
+        let usage =
+            |metrics: &[Metric]| metrics.iter().find(|m| m.name == "container_fs_usage_bytes").map(|m| (m.value.value, m.timestamp));
         let wrote = host.exec(&container, &["dd", "if=/dev/urandom", "of=/grown", "bs=65536", "count=64"]);
         assert_eq!(wrote.0, 0, "{wrote:?}");
         let begin = Instant::now();
