@@ -10,11 +10,13 @@ use crisp::api::runtime::{
 };
 use crisp::cgroup::{Cgroup, Layout};
 
+use crate::daemon::patience;
 use crate::exposition::{self, Exposition};
-use crate::harness::{handlers, http_get, Container, Host, Sandbox, PATIENCE};
+use crate::harness::{handlers, http_get, Container, Host, Sandbox};
 use crate::objects::sandbox_config;
 
 const SLEEP: [&str; 2] = ["sleep", "1000000"];
+const SOON: Duration = Duration::from_secs(20);
 /// Labels that every metric has, in this order.
 const BASE: [&str; 6] = ["id", "name", "image", "pod", "namespace", "container"];
 
@@ -40,7 +42,7 @@ fn value(metrics: &[Metric], name: &str, own: &[&str]) -> u64 {
 fn until(what: &str, mut check: impl FnMut() -> bool) {
     let begin = Instant::now();
     while !check() {
-        assert!(begin.elapsed() < PATIENCE, "{what} does not come");
+        assert!(begin.elapsed() < patience(SOON), "{what} does not come");
         std::thread::sleep(Duration::from_millis(20));
     }
 }
@@ -134,7 +136,7 @@ fn seconds_and_bytes_are_the_kernels() {
             assert!(taken_at <= crisp::store::now_ns());
             ((4 << 20)..(5 << 20)).contains(&bytes)
         });
-        assert!(begin.elapsed() < Duration::from_secs(10));
+        assert!(begin.elapsed() < patience(Duration::from_secs(10)));
 
         // A sandbox on the host's network has no interfaces of its own.
         let mut config = sandbox_config(&host.daemon.layout, "hostnet", true);
@@ -219,10 +221,10 @@ fn prometheus_sees_what_happened() {
     scrape(port);
     let begin = Instant::now();
     host.finish();
-    assert!(begin.elapsed() < Duration::from_secs(15));
+    assert!(begin.elapsed() < patience(Duration::from_secs(15)));
     let mut rest = Vec::new();
     for stream in &mut silent {
-        stream.set_read_timeout(Some(PATIENCE)).expect("set a timeout");
+        stream.set_read_timeout(Some(patience(SOON))).expect("set a timeout");
         let _ = stream.read_to_end(&mut rest);
     }
     assert!(rest.is_empty());
