@@ -11,7 +11,6 @@ pub struct Exposition {
 #[derive(Debug, Default)]
 pub struct Family {
     pub kind: String,
-    pub help: String,
     /// Name with suffix, labels in order, value.
     pub samples: Vec<(String, BTreeMap<String, String>, f64)>,
 }
@@ -38,7 +37,10 @@ pub fn parse(text: &str) -> Result<Exposition, String> {
             finish(&mut all, current.take())?;
             let (name, help) = rest.split_once(' ').ok_or_else(|| wrong("no help"))?;
             check_name(name).map_err(|e| wrong(&e))?;
-            current = Some((name.to_owned(), Family { help: help.to_owned(), ..Family::default() }));
+            if help.trim().is_empty() {
+                return Err(wrong("an empty help"));
+            }
+            current = Some((name.to_owned(), Family::default()));
         } else if let Some(rest) = line.strip_prefix("# TYPE ") {
             let (name, kind) = rest.split_once(' ').ok_or_else(|| wrong("no type"))?;
             let family = current.as_mut().filter(|(n, f)| n == name && f.kind.is_empty()).ok_or_else(|| wrong("a type without help"))?;
