@@ -42,5 +42,7 @@ mod retry;
 mod runtime;
 /// Sandboxes: the happy path and its rules.
 mod sandbox;
+/// Stats of containers and sandboxes.
+mod stats;
 /// Many things at once.
 mod together;

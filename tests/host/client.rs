@@ -35,6 +35,10 @@ calls! {
     runtime ListContainersRequest ListContainersResponse;
     runtime ExecSyncRequest ExecSyncResponse;
     runtime UpdateContainerResourcesRequest UpdateContainerResourcesResponse;
+    runtime ContainerStatsRequest ContainerStatsResponse;
+    runtime ListContainerStatsRequest ListContainerStatsResponse;
+    runtime PodSandboxStatsRequest PodSandboxStatsResponse;
+    runtime ListPodSandboxStatsRequest ListPodSandboxStatsResponse;
     runtime ReopenContainerLogRequest ReopenContainerLogResponse;
     runtime PullImageRequest PullImageResponse;
     runtime ImageStatusRequest ImageStatusResponse;

@@ -19,5 +19,6 @@ mod restart;
 mod shim;
 mod snapshot;
 mod spec;
+mod stats;
 mod trouble;
 mod unified;
