@@ -19,6 +19,7 @@ use crate::sandbox::{self, Sandboxes};
 use crate::service::Service;
 use crate::snapshot::{Kind, Snapshotter};
 use crate::stats::filesystem::{self, Disk};
+use crate::stats::metrics::Metrics;
 use crate::stats::sampler::Sampler;
 use crate::sys::file;
 use crate::sys::watch::Watcher;
@@ -33,7 +34,7 @@ pub struct Daemon {
     network: Arc<Network>,
     watcher: Watcher,
     disk: Arc<Disk>,
-    metrics: Option<Endpoint>,
+    endpoint: Option<Endpoint>,
     _locks: Vec<std::fs::File>,
 }
 
@@ -108,8 +109,10 @@ impl Daemon {
         let preload = images.clone();
         let dir = config.images.preload_dir.clone();
         crate::sys::thread::spawn("preload", move || preload.preload(&dir))?;
+        let metrics = Metrics::new(&config.stats.groups, layout, config.root.join("snapshots"), disk.clone());
         let layers_mountpoint = images.fs_info()?.container.mountpoint.to_string_lossy().into_owned();
         let service = Arc::new(Service {
+            metrics,
             sandboxes,
             containers,
             images,
@@ -132,8 +135,8 @@ impl Daemon {
             queue: config.limits.queue,
         };
         let server = grpc::Server::start(settings, service.clone())?;
-        let metrics = config.metrics.address.map(|address| endpoint(address, &server, service)).transpose()?;
-        Ok(Daemon { server: Some(server), network, watcher, disk, metrics, _locks: locks })
+        let endpoint = config.metrics.address.map(|address| endpoint(address, &server, service)).transpose()?;
+        Ok(Daemon { server: Some(server), network, watcher, disk, endpoint, _locks: locks })
     }
 
     /// What SIGHUP can change: log level and CNI configuration. Registry certificates are read for each pull anyway.
@@ -152,7 +155,7 @@ impl Daemon {
         }
         // Records belong to whoever has the locks: exits from here on are for the next daemon to find.
         self.watcher.stop();
-        self.metrics = None;
+        self.endpoint = None;
         self.disk.stop();
     }
 }

@@ -17,6 +17,8 @@ mod gauges;
 mod image;
 /// Version, Status, RuntimeConfig, UpdateRuntimeConfig.
 mod info;
+/// ListMetricDescriptors and ListPodSandboxMetrics.
+mod metrics;
 /// RunPodSandbox, StopPodSandbox, RemovePodSandbox.
 mod sandbox;
 /// PodSandboxStatus and ListPodSandbox.
@@ -37,6 +39,7 @@ use crate::network::Network;
 use crate::runtime::Handlers;
 use crate::sandbox::Sandboxes;
 use crate::stats::filesystem::Disk;
+use crate::stats::metrics::Metrics;
 use crate::stats::sampler::Sampler;
 use crate::sys::cancel::Cancel;
 
@@ -103,6 +106,8 @@ pub struct Service {
     pub handlers: Handlers,
     /// Asked a moment before an OCI runtime will move a process into cgroups.
     pub warmer: Warmer,
+    /// cAdvisor metrics of this host.
+    pub metrics: Metrics,
     /// Writable layers.
     pub disk: Arc<Disk>,
     /// Where they are, as ImageFsInfo says.
@@ -194,6 +199,22 @@ impl RuntimeService for Service {
         call: &Call,
     ) -> Result<runtime::UpdateContainerResourcesResponse> {
         self.update_resources(&request, call)
+    }
+
+    fn list_metric_descriptors(
+        &self,
+        _: runtime::ListMetricDescriptorsRequest,
+        _: &Call,
+    ) -> Result<runtime::ListMetricDescriptorsResponse> {
+        Ok(self.metric_descriptors())
+    }
+
+    fn list_pod_sandbox_metrics(
+        &self,
+        _: runtime::ListPodSandboxMetricsRequest,
+        _: &Call,
+    ) -> Result<runtime::ListPodSandboxMetricsResponse> {
+        self.sandbox_metrics()
     }
 
     fn reopen_container_log(

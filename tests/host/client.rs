@@ -45,6 +45,8 @@ calls! {
     runtime ListImagesRequest ListImagesResponse;
     runtime RemoveImageRequest RemoveImageResponse;
     runtime ImageFsInfoRequest ImageFsInfoResponse;
+    runtime ListMetricDescriptorsRequest ListMetricDescriptorsResponse;
+    runtime ListPodSandboxMetricsRequest ListPodSandboxMetricsResponse;
     admin ImportImageRequest ImportImageResponse;
 }
 

@@ -5,10 +5,12 @@
 
 mod client;
 mod daemon;
+mod exposition;
 mod harness;
 mod images;
 mod lifecycle;
 mod logs;
+mod metrics;
 mod network;
 mod objects;
 mod python;

@@ -235,6 +235,11 @@ impl Reader {
         self.cgroup.process_count()
     }
 
+    /// The same, one by one.
+    pub fn process_ids(&self) -> Vec<i32> {
+        self.cgroup.process_ids()
+    }
+
     fn io(&self) -> Vec<io::Device> {
         let place = self.place("blkio");
         if place.unified {
