@@ -10,24 +10,28 @@ use crate::cgroup::{warm::Warmer, Layout};
 use crate::config::{self, Config, Overrides};
 use crate::container::{self, Containers};
 use crate::error::{Context, Error, Result};
+use crate::event::{Bus, Listener};
 use crate::grpc;
 use crate::image::{self, Images};
 use crate::network::{self, Network};
 use crate::runtime::Handlers;
 use crate::sandbox::{self, Sandboxes};
-use crate::service::Service;
+use crate::service::{Fact, Seats, Service};
 use crate::snapshot::{Kind, Snapshotter};
 use crate::sys::file;
 use crate::sys::watch::Watcher;
 
 /// Time that running calls get at a stop.
 const STOP_GRACE: Duration = Duration::from_secs(5);
+/// Clients that hold a worker for as long as they like get this part of them, for events and for lists each.
+const PATIENT_SHARE: usize = 8;
 
 /// A running daemon. Dropping it leaves the containers running.
 pub struct Daemon {
     server: Option<grpc::Server>,
     network: Arc<Network>,
     watcher: Watcher,
+    events: Arc<Bus<Fact>>,
     _locks: Vec<std::fs::File>,
 }
 
@@ -92,8 +96,10 @@ impl Daemon {
         let snapshots = snapshotter(config)?;
         let host = container::host::detect()?;
         let handlers = Handlers::probe(&config.runtimes, config.default_runtime.as_deref(), &config.run.join("probe"), &config.shim);
-        let sandboxes = Arc::new(Sandboxes::open(sandbox_settings(config), network.clone(), watcher.clone())?);
-        let settings = container_settings(config, host.clone());
+        let patient = (config.limits.slow_threads / PATIENT_SHARE).max(1);
+        let events = Bus::<Fact>::new(config.limits.event_queue, patient);
+        let sandboxes = Arc::new(Sandboxes::open(sandbox_settings(config, events.clone()), network.clone(), watcher.clone())?);
+        let settings = container_settings(config, host.clone(), events.clone());
         let containers = Arc::new(Containers::open(settings, images.clone(), snapshots, watcher.clone())?);
         sandboxes.restore()?;
         containers.restore(|id| sandboxes.find(id).ok().flatten().is_some())?;
@@ -113,6 +119,8 @@ impl Daemon {
             run: config.run.clone(),
             config: describe(config),
             host,
+            events: events.clone(),
+            lists: Seats::new(patient),
         });
         let settings = grpc::Settings {
             socket: config.socket.clone(),
@@ -121,7 +129,7 @@ impl Daemon {
             queue: config.limits.queue,
         };
         let server = grpc::Server::start(settings, service)?;
-        Ok(Daemon { server: Some(server), network, watcher, _locks: locks })
+        Ok(Daemon { server: Some(server), network, watcher, events, _locks: locks })
     }
 
     /// What SIGHUP can change: log level and CNI configuration. Registry certificates are read for each pull anyway.
@@ -135,6 +143,8 @@ impl Daemon {
 
     /// Ends calls, not containers.
     pub fn stop(&mut self) {
+        // They would not end by themselves.
+        self.events.close();
         if let Some(server) = self.server.take() {
             server.stop(STOP_GRACE);
         }
@@ -193,7 +203,7 @@ fn snapshotter(config: &Config) -> Result<Snapshotter> {
     }
 }
 
-fn sandbox_settings(config: &Config) -> sandbox::Settings {
+fn sandbox_settings(config: &Config, events: Arc<dyn Listener<sandbox::Change>>) -> sandbox::Settings {
     sandbox::Settings {
         root: config.root.clone(),
         run: config.run.clone(),
@@ -202,10 +212,11 @@ fn sandbox_settings(config: &Config) -> sandbox::Settings {
         systemd_cgroup: config.systemd_cgroup,
         sysctls: config.sysctls.clone(),
         extra_networks: config.cni.extra_networks,
+        events,
     }
 }
 
-fn container_settings(config: &Config, host: crate::spec::HostFacts) -> container::Settings {
+fn container_settings(config: &Config, host: crate::spec::HostFacts, events: Arc<dyn Listener<container::Change>>) -> container::Settings {
     container::Settings {
         root: config.root.clone(),
         run: config.run.clone(),
@@ -214,6 +225,7 @@ fn container_settings(config: &Config, host: crate::spec::HostFacts) -> containe
         exec_output: config.limits.exec_output,
         defaults: crate::spec::Defaults::default(),
         host,
+        events,
     }
 }
 

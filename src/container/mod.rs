@@ -26,6 +26,6 @@ pub mod status;
 /// The user of a container, from its rootfs.
 pub mod user;
 
-pub use manager::{Container, Containers, CreateInputs, Settings};
+pub use manager::{Change, Container, Containers, CreateInputs, Settings};
 pub use metadata::Metadata;
 pub use status::{State, Status};

@@ -14,6 +14,8 @@ mod cancel;
 mod container;
 /// proto/ and the table of facts.
 mod descriptor;
+/// GetContainerEvents.
+mod events;
 /// ExecSync.
 mod exec;
 /// The ImageService.
@@ -42,5 +44,9 @@ mod retry;
 mod runtime;
 /// Sandboxes: the happy path and its rules.
 mod sandbox;
+/// The lists in pieces.
+mod stream_lists;
+/// Streams of messages that a test can leave, or not read.
+mod subscriber;
 /// Many things at once.
 mod together;
