@@ -5,6 +5,7 @@
 
 mod client;
 mod daemon;
+mod events;
 mod harness;
 mod images;
 mod lifecycle;
