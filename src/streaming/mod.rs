@@ -3,6 +3,8 @@
 
 /// Port-forward: the streams of a client to servers in a sandbox.
 pub mod portforward;
+/// SPDY/3.1: frames, header blocks, flow control.
+pub mod spdy;
 /// What carries the bytes of a connection.
 pub mod transport;
 /// SPDY's bytes in the messages of a WebSocket.

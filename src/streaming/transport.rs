@@ -36,8 +36,8 @@ impl Transport for Box<dyn Transport> {
     }
 }
 
-/// Makes a socket non-blocking and finds out about dead peers: an idle one within about a minute and a half, one that
-/// takes nothing within two minutes. Small frames leave at once.
+/// Makes a socket non-blocking, its small frames leave at once, and the kernel finds out about a dead idle peer within about
+/// a minute and a half. No TCP_USER_TIMEOUT: a peer that is alive may stop reading for as long as it likes.
 pub fn prepare(socket: &TcpStream) -> Result<()> {
     let what = || "set up a streaming connection";
     socket.set_nonblocking(true).context(what)?;

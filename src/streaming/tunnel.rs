@@ -1,7 +1,7 @@
 //! SPDY's bytes in the binary messages of a WebSocket: `SPDY/3.1+portforward.k8s.io`. Messages have no meaning of their own;
 //! a close frame is the end of the byte stream.
 
-use std::io::{self, ErrorKind, Read, Write};
+use std::io::{self, ErrorKind, IoSlice, Read, Write};
 use std::os::fd::{AsFd, BorrowedFd};
 
 use super::transport::Transport;
@@ -51,15 +51,29 @@ impl<T: Transport> Read for Tunnel<T> {
 
 impl<T: Transport> Write for Tunnel<T> {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        self.write_vectored(&[IoSlice::new(bytes)])
+    }
+
+    /// All parts as one message, so that a head does not travel alone.
+    fn write_vectored(&mut self, parts: &[IoSlice<'_>]) -> io::Result<usize> {
         if self.socket.backlog() >= LIMIT {
             self.socket.flush().map_err(foreign)?;
         }
-        let n = LIMIT.saturating_sub(self.socket.backlog()).min(bytes.len());
-        if n == 0 && !bytes.is_empty() {
+        let mut room = LIMIT.saturating_sub(self.socket.backlog());
+        if room == 0 && parts.iter().any(|p| !p.is_empty()) {
             return Err(ErrorKind::WouldBlock.into());
         }
-        self.socket.message(false, &[&bytes[..n]]).and_then(|()| self.socket.flush()).map_err(foreign)?;
-        Ok(n)
+        let mut taken: Vec<&[u8]> = Vec::with_capacity(parts.len());
+        for part in parts {
+            let n = part.len().min(room);
+            taken.push(&part[..n]);
+            room -= n;
+        }
+        let bytes = taken.iter().map(|p| p.len()).sum();
+        if bytes > 0 {
+            self.socket.message(false, &taken).and_then(|()| self.socket.flush()).map_err(foreign)?;
+        }
+        Ok(bytes)
     }
 
     fn flush(&mut self) -> io::Result<()> {
