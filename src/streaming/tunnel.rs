@@ -18,9 +18,9 @@ pub struct Tunnel<T: Transport> {
 }
 
 impl<T: Transport> Tunnel<T> {
-    /// Over a transport whose handshake is answered.
-    pub fn new(transport: T) -> Tunnel<T> {
-        Tunnel { socket: Socket::new(transport), part: None }
+    /// `answer` goes out first: the 101 that made it a WebSocket.
+    pub fn new(transport: T, answer: Vec<u8>) -> Tunnel<T> {
+        Tunnel { socket: Socket::new(transport, answer), part: None }
     }
 }
 

@@ -2,7 +2,7 @@
 //! what the client's window and one piece allow in memory; a slow one makes only its own stream wait.
 
 use std::collections::HashMap;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::time::{Duration, Instant};
 
 use crate::error::{Code, Error, Result};
@@ -10,6 +10,7 @@ use crate::sys::cancel::Cancel;
 
 use self::connection::{Connection, State};
 use self::pairs::{Added, Pair, Pairs};
+use super::request::NetTarget;
 use super::wire::{Input, StreamId, Wire};
 
 /// One TCP connection.
@@ -26,31 +27,16 @@ const KEEP_ALIVE: Duration = Duration::from_secs(30);
 /// What a client may take to read the last bytes.
 const LINGER: Duration = Duration::from_secs(2);
 
-/// Where the servers are.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum NetTarget {
-    /// In the network namespace pinned here.
-    Netns(PathBuf),
-    /// On the host.
-    Host,
-}
-
-impl NetTarget {
-    fn netns(&self) -> Option<&Path> {
-        match self {
-            NetTarget::Netns(pin) => Some(pin),
-            NetTarget::Host => None,
-        }
-    }
-}
-
 /// Serves the client until it goes. CANCELLED when `cancel` says so, DEADLINE_EXCEEDED after `idle` (zero: never) without a
 /// byte, INVALID_ARGUMENT when the client breaks its protocol. The client is told goodbye before.
 pub fn run(mut wire: Box<dyn Wire>, sandbox_id: &str, target: &NetTarget, idle: Duration, cancel: &Cancel) -> Result<()> {
     let mut session = Session {
         wire: &mut *wire,
         sandbox_id,
-        netns: target.netns(),
+        netns: match target {
+            NetTarget::Netns(pin) => Some(pin),
+            NetTarget::Host => None,
+        },
         pairs: Pairs::default(),
         connections: HashMap::new(),
         last_words: Vec::new(),

@@ -10,8 +10,9 @@ use std::time::{Duration, Instant};
 use tungstenite::protocol::{Role, WebSocket};
 use tungstenite::Message;
 
-use super::{run, NetTarget};
+use super::run;
 use crate::error::{Code, Result};
+use crate::streaming::request::NetTarget;
 use crate::streaming::spdy::frame::{self, Decoder, Encoder, Frame};
 use crate::streaming::spdy::Spdy;
 use crate::streaming::transport::{prepare, Plain};
@@ -301,7 +302,7 @@ fn start(kind: Kind, net: &Net, ports: &[u16], idle: Duration) -> Session {
     let server = Plain::new(server);
     let wire: Box<dyn Wire> = match kind {
         Kind::Spdy => Box::new(Spdy::new(server, Vec::new())),
-        Kind::Tunnel => Box::new(Spdy::new(Tunnel::new(server), Vec::new())),
+        Kind::Tunnel => Box::new(Spdy::new(Tunnel::new(server, Vec::new()), Vec::new())),
         Kind::Channels => websocket::open(server, &channels(false), &Channels::Ports(ports.to_vec())).unwrap(),
         Kind::Base64 => websocket::open(server, &channels(true), &Channels::Ports(ports.to_vec())).unwrap(),
     };

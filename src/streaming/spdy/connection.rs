@@ -64,8 +64,10 @@ struct Stream {
 }
 
 impl<T: Transport> Spdy<T> {
-    /// `answer` goes out first: the 101 that made it SPDY.
-    pub fn new(transport: T, answer: Vec<u8>) -> Spdy<T> {
+    /// `answer` goes out first: the 101 that made it SPDY. The session's window opens as far as may be unread, because a stream whose
+    /// bytes nobody uses would close the window of all others with its own.
+    pub fn new(transport: T, mut answer: Vec<u8>) -> Spdy<T> {
+        answer.extend_from_slice(&frame::window_update(0, (UNREAD_LIMIT as i64 - WINDOW) as u32));
         Spdy {
             transport,
             decoder: Decoder::default(),

@@ -66,13 +66,13 @@ struct Session<T: Transport> {
     ports: bool,
 }
 
-/// Speaks the upgrade's protocol over `transport`, whose handshake is answered. INVALID_ARGUMENT for too many ports.
+/// Answers the handshake and speaks the upgrade's protocol over `transport`. INVALID_ARGUMENT for too many ports.
 pub fn open<T: Transport + 'static>(transport: T, upgrade: &Upgrade, channels: &Channels) -> Result<Box<dyn Wire>> {
     let Protocol::Channels { base64, half_close, .. } = upgrade.protocol else {
         return Err(Error::internal(format!("open channels over {}", upgrade.name)));
     };
     let mut session = Session {
-        socket: Socket::new(transport),
+        socket: Socket::new(transport, upgrade.answer.clone().into_bytes()),
         base64,
         half_close,
         channels: Vec::new(),

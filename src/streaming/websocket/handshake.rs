@@ -33,7 +33,7 @@ pub struct Upgrade {
     pub protocol: Protocol,
     /// The subprotocol by name; empty: the client named none.
     pub name: &'static str,
-    /// The whole answer, to be sent as it is.
+    /// The whole answer, to be sent before all else.
     pub answer: String,
 }
 

@@ -40,8 +40,9 @@ pub struct Socket<T: Transport> {
 }
 
 impl<T: Transport> Socket<T> {
-    pub fn new(transport: T) -> Socket<T> {
-        Socket { transport, decoder: Decoder::new(), out: Vec::new(), sent: 0, pong: None, said_close: false, shut: false, gone: false }
+    /// `answer` goes out first: the 101 that made it a WebSocket.
+    pub fn new(transport: T, answer: Vec<u8>) -> Socket<T> {
+        Socket { transport, decoder: Decoder::new(), out: answer, sent: 0, pong: None, said_close: false, shut: false, gone: false }
     }
 
     pub fn as_fd(&self) -> BorrowedFd<'_> {
