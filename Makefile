@@ -11,10 +11,10 @@ RELEASE = $(TARGET)/release
 SHIM = target/crisp-shim
 
 .DEFAULT_GOAL := help
-.PHONY: help build shim deps doctor check test host bench demo run install uninstall clean
+.PHONY: help build shim deps doctor check test host test-vm bench demo run install uninstall clean
 
 help: ## Show this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 build: shim ## Build crispd and crisp (release) and the static crisp-shim
 	$(CARGO) build --locked --release --bin crispd --bin crisp
@@ -37,12 +37,19 @@ check: shim ## Format, lints, documentation, unit tests, the daemon in process, 
 	$(CARGO) test --locked --test cri --test tidy
 	scripts/install/test
 
-test: deps check host ## Install what is missing, then run every suite
+test: deps check host test-vm ## Install what is missing, then run every suite
 
 host: shim ## Real runtimes, plugins, overlayfs and a registry on this host (root)
 	@scripts/check-host test
 	@scripts/image
 	CRISP_SHIM=$(abspath $(SHIM)) scripts/with-hugetlb $(CARGO) test --locked --test host -- --test-threads=1
+
+test-vm: shim ## The suite of this host again, on cgroup v2 in a virtual machine (ONLY=part of a name)
+	@scripts/check-host vm
+	@scripts/image
+	@$(CARGO) build --locked --bin crispd
+	@scripts/vm/run "$$($(CARGO) test --locked --test host --no-run 2>&1 | sed -n 's/^ *Executable .*(\(.*\))$$/\1/p')" \
+		$(TARGET)/debug/crispd $(SHIM) '$(ONLY)'
 
 bench: build ## Measure beside containerd: a table, and target/bench.json (BENCH="--quick ...")
 	@scripts/install-deps bench
@@ -70,4 +77,4 @@ uninstall: ## Remove exactly what install put there; a changed configuration sta
 
 clean: ## Remove what was built
 	$(CARGO) clean
-	rm -rf $(SHIM) target/images target/python target/registry
+	rm -rf $(SHIM) target/images target/python target/registry target/vm

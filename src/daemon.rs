@@ -1,5 +1,6 @@
 //! The composition root: builds everything, restores, serves, stops in order.
 
+use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
@@ -18,8 +19,10 @@ use crate::runtime::Handlers;
 use crate::sandbox::{self, Sandboxes};
 use crate::service::{Fact, Seats, Service};
 use crate::snapshot::{Kind, Snapshotter};
+use crate::stats::filesystem::{self, Disk};
 use crate::sys::file;
 use crate::sys::watch::Watcher;
+use crate::telemetry::Endpoint;
 
 /// Time that running calls get at a stop.
 const STOP_GRACE: Duration = Duration::from_secs(5);
@@ -32,6 +35,8 @@ pub struct Daemon {
     network: Arc<Network>,
     watcher: Watcher,
     events: Arc<Bus<Fact>>,
+    disk: Arc<Disk>,
+    metrics: Option<Endpoint>,
     _locks: Vec<std::fs::File>,
 }
 
@@ -93,13 +98,14 @@ impl Daemon {
         let watcher = Watcher::start("exits")?;
         let network = Network::start(network_settings(config))?;
         let images = Images::open(image_settings(config))?;
-        let snapshots = snapshotter(config)?;
+        let mut snapshots = snapshotter(config)?;
+        let disk = Arc::new(Disk::start(disk_settings(config), snapshots.count_projects())?);
         let host = container::host::detect()?;
         let handlers = Handlers::probe(&config.runtimes, config.default_runtime.as_deref(), &config.run.join("probe"), &config.shim);
         let patient = (config.limits.slow_threads / PATIENT_SHARE).max(1);
         let events = Bus::<Fact>::new(config.limits.event_queue, patient);
         let sandboxes = Arc::new(Sandboxes::open(sandbox_settings(config, events.clone()), network.clone(), watcher.clone())?);
-        let settings = container_settings(config, host.clone(), events.clone());
+        let settings = container_settings(config, host.clone(), events.clone(), disk.clone());
         let containers = Arc::new(Containers::open(settings, images.clone(), snapshots, watcher.clone())?);
         sandboxes.restore()?;
         containers.restore(|id| sandboxes.find(id).ok().flatten().is_some())?;
@@ -128,8 +134,9 @@ impl Daemon {
             slow_threads: config.limits.slow_threads,
             queue: config.limits.queue,
         };
-        let server = grpc::Server::start(settings, service)?;
-        Ok(Daemon { server: Some(server), network, watcher, events, _locks: locks })
+        let server = grpc::Server::start(settings, service.clone())?;
+        let metrics = config.metrics.address.map(|address| endpoint(address, &server, service)).transpose()?;
+        Ok(Daemon { server: Some(server), network, watcher, events, disk, metrics, _locks: locks })
     }
 
     /// What SIGHUP can change: log level and CNI configuration. Registry certificates are read for each pull anyway.
@@ -150,7 +157,19 @@ impl Daemon {
         }
         // Records belong to whoever has the locks: exits from here on are for the next daemon to find.
         self.watcher.stop();
+        self.metrics = None;
+        self.disk.stop();
     }
+}
+
+fn endpoint(address: SocketAddr, server: &grpc::Server, service: Arc<Service>) -> Result<Endpoint> {
+    let lanes = server.observer();
+    let endpoint = Endpoint::start(address, move |gauges| {
+        lanes(gauges);
+        service.observe(gauges);
+    })?;
+    log::info!("metrics are served on http://{}/metrics", endpoint.address());
+    Ok(endpoint)
 }
 
 /// One daemon per directory.
@@ -216,7 +235,16 @@ fn sandbox_settings(config: &Config, events: Arc<dyn Listener<sandbox::Change>>)
     }
 }
 
-fn container_settings(config: &Config, host: crate::spec::HostFacts, events: Arc<dyn Listener<container::Change>>) -> container::Settings {
+fn disk_settings(config: &Config) -> filesystem::Settings {
+    filesystem::Settings { interval: Duration::from_secs(config.stats.disk_interval), files_per_second: config.stats.disk_files_per_second }
+}
+
+fn container_settings(
+    config: &Config,
+    host: crate::spec::HostFacts,
+    events: Arc<dyn Listener<container::Change>>,
+    layers: Arc<Disk>,
+) -> container::Settings {
     container::Settings {
         root: config.root.clone(),
         run: config.run.clone(),
@@ -226,6 +254,7 @@ fn container_settings(config: &Config, host: crate::spec::HostFacts, events: Arc
         defaults: crate::spec::Defaults::default(),
         host,
         events,
+        layers,
     }
 }
 

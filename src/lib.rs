@@ -36,9 +36,6 @@ pub mod sandbox;
 #[cfg(feature = "engine")]
 pub mod config;
 
-/// Counters of the daemon itself, for Prometheus.
-#[cfg(feature = "engine")]
-pub mod telemetry;
 /// What happened to sandboxes and containers, for subscribers.
 #[cfg(feature = "engine")]
 pub mod event;
@@ -61,6 +58,9 @@ pub mod spec;
 #[cfg(feature = "engine")]
 pub mod store;
 
+/// Counters of the daemon itself, for Prometheus.
+#[cfg(feature = "engine")]
+pub mod telemetry;
 /// Generated CRI and admin messages and service tables.
 #[cfg(feature = "engine")]
 pub mod api;

@@ -5,6 +5,9 @@
 pub mod parse;
 /// Paths as the OCI spec writes them, and systemd's slices.
 pub mod path;
+/// What a cgroup uses: readers of both versions.
+#[cfg(feature = "engine")]
+pub mod stat;
 /// Facts of the v1 controllers.
 pub mod v1;
 /// Facts of the unified hierarchy.
@@ -203,6 +206,26 @@ impl Cgroup {
         pids.sort_unstable();
         pids.dedup();
         pids
+    }
+
+    /// How many processes there are in it and below, by one hierarchy that OCI runtimes and execs use whole: a cgroup without
+    /// children costs one file.
+    #[cfg(feature = "engine")]
+    pub fn process_count(&self) -> u64 {
+        use std::os::unix::fs::MetadataExt;
+        let Some(dir) = self.dir("pids") else { return 0 };
+        let mut count = 0;
+        let mut add = |path: &Path| {
+            let text = std::fs::read_to_string(path.join("cgroup.procs")).unwrap_or_default();
+            count += stat::pids::processes(&text);
+        };
+        // A directory of cgroupfs has a link from each child.
+        match std::fs::symlink_metadata(dir) {
+            Ok(meta) if meta.nlink() == 2 => add(dir),
+            Ok(_) => for_each_dir(dir, &mut add),
+            Err(_) => {}
+        }
+        count
     }
 
     /// Sends SIGKILL to all processes once; gives how many there were. Repeat until 0: a process may fork meanwhile.

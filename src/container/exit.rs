@@ -107,6 +107,9 @@ impl Containers {
     pub(super) fn bury(&self, container: &Arc<Container>, exit_code: i32, reason: &str, message: &str) {
         let (id, meta) = (container.id(), &container.meta);
         log::warn!("container {id}: {message}");
+        if reason == "ShimDied" {
+            crate::telemetry::shim_died();
+        }
         let cleaned =
             self.cgroup(container).and_then(|cgroup| client::cleanup_dead(&meta.handler, id, &meta.dir, Some(&cgroup), CLEANUP_LIMIT));
         if let Err(e) = cleaned {

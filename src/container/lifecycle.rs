@@ -52,6 +52,7 @@ impl Containers {
         let limit = self.settings.runtime_timeout + SHIM_MARGIN;
         // Not cancelled with the client: a start is finished and found by the retry's status.
         let started = client::start(&self.settings.shim, &container.meta.dir, &self.shim_config(container), &Cancel::never(), limit);
+        crate::telemetry::shim_started(started.is_ok());
         crash::step("start:2-started");
         match started {
             Ok(started) => {

@@ -24,6 +24,14 @@ use crate::sys::file::{self, Durability};
 use crate::sys::lock::{Lock, Rank};
 use crate::sys::watch::Watcher;
 
+/// Whoever measures writable layers.
+pub trait LayerWatch: Send + Sync {
+    /// A container has the writable layer `upper_dir` from now on.
+    fn appeared(&self, container_id: &str, upper_dir: &Path);
+    /// Its layer is about to be removed.
+    fn disappears(&self, container_id: &str);
+}
+
 /// What the manager needs to know.
 pub struct Settings {
     pub root: PathBuf,
@@ -36,6 +44,7 @@ pub struct Settings {
     pub defaults: Defaults,
     pub host: HostFacts,
     pub events: Arc<dyn Listener<Change>>,
+    pub layers: Arc<dyn LayerWatch>,
 }
 
 /// A step in the life of a container.
@@ -182,6 +191,7 @@ impl Containers {
             return Err(error);
         }
         let id = container.id().to_owned();
+        self.settings.layers.appeared(&id, &self.snapshots.writable(&id));
         let status = container.status();
         self.index.insert_and(&id, container.clone(), || self.tell(&container, event::Kind::Created, None, Some(&status)));
         Ok(id)
@@ -282,6 +292,7 @@ impl Containers {
         }
         self.update(container, |s| s.removing = true)?;
         self.delete_again(container);
+        self.settings.layers.disappears(&container.meta.id);
         self.release(container).context(what)?;
         crash::step("remove:2-files");
         self.records.remove(&container.meta.id).context(what)?;

@@ -28,6 +28,6 @@ pub mod stream;
 /// The user of a container, from its rootfs.
 pub mod user;
 
-pub use manager::{Change, Container, Containers, CreateInputs, Settings};
+pub use manager::{Change, Container, Containers, CreateInputs, LayerWatch, Settings};
 pub use metadata::Metadata;
 pub use status::{State, Status};

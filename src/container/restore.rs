@@ -66,6 +66,7 @@ impl Containers {
             log::error!("container {}: {e}", meta.id);
         }
         self.names.restore(&meta.name, &meta.id, &request);
+        self.settings.layers.appeared(&meta.id, &self.snapshots.writable(&meta.id));
         self.index.insert(&meta.id.clone(), container);
         Ok(())
     }

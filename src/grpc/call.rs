@@ -16,6 +16,7 @@ use super::lane::Lane;
 use crate::error::{Code, Error, Result};
 use crate::service::Call;
 use crate::sys::cancel::Cancel;
+use crate::telemetry::{self, CallMeter};
 
 /// What is known of a method.
 #[derive(Clone, Copy)]
@@ -23,6 +24,13 @@ pub(super) struct Method {
     pub name: &'static str,
     /// Lists and status calls are logged at debug: kubelet makes several a second.
     pub quiet: bool,
+    pub meter: &'static CallMeter,
+}
+
+impl Method {
+    pub fn new(name: &'static str, quiet: bool) -> Method {
+        Method { name, quiet, meter: telemetry::call_meter(name) }
+    }
 }
 
 /// Runs `body` and logs; a panic is INTERNAL.
@@ -33,7 +41,9 @@ fn run<T>(method: Method, call: &Call, body: impl FnOnce(&Call) -> Result<T>) ->
         Err(Error::internal(format!("{} panicked: {}", method.name, text.unwrap_or("no message"))))
     });
     let id = call.subject();
-    let ms = begin.elapsed().as_secs_f64() * 1e3;
+    let took = begin.elapsed();
+    method.meter.record(result.as_ref().map_or_else(Error::code, |_| Code::Ok), took);
+    let ms = took.as_secs_f64() * 1e3;
     match &result {
         Ok(_) if method.quiet => log::debug!("{} {id} {ms:.1} ms OK", method.name),
         Ok(_) => log::info!("{} {id} {ms:.1} ms OK", method.name),

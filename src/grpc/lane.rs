@@ -38,8 +38,11 @@ impl Lane {
 
     /// Queues `job`; gives it back when the queue is full.
     pub fn submit(self: &Arc<Lane>, job: Job) -> Result<(), Job> {
-        self.sender.try_send(job).map_err(|e| match e {
-            TrySendError::Full(job) | TrySendError::Disconnected(job) => job,
+        self.sender.try_send(job).map_err(|e| {
+            crate::telemetry::lane_refused(self.name);
+            match e {
+                TrySendError::Full(job) | TrySendError::Disconnected(job) => job,
+            }
         })?;
         let mut workers = self.workers.lock();
         if self.receiver.len() > workers.idle && workers.running < self.cap {
@@ -55,6 +58,13 @@ impl Lane {
             }
         }
         Ok(())
+    }
+
+    /// Calls that wait, workers, and how many of them are at work.
+    pub fn load(&self) -> (usize, usize, usize) {
+        let queued = self.receiver.len();
+        let workers = self.workers.lock();
+        (queued, workers.running, workers.running.saturating_sub(workers.idle))
     }
 
     fn work(&self) {

@@ -16,6 +16,7 @@ use grpcio::{ChannelBuilder, ResourceQuota, ServerBuilder, ServerCredentials};
 
 use crate::error::{Context, Error, Result};
 use crate::service::Service;
+use crate::telemetry::Gauges;
 use lane::Lane;
 
 /// Requests may be this large; clients receive 16 MiB at most, but send more (contract.md).
@@ -40,6 +41,7 @@ pub(crate) struct Lanes {
 
 /// A listening server.
 pub struct Server {
+    lanes: Arc<Lanes>,
     inner: grpcio::Server,
     socket: PathBuf,
 }
@@ -62,7 +64,21 @@ impl Server {
         let mut inner = builder.build().map_err(|e| Error::internal(format!("build the gRPC server: {e}")))?;
         bind(&mut inner, &settings)?;
         inner.start();
-        Ok(Server { inner, socket: settings.socket })
+        Ok(Server { lanes, inner, socket: settings.socket })
+    }
+
+    /// What to ask at each scrape of the metrics.
+    pub fn observer(&self) -> impl Fn(&mut Gauges) + Send + 'static {
+        let lanes = self.lanes.clone();
+        move |gauges| {
+            for (name, lane) in [("fast", &lanes.fast), ("slow", &lanes.slow)] {
+                let (queued, workers, busy) = lane.load();
+                let lane = [("lane", name)];
+                gauges.set("crisp_lane_queued_calls", "Calls that wait for a worker of their lane.", &lane, queued as f64);
+                gauges.set("crisp_lane_workers", "Workers of a lane.", &lane, workers as f64);
+                gauges.set("crisp_lane_busy_workers", "Workers of a lane that are at work.", &lane, busy as f64);
+            }
+        }
     }
 
     /// Refuses new calls, lets running ones end for `grace`, cancels the rest. Containers do not notice.

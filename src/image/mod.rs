@@ -23,6 +23,7 @@ mod unpack;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::AtomicU64;
 use std::sync::Arc;
+use std::time::Instant;
 
 pub use auth::Auth;
 pub use catalog::Image;
@@ -39,6 +40,7 @@ use registry::Client;
 use crate::error::{Context, Result};
 use crate::sys::cancel::Cancel;
 use crate::sys::file;
+use crate::telemetry;
 
 /// What the daemon configures.
 #[derive(Clone, Debug)]
@@ -191,7 +193,12 @@ impl Images {
         let auth = auth.unwrap_or_default();
         let key = format!("{reference} {}", auth.fingerprint());
         let inner = self.inner.clone();
-        let body = move |cancel: &Cancel, watch: Watch| pull::pull(&inner, &reference, &auth, cancel, watch);
+        let body = move |cancel: &Cancel, watch: Watch| {
+            let begin = Instant::now();
+            let pulled = pull::pull(&inner, &reference, &auth, cancel, watch);
+            telemetry::image_pulled(pulled.is_ok(), begin.elapsed());
+            pulled
+        };
         self.inner.flights.join(&key, cancel, watch, body)
     }
 

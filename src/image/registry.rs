@@ -448,6 +448,7 @@ impl Read for Transfer {
                 Err(self.fail(unavailable(format!("{}: ended {} bytes early", self.what, self.left))))
             }
             Ok(n) => {
+                crate::telemetry::pull_received(n as u64);
                 self.left = self.left.saturating_sub(n as u64);
                 Ok(n)
             }

@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use serde::Deserialize;
 
@@ -13,6 +13,7 @@ use crate::error::{Context, Error, Result};
 use crate::sys::cancel::Cancel;
 use crate::sys::lock::{Lock, Rank};
 use crate::sys::process::Program;
+use crate::telemetry;
 
 /// Bytes kept of a plugin's stdout and of its stderr.
 const OUTPUT_LIMIT: usize = 1 << 20;
@@ -91,7 +92,10 @@ impl Plugins {
     pub fn run(&self, kind: &str, verb: Verb, target: Option<Target<'_>>, request: &[u8], cancel: &Cancel) -> Result<Vec<u8>> {
         let path = self.find(kind)?;
         let what = || format!("plugin {kind}: {}", verb.name());
-        let output = self.run_path(&path, verb, target, request, cancel).context(what)?;
+        let begin = Instant::now();
+        let output = self.run_path(&path, verb, target, request, cancel);
+        telemetry::cni_ran(kind, verb.name(), output.as_ref().is_ok_and(|o| o.status.success()), begin.elapsed());
+        let output = output.context(what)?;
         if output.status.success() {
             return Ok(output.stdout);
         }
@@ -155,7 +159,6 @@ impl Plugins {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::time::Instant;
 
     fn plugins(script: &str) -> (tempfile::TempDir, Plugins) {
         let dir = tempfile::tempdir().unwrap();

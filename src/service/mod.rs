@@ -13,6 +13,8 @@ mod convert;
 mod events;
 /// ExecSync, UpdateContainerResources, ReopenContainerLog.
 mod exec;
+/// For the metrics of the daemon itself.
+mod gauges;
 /// The ImageService.
 mod image;
 /// Version, Status, RuntimeConfig, UpdateRuntimeConfig.

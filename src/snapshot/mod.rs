@@ -4,8 +4,10 @@ mod copy;
 mod overlay;
 
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use crate::error::{Context, Error, ErrorList, Result};
+use crate::sys::quota::Projects;
 use crate::sys::{file, mount};
 
 /// How root filesystems are made.
@@ -22,6 +24,8 @@ pub enum Kind {
 pub struct Snapshotter {
     dir: PathBuf,
     kind: Kind,
+    /// Set: the kernel counts what each snapshot takes.
+    projects: Option<Arc<Projects>>,
 }
 
 impl Snapshotter {
@@ -29,7 +33,7 @@ impl Snapshotter {
     pub fn new(root: &Path, kind: Kind) -> Result<Snapshotter> {
         let dir = root.join("snapshots");
         file::make_dir(&dir, 0o711)?;
-        Ok(Snapshotter { dir, kind })
+        Ok(Snapshotter { dir, kind, projects: None })
     }
 
     /// overlayfs if this file system can carry one (tried with a real mount), else copies, with a warning.
@@ -40,6 +44,12 @@ impl Snapshotter {
             found.kind = Kind::Copy;
         }
         Ok(found)
+    }
+
+    /// Has the kernel count new snapshots, if their file system can do it.
+    pub fn count_projects(&mut self) -> Option<Arc<Projects>> {
+        self.projects = Projects::detect(&self.dir).map_err(|e| log::debug!("snapshot: {e}")).ok().map(Arc::new);
+        self.projects.clone()
     }
 
     pub fn kind(&self) -> Kind {
@@ -62,6 +72,10 @@ impl Snapshotter {
         // On disk before the mount: what a crash leaves is found by `list`.
         file::make_dir(&place, 0o700)?;
         let undo = Undo { snapshotter: self, container, target };
+        // Before anything is in it: all of it inherits the project, and renames between projects are refused.
+        if let Some(Err(e)) = self.projects.as_ref().map(|p| p.assign(&place)) {
+            log::warn!("{}: {e}; it will be walked", what());
+        }
         let fs = place.join("fs");
         file::make_dir(&fs, 0o755)?;
         file::make_dir(target, 0o711)?;

@@ -1,1 +1,6 @@
-//! Stats of containers and sandboxes, and cAdvisor metrics, read from kernel files in parallel.
+//! Stats and cAdvisor metrics from kernel files, in parallel.
+
+/// Usage of writable layers.
+pub mod filesystem;
+/// Counting a directory tree, a few files at a time.
+mod walk;

@@ -31,6 +31,9 @@ pub mod netlink;
 pub mod pidfd;
 /// Child processes: bounded output, timeout, process group killed.
 pub mod process;
+/// Project quotas of file systems.
+#[cfg(feature = "engine")]
+pub mod quota;
 /// File operations confined to a directory that holds a layer of a stranger.
 #[cfg(feature = "engine")]
 pub mod rooted;

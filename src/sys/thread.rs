@@ -9,6 +9,17 @@ pub fn spawn<T: Send + 'static>(name: &str, body: impl FnOnce() -> T + Send + 's
     std::thread::Builder::new().name(name.to_owned()).stack_size(512 * 1024).spawn(body).context(|| format!("start thread {name}"))
 }
 
+/// From here on the calling thread gets processor and disk only when nobody else wants them.
+#[cfg(feature = "engine")]
+pub fn lowest_priority() {
+    // IOPRIO_CLASS_IDLE of <linux/ioprio.h>.
+    const IDLE: libc::c_int = 3 << 13;
+    // For Linux 0 is the calling thread, not its process. A failure costs others a little time, nothing else.
+    let _ = rustix::process::setpriority_process(None, 19);
+    // SAFETY: the call takes numbers alone: IOPRIO_WHO_PROCESS, this thread, the class.
+    let _ = unsafe { libc::syscall(libc::SYS_ioprio_set, 1, 0, IDLE) };
+}
+
 /// Runs `body` on a fresh thread and waits for it: for work that changes the thread's namespaces, after which the thread
 /// must not be used again.
 pub fn run_apart<T: Send + 'static>(name: &str, body: impl FnOnce() -> Result<T> + Send + 'static) -> Result<T> {

@@ -6,6 +6,7 @@ use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::process::{Child, ExitStatus};
 use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::LazyLock;
 use std::time::{Duration, Instant};
 
 use crisp::api::admin::ImportImageRequest;
@@ -21,8 +22,18 @@ use crate::client::Client;
 
 const CALL_TIMEOUT: Duration = Duration::from_secs(60);
 const START_TIMEOUT: Duration = Duration::from_secs(30);
+const STOP_TIMEOUT: Duration = Duration::from_secs(20);
 pub const BUSYBOX: &str = "localhost/busybox:latest";
 pub const PAUSE: &str = "localhost/pause:latest";
+
+/// A limit of time on this machine: CRISP_TEST_PATIENCE times `limit`, for machines that are emulated.
+pub fn patience(limit: Duration) -> Duration {
+    static FACTOR: LazyLock<u32> = LazyLock::new(|| match std::env::var("CRISP_TEST_PATIENCE") {
+        Ok(text) => text.parse().expect("CRISP_TEST_PATIENCE is a whole number"),
+        Err(_) => 1,
+    });
+    limit * *FACTOR
+}
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Kind {
@@ -152,7 +163,9 @@ impl Daemon {
         loop {
             match client.call(&VersionRequest { version: "0.1.0".into(), ..Default::default() }) {
                 Ok(_) => return,
-                Err(error) => assert!(begin.elapsed() < START_TIMEOUT, "the daemon does not answer: {error}\n{}", self.log_tail()),
+                Err(error) => {
+                    assert!(begin.elapsed() < patience(START_TIMEOUT), "the daemon does not answer: {error}\n{}", self.log_tail())
+                }
             }
             if let Some(status) = self.ended() {
                 panic!("the daemon ended with {status}:\n{}", self.log_tail());
@@ -162,7 +175,7 @@ impl Daemon {
     }
 
     pub fn client(&self) -> Client {
-        Client::new(&self.layout.socket(), CALL_TIMEOUT)
+        Client::new(&self.layout.socket(), patience(CALL_TIMEOUT))
     }
 
     /// 0 when it does not run.
@@ -175,12 +188,12 @@ impl Daemon {
         self.child.as_mut().and_then(|child| child.try_wait().expect("wait for the daemon"))
     }
 
-    /// Sends `signal` and waits for the end, `None` if it does not come within 20 s (the daemon is killed then).
+    /// Sends `signal` and waits for the end, `None` if it does not come within `STOP_TIMEOUT` (the daemon is killed then).
     pub fn stop(&mut self, signal: Signal) -> Option<ExitStatus> {
         let mut child = self.child.take()?;
         let begin = Instant::now();
         let _ = kill(Pid::from_raw(child.id() as i32), signal);
-        while begin.elapsed() < Duration::from_secs(20) {
+        while begin.elapsed() < patience(STOP_TIMEOUT) {
             if let Some(status) = child.try_wait().expect("wait for the daemon") {
                 return Some(status);
             }
@@ -326,7 +339,7 @@ pub fn image(name: &str) -> PathBuf {
 pub fn tool(program: &str, arguments: &[&str]) -> String {
     let path = if program.contains('/') { Some(PathBuf::from(program)) } else { find(program) };
     let path = path.unwrap_or_else(|| panic!("{program} is not installed: run scripts/install-deps"));
-    let output = Program::new(path).env("PATH", search_path()).args(arguments).run_ok(&Cancel::never(), Duration::from_secs(120));
+    let output = Program::new(path).env("PATH", search_path()).args(arguments).run_ok(&Cancel::never(), patience(Duration::from_secs(120)));
     String::from_utf8_lossy(&output.unwrap_or_else(|e| panic!("{program} {}: {e}", arguments.join(" "))).stdout).into_owned()
 }
 
@@ -376,7 +389,7 @@ pub fn cgroup_dirs(tag: &str) -> Vec<PathBuf> {
 fn remove_cgroups(tag: &str) {
     let begin = Instant::now();
     // A cgroup is busy until its last process is reaped.
-    while begin.elapsed() < Duration::from_secs(2) {
+    while begin.elapsed() < patience(Duration::from_secs(2)) {
         let dirs = cgroup_dirs(tag);
         if dirs.is_empty() {
             return;

@@ -2,20 +2,24 @@
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use crisp::api::runtime::{
     ContainerEventResponse, ContainerEventType, ContainerState, GetEventsRequest, PodSandboxState, PodSandboxStatusRequest,
 };
 use crisp::cli::client::{Client, FOREVER};
 
-use crate::harness::{handlers, Host, PATIENCE};
+use crate::daemon::patience;
+use crate::harness::{handlers, Host};
 use crate::objects::sandbox_config;
 
 const CREATED: ContainerEventType = ContainerEventType::CONTAINER_CREATED_EVENT;
 const STARTED: ContainerEventType = ContainerEventType::CONTAINER_STARTED_EVENT;
 const STOPPED: ContainerEventType = ContainerEventType::CONTAINER_STOPPED_EVENT;
 const DELETED: ContainerEventType = ContainerEventType::CONTAINER_DELETED_EVENT;
+
+/// How long an event may take.
+const LIMIT: Duration = Duration::from_secs(20);
 
 /// Everything heard so far; the thread behind it ends with the daemon.
 #[derive(Clone, Default)]
@@ -38,7 +42,7 @@ impl Heard {
             if heard.all().iter().any(|e| e.container_id == probe.id && kind(e) == DELETED) {
                 return heard;
             }
-            assert!(begin.elapsed() < PATIENCE, "no event comes");
+            assert!(begin.elapsed() < patience(LIMIT), "no event comes");
         }
     }
 
@@ -49,8 +53,8 @@ impl Heard {
     fn wait(&self, id: &str, wanted: ContainerEventType) {
         let begin = Instant::now();
         while !self.all().iter().any(|e| e.container_id == id && kind(e) == wanted) {
-            assert!(begin.elapsed() < PATIENCE, "{wanted:?} of {id} does not come");
-            std::thread::sleep(std::time::Duration::from_millis(10));
+            assert!(begin.elapsed() < patience(LIMIT), "{wanted:?} of {id} does not come");
+            std::thread::sleep(Duration::from_millis(10));
         }
     }
 

@@ -15,7 +15,7 @@ use grpcio::RpcStatusCode;
 use parking_lot::{Mutex, MutexGuard};
 
 use crate::client::{Call, Client};
-use crate::daemon::{find, image, shim, Daemon, Kind, Options};
+use crate::daemon::{find, image, patience, shim, Daemon, Kind, Options};
 use crate::logs::Log;
 use crate::objects::{container_config, create_request, exec_request, run_request, sandbox_config};
 use crate::snapshot::Snapshot;
@@ -23,8 +23,8 @@ use crate::snapshot::Snapshot;
 /// Hosts have one mount table, one list of links, one cgroup tree: one test at a time.
 static ALONE: Mutex<()> = Mutex::new(());
 
-/// How long an exit, an address or a log line may take.
-pub const PATIENCE: Duration = Duration::from_secs(20);
+/// How long an exit, an address or a log line may take (see `patience`).
+const PATIENCE: Duration = Duration::from_secs(20);
 
 pub struct Host {
     pub daemon: Daemon,
@@ -65,7 +65,7 @@ pub fn handlers() -> Vec<String> {
     }
 }
 
-/// runc and crun, which must both work here.
+/// runc and crun, which must both work here; CRISP_TEST_RUNTIMES may name one of them.
 fn runtimes() -> Vec<(String, PathBuf)> {
     let hybrid = Path::new("/sys/fs/cgroup/unified/cgroup.controllers").exists();
     let mounts = fs::read_to_string("/proc/mounts").expect("read the mount table");
@@ -74,7 +74,15 @@ fn runtimes() -> Vec<(String, PathBuf)> {
         "crun 1.8 refuses this host's hybrid cgroups unless hugetlb is mounted: run make host, or scripts/with-hugetlb cargo test …"
     );
     let named = |name: &str| (name.to_owned(), find(name).unwrap_or_else(|| panic!("{name} is not installed: run scripts/install-deps")));
-    vec![named("runc"), named("crun")]
+    wanted_runtimes().into_iter().map(named).collect()
+}
+
+/// The OCI runtimes to test with.
+pub fn wanted_runtimes() -> Vec<&'static str> {
+    let wanted = std::env::var("CRISP_TEST_RUNTIMES").unwrap_or_else(|_| "runc,crun".into());
+    let found: Vec<_> = ["runc", "crun"].into_iter().filter(|name| wanted.split(',').any(|w| w == *name)).collect();
+    assert!(!found.is_empty(), "CRISP_TEST_RUNTIMES={wanted}: runc, crun or both");
+    found
 }
 
 fn require() {
@@ -173,14 +181,14 @@ impl Host {
             if status.state.enum_value() == Ok(ContainerState::CONTAINER_EXITED) {
                 return status;
             }
-            assert!(begin.elapsed() < PATIENCE, "{} does not exit: {status}", container.id);
+            assert!(begin.elapsed() < patience(PATIENCE), "{} does not exit: {status}", container.id);
             std::thread::sleep(Duration::from_millis(20));
         }
     }
 
     /// Exit code, stdout and stderr of a command in the container.
     pub fn exec(&self, container: &Container, command: &[&str]) -> (i32, String, String) {
-        let answer = self.call(&exec_request(&container.id, command, 10));
+        let answer = self.call(&exec_request(&container.id, command, patience(Duration::from_secs(10)).as_secs() as i64));
         let text = |bytes: Vec<u8>| String::from_utf8_lossy(&bytes).into_owned();
         (answer.exit_code, text(answer.stdout), text(answer.stderr))
     }
@@ -243,8 +251,8 @@ impl Drop for Host {
 /// One GET; the body, or why there is none. For servers that close after the answer.
 pub fn http_get(address: &str, port: u16, path: &str) -> std::io::Result<String> {
     let address: SocketAddr = format!("{address}:{port}").parse().expect("an address");
-    let mut stream = TcpStream::connect_timeout(&address, Duration::from_secs(2))?;
-    stream.set_read_timeout(Some(Duration::from_secs(5)))?;
+    let mut stream = TcpStream::connect_timeout(&address, patience(Duration::from_secs(2)))?;
+    stream.set_read_timeout(Some(patience(Duration::from_secs(5))))?;
     stream.write_all(format!("GET {path} HTTP/1.0\r\nHost: test\r\n\r\n").as_bytes())?;
     let mut text = String::new();
     stream.read_to_string(&mut text)?;
@@ -257,7 +265,7 @@ pub fn http_get_soon(address: &str, port: u16, path: &str) -> String {
     loop {
         match http_get(address, port, path) {
             Ok(body) => return body,
-            Err(e) => assert!(begin.elapsed() < PATIENCE, "{address}:{port}{path}: {e}"),
+            Err(e) => assert!(begin.elapsed() < patience(PATIENCE), "{address}:{port}{path}: {e}"),
         }
         std::thread::sleep(Duration::from_millis(20));
     }

@@ -38,7 +38,12 @@ impl Log {
     pub fn wait_for(&self, text: &str) {
         let begin = Instant::now();
         while !self.lines().iter().any(|line| line.text.contains(text)) {
-            assert!(begin.elapsed() < Duration::from_secs(20), "no {text:?} in {}: {:?}", self.0.display(), self.lines());
+            assert!(
+                begin.elapsed() < crate::daemon::patience(Duration::from_secs(20)),
+                "no {text:?} in {}: {:?}",
+                self.0.display(),
+                self.lines()
+            );
             std::thread::sleep(Duration::from_millis(20));
         }
     }

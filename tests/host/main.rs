@@ -19,3 +19,4 @@ mod shim;
 mod snapshot;
 mod spec;
 mod trouble;
+mod unified;

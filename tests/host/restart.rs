@@ -7,7 +7,7 @@ use crisp::api::runtime::{ContainerState, ListContainersRequest, ListPodSandboxR
 use nix::sys::signal::Signal;
 
 use crate::client::Call;
-use crate::daemon::{crispd, tool, Kind};
+use crate::daemon::{crispd, patience, tool, Kind};
 use crate::harness::{handlers, http_get_soon, kind, Container, Host, Sandbox};
 use crate::objects::{container_config, create_request, exec_request, run_request, sandbox_config};
 
@@ -121,6 +121,13 @@ fn live(host: &Host, name: &str, handler: &str) -> Result<(), grpcio::Error> {
     Ok(())
 }
 
+/// Every how many steps the daemon is crashed: CRISP_TEST_STEPS, or at each.
+fn stride() -> usize {
+    let stride = std::env::var("CRISP_TEST_STEPS").map_or(1, |text| text.parse().expect("CRISP_TEST_STEPS is a whole number"));
+    assert!((1..=5).contains(&stride), "CRISP_TEST_STEPS={stride}: 1 to 5");
+    stride
+}
+
 /// The daemon aborts itself at each step it names (`CRISP_CRASH_AT`, only in builds with debug assertions).
 #[test]
 fn a_crash_at_each_step_leaves_nothing() {
@@ -134,7 +141,7 @@ fn a_crash_at_each_step_leaves_nothing() {
     let mut host = Host::start();
     let witness = Witness::new(&host, "");
     let mut missed = Vec::new();
-    for (number, step) in steps.iter().enumerate() {
+    for (number, step) in steps.iter().enumerate().step_by(stride()) {
         // Each step with one of the runtimes, in turns.
         let handler = &handlers[number % handlers.len()];
         host.daemon.stop(Signal::SIGTERM);
@@ -143,7 +150,7 @@ fn a_crash_at_each_step_leaves_nothing() {
         // A step of the restore itself ends it before it answers.
         let begin = Instant::now();
         let mut outcome = Ok(());
-        while host.daemon.ended().is_none() && begin.elapsed() < Duration::from_secs(30) {
+        while host.daemon.ended().is_none() && begin.elapsed() < patience(Duration::from_secs(30)) {
             if host.client.call(&ListPodSandboxRequest::default()).is_ok() {
                 outcome = live(&host, &format!("life{number}"), handler);
                 break;

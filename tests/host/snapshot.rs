@@ -6,7 +6,7 @@ use std::net::Ipv4Addr;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-use crate::daemon::{cgroup_dirs, cgroup_processes, find, tool, Daemon, Kind, Layout};
+use crate::daemon::{cgroup_dirs, cgroup_processes, find, patience, tool, Daemon, Kind, Layout};
 
 /// The last traces of a process or a device go a moment after the call that removed them has answered.
 const SETTLE: Duration = Duration::from_secs(5);
@@ -63,7 +63,7 @@ impl Snapshot {
             if left.is_empty() {
                 return;
             }
-            if begin.elapsed() > SETTLE {
+            if begin.elapsed() > patience(SETTLE) {
                 panic!("left behind: {left:#?}\nthe daemon's log:\n{}", daemon.log_tail());
             }
             std::thread::sleep(Duration::from_millis(50));

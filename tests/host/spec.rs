@@ -21,7 +21,10 @@ use oci_spec::image::ImageConfiguration;
 use oci_spec::runtime::Spec;
 use protobuf::MessageField;
 
-const LIMIT: Duration = Duration::from_secs(30);
+use crate::daemon::patience;
+use crate::harness::wanted_runtimes;
+
+static LIMIT: LazyLock<Duration> = LazyLock::new(|| patience(Duration::from_secs(30)));
 const BUSYBOX: &str = "/bin/busybox";
 const HUGETLB: &str = "/sys/fs/cgroup/hugetlb";
 
@@ -43,7 +46,7 @@ impl Hugetlb {
             return Hugetlb { mounted: false, made: false };
         }
         let made = std::fs::create_dir(HUGETLB).is_ok();
-        program("mount").args(["-t", "cgroup", "-o", "hugetlb", "cgroup", HUGETLB]).run_ok(&Cancel::never(), LIMIT).unwrap();
+        program("mount").args(["-t", "cgroup", "-o", "hugetlb", "cgroup", HUGETLB]).run_ok(&Cancel::never(), *LIMIT).unwrap();
         Hugetlb { mounted: true, made }
     }
 }
@@ -51,7 +54,7 @@ impl Hugetlb {
 impl Drop for Hugetlb {
     fn drop(&mut self) {
         if self.mounted {
-            let _ = program("umount").arg(HUGETLB).run(&Cancel::never(), LIMIT);
+            let _ = program("umount").arg(HUGETLB).run(&Cancel::never(), *LIMIT);
         }
         if self.made {
             let _ = std::fs::remove_dir(HUGETLB);
@@ -150,8 +153,8 @@ impl Case {
         std::fs::write(self.dir.path().join("config.json"), serde_json::to_vec(&self.spec(&id)).unwrap()).unwrap();
         let state = self.dir.path().join(runtime);
         let run = program(runtime).arg("--root").arg(&state).args(["run", "--bundle"]).arg(self.dir.path()).arg(&id);
-        let output = run.run(&Cancel::never(), LIMIT).unwrap();
-        let _ = program(runtime).arg("--root").arg(&state).args(["delete", "--force", &id]).run(&Cancel::never(), LIMIT);
+        let output = run.run(&Cancel::never(), *LIMIT).unwrap();
+        let _ = program(runtime).arg("--root").arg(&state).args(["delete", "--force", &id]).run(&Cancel::never(), *LIMIT);
         output
     }
 
@@ -159,7 +162,7 @@ impl Case {
     fn check(&self, verdict: impl Fn(&str)) {
         let _turn = TURN.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
         let _hugetlb = Hugetlb::mount();
-        for runtime in ["runc", "crun"] {
+        for runtime in wanted_runtimes() {
             let output = self.run_with(runtime);
             let (text, errors) = (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
             println!("--- {runtime}: {}\n{text}{errors}", output.describe());
@@ -337,7 +340,7 @@ fn joined_namespaces_keep_their_hostname() {
 fn exec_and_update() {
     let _turn = TURN.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
     let _hugetlb = Hugetlb::mount();
-    for runtime in ["runc", "crun"] {
+    for runtime in wanted_runtimes() {
         let mut case = Case::new("exec /bin/busybox sleep 60");
         case.image_user = "app".into();
         case.config.linux.mut_or_insert_default().resources =
@@ -349,14 +352,14 @@ fn exec_and_update() {
         let command = |verb: &str| program(runtime).arg("--root").arg(&state).arg(verb);
         let null = || std::fs::File::options().write(true).open("/dev/null").unwrap().into();
         let create = command("create").arg("--bundle").arg(case.dir.path()).arg(&id).stdout_to(null()).stderr_to(null());
-        create.run_ok(&Cancel::never(), LIMIT).unwrap();
+        create.run_ok(&Cancel::never(), *LIMIT).unwrap();
 
         let result = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
-            command("start").arg(&id).run_ok(&Cancel::never(), LIMIT).unwrap();
+            command("start").arg(&id).run_ok(&Cancel::never(), *LIMIT).unwrap();
             let new = LinuxContainerResources { memory_limit_in_bytes: 96 << 20, cpu_quota: 30_000, ..Default::default() };
             let update = spec::update_resources(&mut spec, &new, &HOST).unwrap();
             let json = serde_json::to_vec(&update.resources).unwrap();
-            command("update").args(["--resources", "-", &id]).stdin(json).run_ok(&Cancel::never(), LIMIT).unwrap();
+            command("update").args(["--resources", "-", &id]).stdin(json).run_ok(&Cancel::never(), *LIMIT).unwrap();
 
             let files = match HOST.cgroup_v2 {
                 true => "memory.max cpu.max",
@@ -366,14 +369,14 @@ fn exec_and_update() {
             let process = spec::exec_process(&spec, &["/bin/sh".into(), "-c".into(), script], false);
             let path = case.dir.path().join("process.json");
             std::fs::write(&path, serde_json::to_vec(&process).unwrap()).unwrap();
-            let output = command("exec").arg("--process").arg(&path).arg(&id).run_ok(&Cancel::never(), LIMIT).unwrap();
+            let output = command("exec").arg("--process").arg(&path).arg(&id).run_ok(&Cancel::never(), *LIMIT).unwrap();
             let expected = match HOST.cgroup_v2 {
                 true => "1000\n100663296\n30000 100000\n",
                 false => "1000\n100663296\n100663296\n30000\n",
             };
             assert_eq!(String::from_utf8_lossy(&output.stdout), expected, "{runtime}");
         }));
-        command("delete").args(["--force", &id]).run(&Cancel::never(), LIMIT).unwrap();
+        command("delete").args(["--force", &id]).run(&Cancel::never(), *LIMIT).unwrap();
         result.unwrap();
     }
 }

@@ -1,0 +1,189 @@
+//! What /proc tells of a container's processes: descriptors, sockets, states of threads, limits. It costs a few calls for
+//! each of them, so what was dear is asked for less often.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use crate::sys::lock::{Rank, SharedLock};
+
+/// An answer is good for so many times what it cost: the rest of the time the processor is somebody else's.
+const REST: u32 = 50;
+/// Below this an answer is not worth keeping.
+const CHEAP: Duration = Duration::from_millis(1);
+
+/// Sums over the processes of one container.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Tasks {
+    pub processes: u64,
+    pub descriptors: u64,
+    pub sockets: u64,
+    pub states: States,
+    /// Soft limit of open files of the first process; `u64::MAX`: none.
+    pub open_files: Option<u64>,
+}
+
+/// Threads by what they do.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct States {
+    pub running: u64,
+    pub sleeping: u64,
+    pub stopped: u64,
+    pub uninterruptible: u64,
+}
+
+impl States {
+    fn add(&mut self, state: u8) {
+        match state {
+            b'R' => self.running += 1,
+            b'S' | b'I' => self.sleeping += 1,
+            b'T' | b't' => self.stopped += 1,
+            b'D' => self.uninterruptible += 1,
+            // Dead, or about to be.
+            _ => {}
+        }
+    }
+}
+
+/// Answers that were dear.
+pub struct Kept {
+    kept: SharedLock<HashMap<String, (Instant, Duration, Arc<Tasks>)>>,
+}
+
+impl Default for Kept {
+    fn default() -> Kept {
+        Kept { kept: SharedLock::new(Rank::Leaf, HashMap::new()) }
+    }
+}
+
+impl Kept {
+    /// The facts of the container `id`, from `ask` or from a moment ago.
+    pub fn get(&self, id: &str, ask: impl FnOnce() -> Tasks) -> Arc<Tasks> {
+        let begin = Instant::now();
+        if let Some((until, _, tasks)) = self.kept.read().get(id) {
+            if begin < *until {
+                return tasks.clone();
+            }
+        }
+        let tasks = Arc::new(ask());
+        let took = begin.elapsed();
+        if took > CHEAP {
+            self.kept.write().insert(id.to_owned(), (begin + took * REST, took, tasks.clone()));
+        }
+        tasks
+    }
+
+    /// Lets go of what is not worth keeping any more.
+    pub fn clean(&self) {
+        let now = Instant::now();
+        if self.kept.read().values().any(|(until, ..)| *until < now) {
+            self.kept.write().retain(|_, (until, ..)| *until >= now);
+        }
+    }
+}
+
+/// Asks /proc about the processes `pids`; `first` is the container's own. What is gone meanwhile counts for nothing.
+pub fn ask(pids: &[i32], first: i32) -> Tasks {
+    let mut tasks = Tasks::default();
+    for pid in pids {
+        tasks.processes += 1;
+        count_descriptors(*pid, &mut tasks);
+        for_each_name(&format!("/proc/{pid}/task"), |dir, name| {
+            let path = [name.to_bytes(), b"/stat"].concat();
+            if let Some(state) = state(dir, &path) {
+                tasks.states.add(state);
+            }
+        });
+    }
+    tasks.open_files = open_files(&std::fs::read_to_string(format!("/proc/{first}/limits")).unwrap_or_default());
+    tasks
+}
+
+fn count_descriptors(pid: i32, tasks: &mut Tasks) {
+    let (mut descriptors, mut sockets) = (0, 0);
+    for_each_name(&format!("/proc/{pid}/fd"), |dir, name| {
+        descriptors += 1;
+        let mut link = [0u8; 16];
+        if let Ok((link, _)) = rustix::fs::readlinkat_raw(dir, name, &mut link) {
+            sockets += u64::from(link.starts_with(b"socket:"));
+        }
+    });
+    tasks.descriptors += descriptors;
+    tasks.sockets += sockets;
+}
+
+fn for_each_name(path: &str, mut each: impl FnMut(&std::os::fd::OwnedFd, &std::ffi::CStr)) {
+    use rustix::fs::{Mode, OFlags, RawDir};
+    let Ok(dir) = rustix::fs::open(path, OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty()) else { return };
+    let mut buffer = [std::mem::MaybeUninit::uninit(); 4096];
+    let mut entries = RawDir::new(&dir, &mut buffer);
+    while let Some(Ok(entry)) = entries.next() {
+        let name = entry.file_name();
+        if !matches!(name.to_bytes(), b"." | b"..") {
+            each(&dir, name);
+        }
+    }
+}
+
+/// Field 3 of a stat file: behind the name, which may have parentheses in it.
+fn state(dir: &std::os::fd::OwnedFd, path: &[u8]) -> Option<u8> {
+    use rustix::fs::{Mode, OFlags};
+    let file = rustix::fs::openat(dir, path, OFlags::CLOEXEC, Mode::empty()).ok()?;
+    let mut buffer = [0u8; 128];
+    let n = rustix::io::read(&file, &mut buffer).ok()?;
+    let text = &buffer[..n];
+    let end = text.iter().rposition(|b| *b == b')')?;
+    text.get(end + 2).copied()
+}
+
+/// The soft limit in the line of open files.
+fn open_files(limits: &str) -> Option<u64> {
+    let line = limits.lines().find_map(|line| line.strip_prefix("Max open files"))?;
+    match line.split_ascii_whitespace().next()? {
+        "unlimited" => Some(u64::MAX),
+        number => number.parse().ok(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn ourselves() {
+        let pid = std::process::id() as i32;
+        let before = ask(&[pid], pid);
+        let _socket = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+        let after = ask(&[pid, i32::MAX], pid);
+        assert_eq!(after.processes, 2);
+        // Other tests open and close things meanwhile.
+        assert!(after.descriptors > 3 && after.sockets >= 1 && before.descriptors > 2, "{after:?}");
+        assert!(after.states.running >= 1, "{after:?}");
+        let limit = rustix::process::getrlimit(rustix::process::Resource::Nofile).current.unwrap_or(u64::MAX);
+        assert_eq!(after.open_files, Some(limit));
+        assert_eq!(ask(&[], i32::MAX), Tasks::default());
+    }
+
+    #[test]
+    fn limits() {
+        let text = "Limit                     Soft Limit           Hard Limit           Units\n\
+            Max open files            1024                 4096                 files\n";
+        assert_eq!(open_files(text), Some(1024));
+        assert_eq!(open_files("Max open files            unlimited            unlimited            files\n"), Some(u64::MAX));
+        assert_eq!(open_files(""), None);
+    }
+
+    #[test]
+    fn dear_answers_are_kept_and_cheap_ones_are_not() {
+        let kept = Kept::default();
+        let dear = || {
+            std::thread::sleep(Duration::from_millis(20));
+            Tasks { processes: 1, ..Tasks::default() }
+        };
+        assert_eq!(kept.get("a", dear).processes, 1);
+        assert_eq!(kept.get("a", || Tasks { processes: 2, ..Tasks::default() }).processes, 1);
+        assert_eq!(kept.get("b", || Tasks { processes: 3, ..Tasks::default() }).processes, 3);
+        kept.clean();
+        assert_eq!(kept.kept.read().len(), 1);
+    }
+}
