@@ -11,12 +11,13 @@ use crate::cgroup::{warm::Warmer, Layout};
 use crate::config::{self, Config, Overrides};
 use crate::container::{self, Containers};
 use crate::error::{Context, Error, Result};
+use crate::event::{Bus, Listener};
 use crate::grpc;
 use crate::image::{self, Images};
 use crate::network::{self, Network};
 use crate::runtime::Handlers;
 use crate::sandbox::{self, Sandboxes};
-use crate::service::Service;
+use crate::service::{Fact, Seats, Service};
 use crate::snapshot::{Kind, Snapshotter};
 use crate::stats::filesystem::{self, Disk};
 use crate::stats::metrics::Metrics;
@@ -27,12 +28,15 @@ use crate::telemetry::Endpoint;
 
 /// Time that running calls get at a stop.
 const STOP_GRACE: Duration = Duration::from_secs(5);
+/// Clients that hold a worker for as long as they like get this part of them, for events and for lists each.
+const PATIENT_SHARE: usize = 8;
 
 /// A running daemon. Dropping it leaves the containers running.
 pub struct Daemon {
     server: Option<grpc::Server>,
     network: Arc<Network>,
     watcher: Watcher,
+    events: Arc<Bus<Fact>>,
     disk: Arc<Disk>,
     endpoint: Option<Endpoint>,
     _locks: Vec<std::fs::File>,
@@ -100,8 +104,10 @@ impl Daemon {
         let disk = Arc::new(Disk::start(disk_settings(config), snapshots.count_projects())?);
         let host = container::host::detect()?;
         let handlers = Handlers::probe(&config.runtimes, config.default_runtime.as_deref(), &config.run.join("probe"), &config.shim);
-        let sandboxes = Arc::new(Sandboxes::open(sandbox_settings(config), network.clone(), watcher.clone())?);
-        let settings = container_settings(config, host.clone(), disk.clone());
+        let patient = (config.limits.slow_threads / PATIENT_SHARE).max(1);
+        let events = Bus::<Fact>::new(config.limits.event_queue, patient);
+        let sandboxes = Arc::new(Sandboxes::open(sandbox_settings(config, events.clone()), network.clone(), watcher.clone())?);
+        let settings = container_settings(config, host.clone(), events.clone(), disk.clone());
         let containers = Arc::new(Containers::open(settings, images.clone(), snapshots, watcher.clone())?);
         sandboxes.restore()?;
         containers.restore(|id| sandboxes.find(id).ok().flatten().is_some())?;
@@ -127,6 +133,8 @@ impl Daemon {
             run: config.run.clone(),
             config: describe(config),
             host,
+            events: events.clone(),
+            lists: Seats::new(patient),
         });
         let settings = grpc::Settings {
             socket: config.socket.clone(),
@@ -136,7 +144,7 @@ impl Daemon {
         };
         let server = grpc::Server::start(settings, service.clone())?;
         let endpoint = config.metrics.address.map(|address| endpoint(address, &server, service)).transpose()?;
-        Ok(Daemon { server: Some(server), network, watcher, disk, endpoint, _locks: locks })
+        Ok(Daemon { server: Some(server), network, watcher, events, disk, endpoint, _locks: locks })
     }
 
     /// What SIGHUP can change: log level and CNI configuration. Registry certificates are read for each pull anyway.
@@ -150,6 +158,8 @@ impl Daemon {
 
     /// Ends calls, not containers.
     pub fn stop(&mut self) {
+        // They would not end by themselves.
+        self.events.close();
         if let Some(server) = self.server.take() {
             server.stop(STOP_GRACE);
         }
@@ -220,7 +230,7 @@ fn snapshotter(config: &Config) -> Result<Snapshotter> {
     }
 }
 
-fn sandbox_settings(config: &Config) -> sandbox::Settings {
+fn sandbox_settings(config: &Config, events: Arc<dyn Listener<sandbox::Change>>) -> sandbox::Settings {
     sandbox::Settings {
         root: config.root.clone(),
         run: config.run.clone(),
@@ -229,6 +239,7 @@ fn sandbox_settings(config: &Config) -> sandbox::Settings {
         systemd_cgroup: config.systemd_cgroup,
         sysctls: config.sysctls.clone(),
         extra_networks: config.cni.extra_networks,
+        events,
     }
 }
 
@@ -236,7 +247,12 @@ fn disk_settings(config: &Config) -> filesystem::Settings {
     filesystem::Settings { interval: Duration::from_secs(config.stats.disk_interval), files_per_second: config.stats.disk_files_per_second }
 }
 
-fn container_settings(config: &Config, host: crate::spec::HostFacts, layers: Arc<Disk>) -> container::Settings {
+fn container_settings(
+    config: &Config,
+    host: crate::spec::HostFacts,
+    events: Arc<dyn Listener<container::Change>>,
+    layers: Arc<Disk>,
+) -> container::Settings {
     container::Settings {
         root: config.root.clone(),
         run: config.run.clone(),
@@ -246,6 +262,7 @@ fn container_settings(config: &Config, host: crate::spec::HostFacts, layers: Arc
         kill_on_disconnect: config.streaming.kill_on_disconnect,
         defaults: crate::spec::Defaults::default(),
         host,
+        events,
         layers,
     }
 }

@@ -90,6 +90,8 @@ pub struct Limits {
     pub runtime_timeout: Duration,
     /// Bytes of one ExecSync's stdout and stderr together that are kept.
     pub exec_output: usize,
+    /// Events that wait for one subscriber, at most; the oldest are dropped.
+    pub event_queue: usize,
 }
 
 #[derive(Deserialize)]
@@ -156,6 +158,7 @@ struct RawLimits {
     queue: Spanned<usize>,
     runtime_timeout_seconds: Spanned<u64>,
     exec_output_bytes: Spanned<usize>,
+    event_queue: Spanned<usize>,
 }
 
 fn at<T>(value: T) -> Spanned<T> {
@@ -222,7 +225,13 @@ impl Default for RawImages {
 
 impl Default for RawLimits {
     fn default() -> RawLimits {
-        RawLimits { slow_threads: at(512), queue: at(4096), runtime_timeout_seconds: at(120), exec_output_bytes: at(15 << 20) }
+        RawLimits {
+            slow_threads: at(512),
+            queue: at(4096),
+            runtime_timeout_seconds: at(120),
+            exec_output_bytes: at(15 << 20),
+            event_queue: at(2048),
+        }
     }
 }
 
@@ -388,6 +397,7 @@ fn check(c: &Checker, raw: Raw) -> Result<Config> {
                 3600,
             )?),
             exec_output: c.number("limits.exec_output_bytes", &raw.limits.exec_output_bytes, 1024, 15 << 20)?,
+            event_queue: c.number("limits.event_queue", &raw.limits.event_queue, 16, 1 << 20)?,
         },
         streaming: raw.streaming.check(c)?,
         stats: raw.stats.check(c)?,

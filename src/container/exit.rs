@@ -51,7 +51,7 @@ impl Containers {
     }
 
     /// The container has ended by itself or was killed.
-    pub(super) fn ended(&self, container: &Container, record: &ExitRecord) {
+    pub(super) fn ended(&self, container: &Arc<Container>, record: &ExitRecord) {
         if container.status.lock().state == State::Exited {
             return;
         }
@@ -97,7 +97,7 @@ impl Containers {
     }
 
     /// Kills what is left of a container whose shim is not there, deletes the runtime's state, and says how it ended.
-    pub(super) fn bury(&self, container: &Container, exit_code: i32, reason: &str, message: &str) {
+    pub(super) fn bury(&self, container: &Arc<Container>, exit_code: i32, reason: &str, message: &str) {
         let (id, meta) = (container.id(), &container.meta);
         log::warn!("container {id}: {message}");
         if reason == "ShimDied" {

@@ -184,7 +184,7 @@ impl Containers {
     }
 
     /// UpdateContainerResources: all of it or none.
-    pub fn update_resources(&self, container: &Container, new: &LinuxContainerResources) -> Result<()> {
+    pub fn update_resources(&self, container: &Arc<Container>, new: &LinuxContainerResources) -> Result<()> {
         let id = container.id();
         let what = || format!("update container {id}");
         let _op = container.op.lock();

@@ -14,6 +14,7 @@ use crate::api::runtime::{ContainerConfig, PodSandboxConfig};
 use crate::cgroup::stat::{Meter, Reader, Sample};
 use crate::cgroup::{Cgroup, Layout};
 use crate::error::{Context, Error, ErrorList, Result};
+use crate::event::{self, Listener};
 use crate::image::{Image, Images};
 use crate::runtime::Handler;
 use crate::snapshot::Snapshotter;
@@ -46,8 +47,12 @@ pub struct Settings {
     pub kill_on_disconnect: bool,
     pub defaults: Defaults,
     pub host: HostFacts,
+    pub events: Arc<dyn Listener<Change>>,
     pub layers: Arc<dyn LayerWatch>,
 }
+
+/// A step in the life of a container.
+pub type Change = event::Change<Container, Status>;
 
 /// One container.
 pub struct Container {
@@ -155,7 +160,7 @@ impl Containers {
 
     /// The containers of a sandbox.
     pub fn of_sandbox(&self, sandbox_id: &str) -> Vec<Arc<Container>> {
-        self.index.all().into_iter().filter(|c| c.meta.sandbox_id == sandbox_id).collect()
+        self.index.select(|c| c.meta.sandbox_id == sandbox_id)
     }
 
     /// Takes the name for a new container, or says which one has it already: an equal call is joined.
@@ -213,7 +218,8 @@ impl Containers {
         }
         let id = container.id().to_owned();
         self.settings.layers.appeared(&id, &self.snapshots.writable(&id));
-        self.index.insert(&id, container);
+        let status = container.status();
+        self.index.insert_and(&id, container.clone(), || self.tell(&container, event::Kind::Created, None, Some(&status)));
         Ok(id)
     }
 
@@ -279,13 +285,17 @@ impl Containers {
     }
 
     /// Changes the status and writes the record, both under the status lock: the file is never older than memory.
-    pub(super) fn update(&self, container: &Container, change: impl FnOnce(&mut Status)) -> Result<()> {
+    pub(super) fn update(&self, container: &Arc<Container>, change: impl FnOnce(&mut Status)) -> Result<()> {
         let mut status = container.status.lock();
         let mut next = status.clone();
         change(&mut next);
         let saved = self.records.save(&container.meta.id, &RecordOut { metadata: &container.meta, status: &next });
         // An exit is true whether or not the disk took it.
         if saved.is_ok() || next.state == State::Exited {
+            // Under the lock that orders the changes.
+            if let Some(kind) = event_of(status.state, next.state) {
+                self.tell(container, kind, Some(&status), Some(&next));
+            }
             *status = next;
         }
         if status.state == State::Exited {
@@ -295,8 +305,15 @@ impl Containers {
         saved
     }
 
+    fn tell(&self, container: &Arc<Container>, kind: event::Kind, before: Option<&Status>, after: Option<&Status>) {
+        if self.settings.events.is_listening() {
+            let change = Change { kind, object: container.clone(), before: before.cloned(), after: after.cloned() };
+            self.settings.events.hear(change);
+        }
+    }
+
     /// RemoveContainer of a container that does not run any more.
-    pub(super) fn forget(&self, container: &Container) -> Result<()> {
+    pub(super) fn forget(&self, container: &Arc<Container>) -> Result<()> {
         let _op = container.op.lock();
         let what = || format!("remove container {}", container.meta.id);
         if container.status.lock().state == State::Running {
@@ -308,7 +325,8 @@ impl Containers {
         self.release(container).context(what)?;
         crash::step("remove:2-files");
         self.records.remove(&container.meta.id).context(what)?;
-        self.index.remove(&container.meta.id);
+        let status = container.status();
+        self.index.remove_and(&container.meta.id, || self.tell(container, event::Kind::Deleted, Some(&status), None));
         self.names.release(&container.meta.name, &container.meta.id);
         Ok(())
     }
@@ -324,6 +342,16 @@ impl Containers {
             errors.keep(file::remove_tree(&meta.dir));
         }
         errors.finish()
+    }
+}
+
+/// What subscribers are told of a change of state. Entering the index is the creation, leaving it the deletion. A container that
+/// could not be started has stopped too: nobody would learn of its end otherwise.
+fn event_of(before: State, after: State) -> Option<event::Kind> {
+    match (before, after) {
+        (State::Created, State::Running) => Some(event::Kind::Started),
+        (State::Created | State::Running, State::Exited) => Some(event::Kind::Stopped),
+        _ => None,
     }
 }
 
@@ -368,7 +396,17 @@ fn log_path(directory: &str, path: &str) -> Result<Option<PathBuf>> {
 
 #[cfg(test)]
 mod tests {
-    use super::log_path;
+    use super::*;
+
+    #[test]
+    fn an_end_is_told_once() {
+        assert_eq!(event_of(State::Created, State::Running), Some(event::Kind::Started));
+        assert_eq!(event_of(State::Running, State::Exited), Some(event::Kind::Stopped));
+        assert_eq!(event_of(State::Created, State::Exited), Some(event::Kind::Stopped));
+        for (before, after) in [(State::Exited, State::Exited), (State::Running, State::Running), (State::Making, State::Created)] {
+            assert_eq!(event_of(before, after), None);
+        }
+    }
 
     #[test]
     fn log_paths_stay_below_their_directory() {

@@ -28,7 +28,7 @@ pub mod stream;
 /// The user of a container, from its rootfs.
 pub mod user;
 
-pub use manager::{Container, Containers, CreateInputs, LayerWatch, Settings};
+pub use manager::{Change, Container, Containers, CreateInputs, LayerWatch, Settings};
 pub use metadata::Metadata;
 pub use status::{State, Status};
 pub use stream::{Control, Ended, Streams, Wanted};

@@ -4,6 +4,7 @@
 use std::future::Future;
 use std::panic::{catch_unwind, AssertUnwindSafe};
 use std::pin::Pin;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::Arc;
 use std::task::{Wake, Waker};
 use std::time::Instant;
@@ -113,7 +114,8 @@ pub(super) fn slow<P: Send + 'static, Q: Send + 'static>(
     body: impl FnOnce(P, &Call, &mut dyn FnMut(Q) -> Result<()>) -> Result<()> + Send + 'static,
 ) {
     let cancel = Cancel::never();
-    let waker = Waker::from(Arc::new(OnCancel(cancel.clone())));
+    let alarm = Arc::new(OnCancel { cancel: cancel.clone(), armed: AtomicBool::new(true) });
+    let waker = Waker::from(alarm.clone());
     let mut sink = sink;
     // Registers the waker: nothing is buffered yet, so it is woken by the end of the call alone.
     let mut task = std::task::Context::from_waker(&waker);
@@ -125,13 +127,27 @@ pub(super) fn slow<P: Send + 'static, Q: Send + 'static>(
     let job = Box::new(move || {
         let Some(mut sink) = theirs.lock().take() else { return };
         let call = Call::new(cancel.clone());
+        let mut gone = false;
         let result = run(method, &call, |call| {
             let mut send = |answer: Q| {
-                futures_executor::block_on(sink.send((answer, WriteFlags::default())))
-                    .map_err(|_| Error::cancelled("the client is gone before its answer"))
+                let sent = futures_executor::block_on(sink.send((answer, WriteFlags::default())));
+                // Sending has put its own waker in the place of ours.
+                let mut task = std::task::Context::from_waker(&waker);
+                if sent.is_err() || matches!(Pin::new(&mut sink).poll_ready(&mut task), std::task::Poll::Ready(Err(_))) {
+                    gone = true;
+                    cancel.set();
+                    return Err(Error::cancelled("the client is gone before its answer"));
+                }
+                Ok(())
             };
             body(request, call, &mut send)
         });
+        // A sink that has told of the call's end must not be asked again; dropped it cancels what is cancelled.
+        if gone {
+            return;
+        }
+        // From here on the end of the call is ours.
+        alarm.armed.store(false, Ordering::SeqCst);
         let ended = match result {
             Ok(()) => futures_executor::block_on(sink.close()),
             Err(e) => futures_executor::block_on(sink.fail(status(&e))),
@@ -149,10 +165,16 @@ pub(super) fn slow<P: Send + 'static, Q: Send + 'static>(
     }
 }
 
-struct OnCancel(Cancel);
+/// Woken by the end of a call.
+struct OnCancel {
+    cancel: Cancel,
+    armed: AtomicBool,
+}
 
 impl Wake for OnCancel {
     fn wake(self: Arc<Self>) {
-        self.0.set();
+        if self.armed.load(Ordering::SeqCst) {
+            self.cancel.set();
+        }
     }
 }

@@ -67,7 +67,7 @@ macro_rules! register {
     };
     (@stream $builder:ident, $service:ident, $lanes:ident, $path:ident, $method:ident, $name:ident, $request:ty, $response:ty) => {
         let (service, lanes) = ($service.clone(), $lanes.clone());
-        let info = Method::new(stringify!($method), false);
+        let info = Method::new(stringify!($method), stringify!($method).starts_with("Stream"));
         $builder = $builder.add_server_streaming_handler(&method::<$request, $response>(MethodType::ServerStreaming, $path), move |context, request, sink| {
             let service = service.clone();
             slow(&context, &lanes.slow, info, request, sink, move |request, call, send| service.$name(request, call, send));

@@ -10,6 +10,7 @@ use super::status::{Phase, Process, Status};
 use super::{attachment, files, namespaces, validate};
 use crate::api::runtime::PodSandboxConfig;
 use crate::error::{Context, Error, ErrorList, Result};
+use crate::event::{self, Kind, Listener};
 use crate::network::{Attachment, Network};
 use crate::store::names::Making;
 use crate::store::{new_id, now_ns, record::Restored, Claim, Index, Names, Records};
@@ -34,7 +35,11 @@ pub struct Settings {
     /// Defaults for sandboxes with a network namespace.
     pub sysctls: BTreeMap<String, String>,
     pub extra_networks: bool,
+    pub events: Arc<dyn Listener<Change>>,
 }
+
+/// A step in the life of a sandbox.
+pub type Change = event::Change<Sandbox, Status>;
 
 /// One sandbox.
 pub struct Sandbox {
@@ -169,8 +174,18 @@ impl Sandboxes {
             making.finish(Ok(id.clone()), false);
             return Ok(id);
         };
+        let announced = sandbox.status.lock().is_ready();
+        if announced {
+            let _ = self.update(&sandbox, |s| s.phase = Phase::NotReady);
+        }
         let keep = match self.release(&sandbox).and_then(|()| self.records.remove(&id)) {
-            Ok(()) => false,
+            Ok(()) => {
+                if announced {
+                    let status = sandbox.status.lock();
+                    self.tell(&sandbox, Kind::Deleted, Some(&status), None);
+                }
+                false
+            }
             Err(undo) => {
                 // kubelet sees a sandbox that is not ready and stops it again: that retries the undo.
                 log::error!("sandbox {id}: undo of a failed run: {undo}");
@@ -286,17 +301,35 @@ impl Sandboxes {
     }
 
     /// Changes the status and writes the record, both under the status lock: the file is never older than memory.
-    pub fn update(&self, sandbox: &Sandbox, change: impl FnOnce(&mut Status)) -> Result<()> {
+    pub fn update(&self, sandbox: &Arc<Sandbox>, change: impl FnOnce(&mut Status)) -> Result<()> {
         let mut status = sandbox.status.lock();
         let mut next = status.clone();
         change(&mut next);
         self.records.save(&sandbox.meta.id, &RecordOut { metadata: &sandbox.meta, status: &next })?;
+        // Under the lock that orders the changes.
+        match (status.phase, next.phase) {
+            (Phase::Making, Phase::Ready) => {
+                self.tell(sandbox, Kind::Created, None, Some(&next));
+                self.tell(sandbox, Kind::Started, Some(&next), Some(&next));
+            }
+            // What could not be undone is seen from here on.
+            (Phase::Making, Phase::NotReady) => self.tell(sandbox, Kind::Created, None, Some(&next)),
+            (Phase::Ready, Phase::NotReady) => self.tell(sandbox, Kind::Stopped, Some(&status), Some(&next)),
+            _ => {}
+        }
         *status = next;
         Ok(())
     }
 
+    fn tell(&self, sandbox: &Arc<Sandbox>, kind: Kind, before: Option<&Status>, after: Option<&Status>) {
+        if self.settings.events.is_listening() {
+            let change = Change { kind, object: sandbox.clone(), before: before.cloned(), after: after.cloned() };
+            self.settings.events.hear(change);
+        }
+    }
+
     /// First half of StopPodSandbox: from here on the sandbox takes no containers. True when it was ready.
-    pub fn begin_stop(&self, sandbox: &Sandbox) -> Result<bool> {
+    pub fn begin_stop(&self, sandbox: &Arc<Sandbox>) -> Result<bool> {
         let _op = sandbox.op.lock();
         let was_ready = sandbox.status.lock().is_ready();
         if was_ready {
@@ -308,12 +341,12 @@ impl Sandboxes {
 
     /// Second half, after the containers: network, namespaces, init. Every step runs; what failed is tried again by the next
     /// stop.
-    pub fn finish_stop(&self, sandbox: &Sandbox) -> Result<()> {
+    pub fn finish_stop(&self, sandbox: &Arc<Sandbox>) -> Result<()> {
         let _op = sandbox.op.lock();
         self.unplug(sandbox)
     }
 
-    fn unplug(&self, sandbox: &Sandbox) -> Result<()> {
+    fn unplug(&self, sandbox: &Arc<Sandbox>) -> Result<()> {
         let meta = &sandbox.meta;
         // A socket in the network namespace would keep it.
         sandbox.usage.close();
@@ -342,19 +375,20 @@ impl Sandboxes {
     }
 
     /// RemovePodSandbox after its containers are gone.
-    pub fn remove(&self, sandbox: &Sandbox) -> Result<()> {
+    pub fn remove(&self, sandbox: &Arc<Sandbox>) -> Result<()> {
         let _op = sandbox.op.lock();
         let what = || format!("remove sandbox {}", sandbox.meta.id);
         self.release(sandbox).context(what)?;
         crash::step("remove-sandbox:2-files");
         self.records.remove(&sandbox.meta.id).context(what)?;
-        self.index.remove(&sandbox.meta.id);
+        let status = sandbox.status.lock().clone();
+        self.index.remove_and(&sandbox.meta.id, || self.tell(sandbox, Kind::Deleted, Some(&status), None));
         self.names.release(&sandbox.meta.name, &sandbox.meta.id);
         Ok(())
     }
 
     /// Undoes everything a sandbox may have but its record.
-    fn release(&self, sandbox: &Sandbox) -> Result<()> {
+    fn release(&self, sandbox: &Arc<Sandbox>) -> Result<()> {
         let mut errors = ErrorList::default();
         errors.keep(self.unplug(sandbox));
         if errors.is_empty() {

@@ -19,6 +19,6 @@ pub mod usage;
 /// Which sandbox configs are accepted.
 pub mod validate;
 
-pub use manager::{Sandbox, Sandboxes, Settings};
+pub use manager::{Change, Sandbox, Sandboxes, Settings};
 pub use metadata::{Metadata, PidMode};
 pub use status::Status;

@@ -6,7 +6,7 @@ use super::convert::matches;
 use super::{Call, Service};
 use crate::api::runtime;
 use crate::api::runtime::{
-    ContainerResources, ContainerStatusRequest, ContainerStatusResponse, ContainerUser, ImageSpec, LinuxContainerUser,
+    ContainerFilter, ContainerResources, ContainerStatusRequest, ContainerStatusResponse, ContainerUser, ImageSpec, LinuxContainerUser,
     ListContainersRequest, ListContainersResponse,
 };
 use crate::container::{signal, Container, State, Status};
@@ -43,7 +43,7 @@ fn user(status: &Status) -> ContainerUser {
     ContainerUser { linux: MessageField::some(linux), ..Default::default() }
 }
 
-fn full(container: &Container, status: &Status) -> runtime::ContainerStatus {
+pub(super) fn full(container: &Container, status: &Status) -> runtime::ContainerStatus {
     let (meta, config) = (&container.meta, &container.config);
     let linux = protobuf::Message::parse_from_bytes(&status.resources).ok();
     let resources = config.linux.resources.as_ref().map(|_| ContainerResources { linux: linux.into(), ..Default::default() });
@@ -120,34 +120,34 @@ impl Service {
     }
 
     pub(super) fn list(&self, request: &ListContainersRequest) -> Result<ListContainersResponse> {
-        let filter = &request.filter;
+        let containers = self.selected_containers(&request.filter)?.collect();
+        Ok(ListContainersResponse { containers, ..Default::default() })
+    }
+
+    /// What lists show of the containers of this moment that match; each message is made when it is asked for.
+    pub(super) fn selected_containers(&self, filter: &ContainerFilter) -> Result<impl Iterator<Item = runtime::Container>> {
         let wanted = match filter.state.as_ref() {
             Some(value) => Some(value.state.enum_value().map_err(|n| Error::invalid(format!("filter.state: no container state {n}")))?),
             None => None,
         };
-        let candidates = match filter.id.as_str() {
-            "" => self.containers.all(),
-            // An unknown or ambiguous id in a filter selects nothing.
-            id => self.containers.find(id).ok().flatten().into_iter().collect(),
+        // An unknown or ambiguous id in a filter selects nothing.
+        let mut candidates = match (filter.id.as_str(), filter.pod_sandbox_id.as_str()) {
+            ("", "") => self.containers.all(),
+            ("", _) => Vec::new(),
+            (id, _) => self.containers.find(id).ok().flatten().into_iter().collect(),
         };
-        let sandbox = match filter.pod_sandbox_id.as_str() {
-            "" => None,
-            id => match self.sandboxes.find(id).ok().flatten() {
-                Some(sandbox) => Some(sandbox.id().to_owned()),
-                None => return Ok(ListContainersResponse::new()),
-            },
-        };
-        let mut containers = Vec::with_capacity(candidates.len());
-        for container in candidates {
-            let here = sandbox.as_ref().is_none_or(|s| *s == container.meta.sandbox_id);
-            if !here || !matches(&container.config.labels, &filter.label_selector) {
-                continue;
-            }
-            let status = container.status();
-            if wanted.is_none_or(|w| w == state(&status)) {
-                containers.push(brief(&container, &status));
+        if !filter.pod_sandbox_id.is_empty() {
+            let sandbox = self.sandboxes.find(&filter.pod_sandbox_id).ok().flatten();
+            let here = sandbox.map(|sandbox| self.containers.of_sandbox(sandbox.id())).unwrap_or_default();
+            match filter.id.is_empty() {
+                true => candidates = here,
+                false => candidates.retain(|container| here.iter().any(|other| other.id() == container.id())),
             }
         }
-        Ok(ListContainersResponse { containers, ..Default::default() })
+        let labels = filter.label_selector.clone();
+        Ok(candidates.into_iter().filter(move |container| matches(&container.config.labels, &labels)).filter_map(move |container| {
+            let status = container.status();
+            wanted.is_none_or(|w| w == state(&status)).then(|| brief(&container, &status))
+        }))
     }
 }

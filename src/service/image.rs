@@ -5,9 +5,9 @@ use std::collections::BTreeMap;
 use super::convert::lead;
 use super::{Call, Service};
 use crate::api::runtime::{
-    self, AuthConfig, FilesystemIdentifier, FilesystemUsage, ImageFsInfoResponse, ImageSpec, ImageStatusRequest, ImageStatusResponse,
-    Int64Value, ListImagesRequest, ListImagesResponse, PullImageRequest, PullImageResponse, RemoveImageRequest, RemoveImageResponse,
-    UInt64Value,
+    self, AuthConfig, FilesystemIdentifier, FilesystemUsage, ImageFilter, ImageFsInfoResponse, ImageSpec, ImageStatusRequest,
+    ImageStatusResponse, Int64Value, ListImagesRequest, ListImagesResponse, PullImageRequest, PullImageResponse, RemoveImageRequest,
+    RemoveImageResponse, UInt64Value,
 };
 use crate::error::{Context, Error, Result};
 use crate::image::{Auth, FsUsage, Image};
@@ -66,12 +66,17 @@ fn usage(fs: &FsUsage) -> FilesystemUsage {
 
 impl Service {
     pub(super) fn images_list(&self, request: &ListImagesRequest) -> Result<ListImagesResponse> {
-        let images = match request.filter.image.image.as_str() {
+        Ok(ListImagesResponse { images: self.selected_images(&request.filter).collect(), ..Default::default() })
+    }
+
+    /// The images of this moment that match; each message is made when it is asked for.
+    pub(super) fn selected_images(&self, filter: &ImageFilter) -> impl Iterator<Item = runtime::Image> {
+        let images = match filter.image.image.as_str() {
             "" => self.images.list(),
             // What is not a reference selects nothing.
             reference => self.images.status(reference).ok().flatten().into_iter().collect(),
         };
-        Ok(ListImagesResponse { images: images.iter().map(|i| message(i)).collect(), ..Default::default() })
+        images.into_iter().map(|image| message(&image))
     }
 
     /// An absent image is an answer, not an error.

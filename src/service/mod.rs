@@ -9,6 +9,8 @@ mod container;
 mod container_status;
 /// From our nouns to CRI's messages.
 mod convert;
+/// GetContainerEvents.
+mod events;
 /// ExecSync, UpdateContainerResources, ReopenContainerLog.
 mod exec;
 /// For the metrics of the daemon itself.
@@ -25,6 +27,11 @@ mod sandbox;
 mod sandbox_status;
 /// Stats of containers and sandboxes.
 mod stats;
+/// The lists in pieces.
+mod stream_lists;
+
+pub use events::Fact;
+pub use stream_lists::Seats;
 
 use std::cell::RefCell;
 use std::path::PathBuf;
@@ -34,6 +41,7 @@ use crate::api::{self, admin as admin_api, runtime};
 use crate::cgroup::warm::Warmer;
 use crate::container::Containers;
 use crate::error::{Error, Result};
+use crate::event::Bus;
 use crate::image::Images;
 use crate::network::Network;
 use crate::runtime::Handlers;
@@ -121,6 +129,10 @@ pub struct Service {
     pub config: String,
     /// What the host can do, found out at start.
     pub host: crate::spec::HostFacts,
+    /// What the managers tell, for GetContainerEvents.
+    pub events: Arc<Bus<Fact>>,
+    /// For lists that are sent in pieces.
+    pub lists: Seats,
 }
 
 impl RuntimeService for Service {
@@ -250,11 +262,47 @@ impl RuntimeService for Service {
     fn exec_sync(&self, request: runtime::ExecSyncRequest, call: &Call) -> Result<runtime::ExecSyncResponse> {
         self.exec(&request, call)
     }
+
+    fn get_container_events(
+        &self,
+        _: runtime::GetEventsRequest,
+        call: &Call,
+        send: &mut dyn FnMut(runtime::ContainerEventResponse) -> Result<()>,
+    ) -> Result<()> {
+        self.container_events(call, send)
+    }
+
+    fn stream_pod_sandboxes(
+        &self,
+        request: runtime::StreamPodSandboxesRequest,
+        call: &Call,
+        send: &mut dyn FnMut(runtime::StreamPodSandboxesResponse) -> Result<()>,
+    ) -> Result<()> {
+        self.stream_sandboxes(&request.filter, call, send)
+    }
+
+    fn stream_containers(
+        &self,
+        request: runtime::StreamContainersRequest,
+        call: &Call,
+        send: &mut dyn FnMut(runtime::StreamContainersResponse) -> Result<()>,
+    ) -> Result<()> {
+        self.stream_containers_list(&request.filter, call, send)
+    }
 }
 
 impl ImageService for Service {
     fn list_images(&self, request: runtime::ListImagesRequest, _: &Call) -> Result<runtime::ListImagesResponse> {
         self.images_list(&request)
+    }
+
+    fn stream_images(
+        &self,
+        request: runtime::StreamImagesRequest,
+        call: &Call,
+        send: &mut dyn FnMut(runtime::StreamImagesResponse) -> Result<()>,
+    ) -> Result<()> {
+        self.stream_images_list(&request.filter, call, send)
     }
 
     fn image_status(&self, request: runtime::ImageStatusRequest, call: &Call) -> Result<runtime::ImageStatusResponse> {

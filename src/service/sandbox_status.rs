@@ -5,8 +5,8 @@ use std::collections::BTreeMap;
 use super::convert::{matches, namespace_option};
 use super::{Call, Service};
 use crate::api::runtime::{
-    LinuxPodSandboxStatus, ListPodSandboxRequest, ListPodSandboxResponse, Namespace, PodIP, PodSandbox, PodSandboxNetworkStatus,
-    PodSandboxState, PodSandboxStatus, PodSandboxStatusRequest, PodSandboxStatusResponse,
+    LinuxPodSandboxStatus, ListPodSandboxRequest, ListPodSandboxResponse, Namespace, PodIP, PodSandbox, PodSandboxFilter,
+    PodSandboxNetworkStatus, PodSandboxState, PodSandboxStatus, PodSandboxStatusRequest, PodSandboxStatusResponse,
 };
 use crate::error::{Error, Result};
 use crate::sandbox::{Sandbox, Status};
@@ -29,7 +29,7 @@ fn network(status: &Status) -> PodSandboxNetworkStatus {
     }
 }
 
-fn full(sandbox: &Sandbox, status: &Status) -> PodSandboxStatus {
+pub(super) fn full(sandbox: &Sandbox, status: &Status) -> PodSandboxStatus {
     let options = namespace_option(&sandbox.config);
     let namespaces = Namespace { options: MessageField::some(options), ..Default::default() };
     let linux = LinuxPodSandboxStatus { namespaces: MessageField::some(namespaces), ..Default::default() };
@@ -82,16 +82,25 @@ impl Service {
     pub(super) fn sandbox_status(&self, request: &PodSandboxStatusRequest, call: &Call) -> Result<PodSandboxStatusResponse> {
         call.about(&request.pod_sandbox_id);
         let sandbox = self.sandboxes.get(&request.pod_sandbox_id)?;
+        // Before the sandbox's own status, so that the time is true for it too.
+        let (containers_statuses, timestamp) = self.statuses_of(&sandbox);
         let status = sandbox.status();
         Ok(PodSandboxStatusResponse {
             status: MessageField::some(full(&sandbox, &status)),
             info: if request.verbose { verbose(&sandbox, &status) } else { BTreeMap::new() },
+            containers_statuses,
+            timestamp,
             ..Default::default()
         })
     }
 
     pub(super) fn list_sandboxes(&self, request: &ListPodSandboxRequest) -> Result<ListPodSandboxResponse> {
-        let filter = &request.filter;
+        let items = self.selected_sandboxes(&request.filter)?.collect();
+        Ok(ListPodSandboxResponse { items, ..Default::default() })
+    }
+
+    /// What lists show of the sandboxes of this moment that match; each message is made when it is asked for.
+    pub(super) fn selected_sandboxes(&self, filter: &PodSandboxFilter) -> Result<impl Iterator<Item = PodSandbox>> {
         let wanted = match filter.state.as_ref() {
             Some(value) => Some(value.state.enum_value().map_err(|n| Error::invalid(format!("filter.state: no sandbox state {n}")))?),
             None => None,
@@ -101,16 +110,10 @@ impl Service {
             // An unknown or ambiguous id in a filter selects nothing.
             id => self.sandboxes.find(id).ok().flatten().into_iter().collect(),
         };
-        let mut items = Vec::with_capacity(candidates.len());
-        for sandbox in candidates {
-            if !matches(&sandbox.config.labels, &filter.label_selector) {
-                continue;
-            }
+        let labels = filter.label_selector.clone();
+        Ok(candidates.into_iter().filter(move |sandbox| matches(&sandbox.config.labels, &labels)).filter_map(move |sandbox| {
             let status = sandbox.status();
-            if wanted.is_none_or(|w| w == state(&status)) {
-                items.push(brief(&sandbox, &status));
-            }
-        }
-        Ok(ListPodSandboxResponse { items, ..Default::default() })
+            wanted.is_none_or(|w| w == state(&status)).then(|| brief(&sandbox, &status))
+        }))
     }
 }

@@ -18,11 +18,26 @@ impl<T> Index<T> {
     }
 
     pub fn insert(&self, id: &str, object: Arc<T>) {
-        self.map.write().insert(id.to_owned(), object);
+        self.insert_and(id, object, || {});
+    }
+
+    /// `insert`; `then` runs before anybody can see it, under a lock of rank index.
+    pub fn insert_and(&self, id: &str, object: Arc<T>, then: impl FnOnce()) {
+        let mut map = self.map.write();
+        map.insert(id.to_owned(), object);
+        then();
     }
 
     pub fn remove(&self, id: &str) -> Option<Arc<T>> {
-        self.map.write().remove(id)
+        self.remove_and(id, || {})
+    }
+
+    /// `remove`; `then` runs before anybody can see that it is gone, under a lock of rank index.
+    pub fn remove_and(&self, id: &str, then: impl FnOnce()) -> Option<Arc<T>> {
+        let mut map = self.map.write();
+        let removed = map.remove(id);
+        then();
+        removed
     }
 
     /// The object of that id or unique prefix; None when there is none. An empty id is INVALID_ARGUMENT, as is an
@@ -47,6 +62,11 @@ impl<T> Index<T> {
     /// `find`, with NOT_FOUND for none.
     pub fn get(&self, id: &str) -> Result<Arc<T>> {
         self.find(id)?.ok_or_else(|| Error::not_found(format!("{} {id} is not known", self.noun)))
+    }
+
+    /// Those that are `wanted`, in the order of their ids.
+    pub fn select(&self, wanted: impl Fn(&T) -> bool) -> Vec<Arc<T>> {
+        self.map.read().values().filter(|object| wanted(object)).cloned().collect()
     }
 
     /// All, in the order of their ids.
@@ -75,5 +95,6 @@ mod tests {
         index.remove("aa11");
         assert_eq!(*index.get("aa").unwrap(), "aa22");
         assert_eq!(index.all().len(), 2);
+        assert_eq!(index.select(|id| id.starts_with('b')).len(), 1);
     }
 }

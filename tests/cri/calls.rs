@@ -6,12 +6,10 @@ use grpcio::RpcStatusCode as Code;
 
 use crate::node::{refused, run_request, Node};
 use crate::raw::Raw;
+use crate::subscriber::open;
 
 /// Methods of this version that answer UNIMPLEMENTED with their name.
 const NOT_BUILT: [&str; 16] = [
-    "StreamPodSandboxes",
-    "StreamContainers",
-    "StreamImages",
     "Exec",
     "Attach",
     "PortForward",
@@ -20,15 +18,17 @@ const NOT_BUILT: [&str; 16] = [
     "CheckpointContainer",
     "CheckpointPod",
     "RestorePod",
-    "GetContainerEvents",
     "ListMetricDescriptors",
     "ListPodSandboxMetrics",
     "StreamPodSandboxMetrics",
     "UpdatePodSandboxResources",
 ];
 
+/// The method whose answer has no end: events.rs has it.
+const LASTS: [&str; 1] = ["GetContainerEvents"];
+
 /// Methods for which an empty request is a question like any other.
-const EMPTY_IS_FINE: [&str; 10] = [
+const EMPTY_IS_FINE: [&str; 11] = [
     "Version",
     "Status",
     "RuntimeConfig",
@@ -39,7 +39,11 @@ const EMPTY_IS_FINE: [&str; 10] = [
     "ListPodSandboxStats",
     "ListImages",
     "ImageFsInfo",
+    "StreamImages",
 ];
+
+/// Methods for which an empty request is answered by an empty stream.
+const NOTHING: [&str; 2] = ["StreamPodSandboxes", "StreamContainers"];
 
 #[test]
 fn empty_requests_of_every_method_under_both_names() {
@@ -49,6 +53,16 @@ fn empty_requests_of_every_method_under_both_names() {
         assert_eq!(rpc.paths.len(), 2);
         for path in rpc.paths {
             // Messages without fields of their own: whatever comes is an unknown field.
+            if LASTS.contains(&rpc.method) {
+                continue;
+            }
+            if NOTHING.contains(&rpc.method) {
+                // A unary call could not take no message.
+                let (messages, error) =
+                    open::<_, StopPodSandboxResponse>(&node.config().socket, path, &VersionRequest::default()).read_all();
+                assert!(messages.is_empty() && error.is_none(), "{path}");
+                continue;
+            }
             let answer = raw.call::<_, StopPodSandboxResponse>(path, &VersionRequest::default());
             if EMPTY_IS_FINE.contains(&rpc.method) {
                 answer.unwrap_or_else(|e| panic!("{path}: {e}"));

@@ -14,6 +14,8 @@ mod cancel;
 mod container;
 /// proto/ and the table of facts.
 mod descriptor;
+/// GetContainerEvents.
+mod events;
 /// ExecSync.
 mod exec;
 /// The ImageService.
@@ -44,5 +46,9 @@ mod runtime;
 mod sandbox;
 /// Stats of containers and sandboxes.
 mod stats;
+/// The lists in pieces.
+mod stream_lists;
+/// Streams of messages that a test can leave, or not read.
+mod subscriber;
 /// Many things at once.
 mod together;

@@ -5,6 +5,7 @@ usage: client.py PROTO_DIR SOCKET IMAGE LOG_DIR CGROUP_PARENT
 
 import os
 import sys
+import threading
 import time
 import urllib.request
 
@@ -45,6 +46,21 @@ assert found.id.startswith("sha256:") and found.size > 0, found
 print("ready", version.runtime_name, version.runtime_version)
 
 os.makedirs(log_dir, exist_ok=True)
+events, streams = [], version.runtime_name == "crisp"
+
+
+def follow(stream):
+    try:
+        for event in stream:
+            events.append((event.container_id, event.container_event_type, event.pod_sandbox_status.state, len(event.containers_statuses)))
+    except grpc.RpcError as error:
+        events.append(error.code())
+
+
+if streams:
+    subscription = runtime.GetContainerEvents(cri.GetEventsRequest())
+    follower = threading.Thread(target=follow, args=(subscription,), daemon=True)
+    follower.start()
 namespaces = cri.NamespaceOption(pid=cri.CONTAINER)
 config = cri.PodSandboxConfig(
     metadata=cri.PodSandboxMetadata(name="python", uid="uid-python", namespace="test"),
@@ -86,6 +102,19 @@ listed = runtime.ListContainers(cri.ListContainersRequest(filter=cri.ContainerFi
 assert [c.id for c in listed.containers] == [container], listed
 print("exec and log")
 
+if streams:
+    # Each ends by itself: a list() of a stream that did not would hang until its deadline, which is an error.
+    pieces = list(runtime.StreamContainers(cri.StreamContainersRequest(), timeout=TIMEOUT))
+    assert [c.id for piece in pieces for c in piece.containers] == [container], pieces
+    pieces = list(runtime.StreamPodSandboxes(cri.StreamPodSandboxesRequest(), timeout=TIMEOUT))
+    assert [s.id for piece in pieces for s in piece.pod_sandboxes] == [sandbox], pieces
+    known = {i.id for i in images.ListImages(cri.ListImagesRequest(), timeout=TIMEOUT).images}
+    pieces = list(images.StreamImages(cri.StreamImagesRequest(), timeout=TIMEOUT))
+    assert {i.id for piece in pieces for i in piece.images} == known and known, pieces
+    nothing = cri.ContainerFilter(id="absent")
+    assert list(runtime.StreamContainers(cri.StreamContainersRequest(filter=nothing), timeout=TIMEOUT)) == []
+    print("streams")
+
 try:
     runtime.ContainerStatus(cri.ContainerStatusRequest(container_id="absent"), timeout=TIMEOUT)
     sys.exit("the status of an unknown container was answered")
@@ -99,4 +128,17 @@ runtime.RemoveContainer(cri.RemoveContainerRequest(container_id=container), time
 runtime.StopPodSandbox(cri.StopPodSandboxRequest(pod_sandbox_id=sandbox), timeout=TIMEOUT)
 runtime.RemovePodSandbox(cri.RemovePodSandboxRequest(pod_sandbox_id=sandbox), timeout=TIMEOUT)
 assert not runtime.ListPodSandbox(cri.ListPodSandboxRequest(), timeout=TIMEOUT).items
+if streams:
+    ready, not_ready = cri.SANDBOX_READY, cri.SANDBOX_NOTREADY
+    expected = [
+        (container, cri.CONTAINER_CREATED_EVENT, ready, 1), (container, cri.CONTAINER_STARTED_EVENT, ready, 1),
+        (container, cri.CONTAINER_STOPPED_EVENT, ready, 1), (container, cri.CONTAINER_DELETED_EVENT, ready, 0),
+        (sandbox, cri.CONTAINER_STOPPED_EVENT, not_ready, 0), (sandbox, cri.CONTAINER_DELETED_EVENT, not_ready, 0),
+    ]
+    # The sandbox may have been there before the subscription was.
+    until("the last event", lambda: expected[-1] in events)
+    assert events[-len(expected):] == expected, events
+    subscription.cancel()
+    follower.join(timeout=TIMEOUT)
+    assert not follower.is_alive() and events[-1] == grpc.StatusCode.CANCELLED, events
 print("gone")

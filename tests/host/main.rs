@@ -6,6 +6,7 @@
 mod client;
 mod daemon;
 mod exposition;
+mod events;
 mod harness;
 mod images;
 mod lifecycle;
