@@ -23,8 +23,6 @@ pub mod restore;
 pub mod signal;
 /// What changes, and which transition is legal.
 pub mod status;
-/// Exec with streams, and attach.
-pub mod stream;
 /// The user of a container, from its rootfs.
 pub mod user;
 
