@@ -212,6 +212,7 @@ fn container_settings(config: &Config, host: crate::spec::HostFacts) -> containe
         shim: config.shim.clone(),
         runtime_timeout: config.limits.runtime_timeout,
         exec_output: config.limits.exec_output,
+        kill_on_disconnect: config.streaming.kill_on_disconnect,
         defaults: crate::spec::Defaults::default(),
         host,
     }

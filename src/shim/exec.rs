@@ -19,8 +19,9 @@ const EXECS: usize = 96;
 pub struct Exec {
     pub number: u32,
     id: String,
-    /// The connection that asked.
-    peer: u32,
+    /// The connection that asked; None when it has gone and the process goes on without it.
+    peer: Option<u32>,
+    keep: bool,
     /// Once the OCI runtime has started it and until it is reaped.
     pub pid: Option<i32>,
     cgroup: Option<Cgroup>,
@@ -58,14 +59,19 @@ impl Shim {
         if self.phase != Phase::Running {
             return Err(Error::precondition("exec: the container is not running"));
         }
-        if self.execs.len() >= EXECS {
+        if self.execs.iter().filter(|e| e.peer.is_some()).count() >= EXECS {
             return Err(Error::new(Code::ResourceExhausted, format!("exec: {EXECS} are running")));
         }
         if self.execs.iter().any(|e| e.id == request.id) {
             return Err(Error::invalid(format!("exec: the id {:?} is in use", request.id)));
         }
-        let [stdin, stdout, stderr]: [OwnedFd; 3] =
-            fds.try_into().map_err(|f: Vec<_>| Error::invalid(format!("exec: {} descriptors instead of 3", f.len())))?;
+        if request.console.as_ref().is_some_and(|c| c.is_empty() || c.contains('/')) {
+            return Err(Error::invalid("exec: console: expected the name of a socket in the container's directory"));
+        }
+        let count = if request.console.is_some() { 0 } else { 3 };
+        if fds.len() != count {
+            return Err(Error::invalid(format!("exec: {} descriptors instead of {count}", fds.len())));
+        }
         self.exec_number += 1;
         let number = self.exec_number;
         let placed = place(self.config.handler.kind, &self.layout, &self.cgroup, number);
@@ -78,7 +84,7 @@ impl Shim {
             }
         });
         let (cgroup, option) = placed.map_or((None, None), |(cgroup, option)| (Some(cgroup), option));
-        let started = self.start_exec(number, &request, option.as_deref(), [stdin, stdout, stderr]);
+        let started = self.start_exec(number, &request, option.as_deref(), fds);
         if started.is_err() {
             if let Some(cgroup) = &cgroup {
                 let _ = cgroup.remove(Duration::ZERO);
@@ -86,20 +92,35 @@ impl Shim {
         }
         self.tasks.push(started?);
         let move_it = option.is_none() && cgroup.is_some();
-        let exec = Exec { number, id: request.id, peer, pid: None, cgroup, move_it, kill: false, killers: vec![], outcome: None };
+        let exec = Exec {
+            number,
+            id: request.id,
+            peer: Some(peer),
+            keep: request.keep,
+            pid: None,
+            cgroup,
+            move_it,
+            kill: false,
+            killers: vec![],
+            outcome: None,
+        };
         self.execs.push(exec);
         Ok(())
     }
 
-    fn start_exec(&self, number: u32, request: &ExecRequest, option: Option<&str>, stdio: [OwnedFd; 3]) -> Result<Task> {
+    fn start_exec(&self, number: u32, request: &ExecRequest, option: Option<&str>, stdio: Vec<OwnedFd>) -> Result<Task> {
         let path = |what: &str| self.dir.join(format!("exec-{number}.{what}"));
         let process = serde_json::to_vec(&request.process).context(|| "exec: write the process")?;
         let (process_file, log) = (path("json"), path("log"));
         file::write(&process_file, &process, 0o600, file::Durability::Atomic)?;
-        let args = oci::exec(&self.config.handler, &log, &path("pid"), &process_file, option, &self.config.id);
-        let [stdin, stdout, stderr] = stdio;
-        let program = oci::program(&self.config.handler, args).current_dir(&self.dir);
-        let program = program.stdin_from(stdin).stdout_to(stdout).stderr_to(stderr);
+        let console = request.console.as_ref().map(|name| shown_socket(&self.dir, name));
+        let call = oci::Exec { log: &log, pid_file: &path("pid"), process: &process_file, cgroup: option, console: console.as_deref() };
+        let args = oci::exec(&self.config.handler, &call, &self.config.id);
+        let mut program = oci::program(&self.config.handler, args).current_dir(&self.dir);
+        let mut stdio = stdio.into_iter();
+        if let (Some(stdin), Some(stdout), Some(stderr)) = (stdio.next(), stdio.next(), stdio.next()) {
+            program = program.stdin_from(stdin).stdout_to(stdout).stderr_to(stderr);
+        }
         Task::start(program, &self.config.handler.path, Purpose::Exec(number), log, vec![process_file], self.limit())
     }
 
@@ -117,8 +138,9 @@ impl Shim {
                         let _ = std::fs::write(dir.path.join("cgroup.procs"), pid.to_string());
                     }
                 }
-                let peer = exec.peer;
-                self.answer(peer, &Event::Started { pid }, false);
+                if let Some(peer) = exec.peer {
+                    self.answer(peer, &Event::Started { pid }, false);
+                }
             }
             Err(error) => {
                 exec.outcome = Some(Event::Error(Fault::from(&error)));
@@ -146,9 +168,12 @@ impl Shim {
         Ok(())
     }
 
-    /// The connection of an exec is gone: nobody can take its end any more.
+    /// The connection of an exec is gone: nobody can take its end any more. It dies unless it runs and is to be kept.
     pub fn exec_abandoned(&mut self, peer: u32) {
-        if let Some(number) = self.execs.iter().find(|e| e.peer == peer).map(|e| e.number) {
+        let Some(exec) = self.execs.iter_mut().find(|e| e.peer == Some(peer)) else { return };
+        exec.peer = None;
+        let (number, starts) = (exec.number, exec.pid.is_none() && exec.outcome.is_none());
+        if starts || !exec.keep {
             self.condemn(number, "abandoned while starting");
         }
     }
@@ -177,8 +202,8 @@ impl Shim {
                 continue;
             }
             let exec = self.execs.swap_remove(index);
-            if let Some(outcome) = &exec.outcome {
-                self.answer(exec.peer, outcome, true);
+            if let (Some(peer), Some(outcome)) = (exec.peer, &exec.outcome) {
+                self.answer(peer, outcome, true);
             }
             for killer in &exec.killers {
                 self.answer(*killer, &Event::Done, true);
@@ -221,4 +246,14 @@ pub fn read_pid(path: &std::path::Path) -> Result<i32> {
         return Err(Error::internal(format!("read {}: pid {pid}", path.display())));
     }
     Ok(pid)
+}
+
+/// A socket in the container's directory as the OCI runtime, which starts there, is to name it: paths of sockets are short.
+pub fn shown_socket(dir: &std::path::Path, name: &str) -> std::path::PathBuf {
+    let path = dir.join(name);
+    if path.as_os_str().len() < 108 {
+        path
+    } else {
+        name.into()
+    }
 }

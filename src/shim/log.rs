@@ -122,8 +122,9 @@ impl<R: Read> Output<R> {
         &self.reader
     }
 
-    /// Moves what is there to the log, with one write per read or so.
-    pub fn pump(&mut self, log: &mut Log) -> Pumped {
+    /// Moves what is there to the log, with one write per read or so. Each piece is also shown to `tap`, which says whether to
+    /// go on now.
+    pub fn pump(&mut self, log: &mut Log, tap: &mut dyn FnMut(&[u8]) -> bool) -> Pumped {
         if self.line.is_empty() {
             self.line = vec![0; LINE_LIMIT + 1];
         }
@@ -136,7 +137,11 @@ impl<R: Read> Output<R> {
                 // A terminal whose last user is gone answers EIO.
                 Err(_) => return Pumped::End,
             };
+            let go_on = tap(&self.line[self.filled..self.filled + n]);
             self.take(n, log);
+            if !go_on {
+                break;
+            }
         }
         Pumped::Idle
     }
@@ -265,7 +270,7 @@ mod tests {
         let path = dir.path().join("log");
         let mut log = Log::open(Some(&path)).unwrap();
         let mut output = Output::new(Pieces(pieces.iter(), &[]), "stdout");
-        while output.pump(&mut log) != Pumped::End {}
+        while output.pump(&mut log, &mut |_| true) != Pumped::End {}
         output.finish(&mut log);
         let text = std::fs::read_to_string(&path).unwrap();
         text.split_terminator('\n').map(|l| l[31..].to_owned()).collect()
@@ -306,7 +311,7 @@ mod tests {
     fn without_a_file_output_is_dropped() {
         let mut log = Log::open(None).unwrap();
         let mut output = Output::new(&b"a\nb"[..], "stdout");
-        assert_eq!(output.pump(&mut log), Pumped::End);
+        assert_eq!(output.pump(&mut log, &mut |_| true), Pumped::End);
         assert!(log.batch.is_empty());
     }
 
@@ -315,7 +320,7 @@ mod tests {
         let file = OpenOptions::new().write(true).open("/dev/full").unwrap();
         let mut log = Log { file: Some(file), batch: vec![], stamp: Stamp::default(), torn: false };
         let mut output = Output::new(&b"a\nb\n"[..], "stdout");
-        assert_eq!(output.pump(&mut log), Pumped::End);
+        assert_eq!(output.pump(&mut log, &mut |_| true), Pumped::End);
         assert!(log.batch.is_empty());
     }
 

@@ -6,6 +6,8 @@ pub mod cancel;
 pub mod channel;
 /// Giving up power: capabilities, system calls.
 pub mod confine;
+/// Where an OCI runtime sends a terminal.
+pub mod console;
 /// Crash points of debug builds.
 #[cfg(feature = "engine")]
 pub mod crash;

@@ -17,4 +17,5 @@ mod restart;
 mod shim;
 mod snapshot;
 mod spec;
+mod streams;
 mod trouble;
