@@ -3,20 +3,26 @@
 use std::sync::Arc;
 
 use super::http::{self, Head, Upgrade};
+use super::portforward;
 use super::remote::{self, Remote, What};
 use super::request::{Protocol, Request, PORT_FORWARD, SPDY_PROTOCOLS};
 use super::server::{Shared, Slot};
 use super::spdy::Spdy;
 use super::token;
 use super::transport::Transport;
+use super::tunnel::Tunnel;
+use super::websocket::{self, Channels};
 use super::wire::Wire;
-use crate::error::{Code, Error, Result};
+use crate::error::{Code, Result};
 use crate::sys::thread;
 
 /// The header in which both sides name protocol versions.
 const VERSION: &str = "X-Stream-Protocol-Version";
 /// What a refused client could have asked for.
 const ACCEPTED: &str = "X-Accepted-Stream-Protocol-Versions";
+
+/// Most ports of one WebSocket with channels.
+const PORTS: usize = websocket::PORTS;
 
 /// What becomes of a request.
 pub(super) enum Answer {
@@ -29,8 +35,13 @@ pub(super) struct Session {
     shared: Arc<Shared>,
     slot: Slot,
     request: Request,
-    protocol: Protocol,
-    answer: Vec<u8>,
+    speech: Speech,
+}
+
+/// How the client speaks.
+enum Speech {
+    Spdy { protocol: Protocol, answer: Vec<u8> },
+    WebSocket(websocket::Upgrade),
 }
 
 /// Decides on a request. Like the Go servers it takes a token for used once the request names it, whatever else is wrong
@@ -49,12 +60,32 @@ pub(super) fn answer(shared: &Arc<Shared>, head: &Head) -> Answer {
         return Answer::Refuse(http::answer(429, &[("Retry-After", "5")], "too many streaming sessions"));
     };
     let Some(request) = shared.tokens.take(token).filter(|request| request.verb() == verb) else { return unknown() };
-    match head.upgrade() {
-        Some(Upgrade::Spdy) => match negotiate(head, &request) {
-            Ok((protocol, answer)) => Answer::Serve(Box::new(Session { shared: shared.clone(), slot, request, protocol, answer })),
-            Err(answer) => Answer::Refuse(answer),
-        },
-        Some(Upgrade::WebSocket) | None => Answer::Refuse(http::answer(400, &[], "an upgrade to SPDY/3.1 or websocket is needed")),
+    let speech = match head.upgrade() {
+        Some(Upgrade::Spdy) => negotiate(head, &request).map(|(protocol, answer)| Speech::Spdy { protocol, answer }),
+        Some(Upgrade::WebSocket) => negotiate_channels(head, &request).map(Speech::WebSocket),
+        None => Err(http::answer(400, &[], "an upgrade to SPDY/3.1 or websocket is needed")),
+    };
+    match speech {
+        Ok(speech) => Answer::Serve(Box::new(Session { shared: shared.clone(), slot, request, speech })),
+        Err(answer) => Answer::Refuse(answer),
+    }
+}
+
+/// The same for a WebSocket. Channels of port-forward need the ports from the RPC: the client cannot name any.
+fn negotiate_channels(head: &Head, request: &Request) -> std::result::Result<websocket::Upgrade, Vec<u8>> {
+    let verb = match request {
+        Request::PortForward { .. } => websocket::Verb::PortForward,
+        Request::Exec { .. } | Request::Attach { .. } => websocket::Verb::Remote,
+    };
+    let upgrade = websocket::upgrade(&head.headers, verb).map_err(|refusal| {
+        let header = refusal.header.as_ref().map(|(name, value)| (*name, value.as_str()));
+        http::answer(refusal.status, header.as_slice(), &refusal.message)
+    })?;
+    match request {
+        Request::PortForward { ports, .. } if upgrade.protocol != websocket::Protocol::Tunnel && !(1..=PORTS).contains(&ports.len()) => {
+            Err(http::answer(400, &[], &format!("from 1 to {PORTS} ports are needed for {}", upgrade.name)))
+        }
+        _ => Ok(upgrade),
     }
 }
 
@@ -87,10 +118,9 @@ impl Session {
     }
 
     fn run(self: Box<Session>, number: u64, transport: Box<dyn Transport>) {
-        let Session { shared, slot, request, protocol, answer } = *self;
-        let wire: Box<dyn Wire> = Box::new(Spdy::new(transport, answer));
+        let Session { shared, slot, request, speech } = *self;
         let verb = request.verb();
-        let result = serve(&shared, wire, request, protocol);
+        let result = speech.open(transport, &request).and_then(|(wire, protocol)| serve(&shared, wire, request, protocol));
         drop(slot);
         match result {
             Ok(()) => log::debug!("streaming: session {number} ({verb}) ended"),
@@ -101,14 +131,40 @@ impl Session {
     }
 }
 
+impl Speech {
+    /// Answers the client and begins to speak.
+    fn open(self, transport: Box<dyn Transport>, request: &Request) -> Result<(Box<dyn Wire>, Protocol)> {
+        let upgrade = match self {
+            Speech::Spdy { protocol, answer } => return Ok((Box::new(Spdy::new(transport, answer)), protocol)),
+            Speech::WebSocket(upgrade) => upgrade,
+        };
+        let protocol = match upgrade.protocol {
+            websocket::Protocol::Tunnel => {
+                let tunnel = Tunnel::new(transport, upgrade.answer.into_bytes());
+                return Ok((Box::new(Spdy::new(tunnel, Vec::new())), Protocol::V1));
+            }
+            websocket::Protocol::Channels { half_close: true, .. } => Protocol::V5,
+            websocket::Protocol::Channels { status: true, .. } => Protocol::V4,
+            websocket::Protocol::Channels { .. } => Protocol::V1,
+        };
+        let channels = match request {
+            Request::Exec { wanted, .. } | Request::Attach { wanted, .. } => {
+                Channels::Remote { stdin: wanted.stdin, stdout: wanted.stdout, stderr: wanted.stderr, resize: wanted.tty }
+            }
+            Request::PortForward { ports, .. } => Channels::Ports(ports.clone()),
+        };
+        Ok((websocket::open(transport, &upgrade, &channels)?, protocol))
+    }
+}
+
 fn serve(shared: &Shared, wire: Box<dyn Wire>, request: Request, protocol: Protocol) -> Result<()> {
-    let remote = |container, wanted, what| {
+    let remote = |wire, container, wanted, what| {
         let remote = Remote { containers: &shared.containers, container, wanted, protocol, idle: shared.idle, cancel: &shared.stop, what };
         remote::run(wire, &remote)
     };
     match request {
-        Request::Exec { container, cmd, wanted } => remote(&container, wanted, What::Exec(&cmd)),
-        Request::Attach { container, wanted } => remote(&container, wanted, What::Attach),
-        Request::PortForward { sandbox, .. } => Err(Error::unimplemented(format!("port-forward to sandbox {sandbox}"))),
+        Request::Exec { container, cmd, wanted } => remote(wire, &container, wanted, What::Exec(&cmd)),
+        Request::Attach { container, wanted } => remote(wire, &container, wanted, What::Attach),
+        Request::PortForward { sandbox, target, .. } => portforward::run(wire, &sandbox, &target, shared.idle, &shared.stop),
     }
 }
