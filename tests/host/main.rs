@@ -19,3 +19,4 @@ mod snapshot;
 mod spec;
 mod streams;
 mod trouble;
+mod websocket;
