@@ -5,6 +5,8 @@
 mod accept;
 /// Heads of requests, and answers.
 pub mod http;
+/// Port-forward: the streams of a client to servers in a sandbox.
+pub mod portforward;
 /// Exec and attach sessions.
 mod remote;
 /// What a session is about.
@@ -25,6 +27,10 @@ mod tls;
 pub mod token;
 /// What bytes travel on: TCP, TLS.
 pub mod transport;
+/// SPDY's bytes in the messages of a WebSocket.
+pub mod tunnel;
+/// WebSocket: handshake, frames, channels.
+pub mod websocket;
 /// A client's connection with several streams on it.
 pub mod wire;
 

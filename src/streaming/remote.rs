@@ -79,7 +79,9 @@ impl Remote<'_> {
             (Ended::ContainerEnded(code), What::Exec(cmd)) => {
                 Verdict::ExitCode { cmd: cmd.join(" "), code: code.filter(|c| *c != 0).unwrap_or(137) }
             }
-            (Ended::Detached, What::Attach) => Verdict::Failure("error attaching to container: the output was not taken for too long".into()),
+            (Ended::Detached, What::Attach) => {
+                Verdict::Failure("error attaching to container: the output was not taken for too long".into())
+            }
             _ => Verdict::Success,
         }
     }

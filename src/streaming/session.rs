@@ -3,14 +3,17 @@
 use std::sync::Arc;
 
 use super::http::{self, Head, Upgrade};
+use super::portforward;
 use super::remote::{self, Remote, What};
 use super::request::{Protocol, Request, PORT_FORWARD, SPDY_PROTOCOLS};
 use super::server::{Shared, Slot};
 use super::spdy::Spdy;
 use super::token;
 use super::transport::Transport;
+use super::tunnel::Tunnel;
+use super::websocket::{self, Channels};
 use super::wire::Wire;
-use crate::error::{Code, Error, Result};
+use crate::error::{Code, Result};
 use crate::sys::thread;
 
 /// The header in which both sides name protocol versions.
@@ -29,8 +32,13 @@ pub(super) struct Session {
     shared: Arc<Shared>,
     slot: Slot,
     request: Request,
-    protocol: Protocol,
-    answer: Vec<u8>,
+    chosen: Chosen,
+}
+
+/// What the connection becomes.
+enum Chosen {
+    Spdy { protocol: Protocol, answer: Vec<u8> },
+    WebSocket(websocket::Upgrade),
 }
 
 /// Decides on a request. Like the Go servers it takes a token for used once the request names it, whatever else is wrong
@@ -49,18 +57,20 @@ pub(super) fn answer(shared: &Arc<Shared>, head: &Head) -> Answer {
         return Answer::Refuse(http::answer(429, &[("Retry-After", "5")], "too many streaming sessions"));
     };
     let Some(request) = shared.tokens.take(token).filter(|request| request.verb() == verb) else { return unknown() };
-    match head.upgrade() {
-        Some(Upgrade::Spdy) => match negotiate(head, &request) {
-            Ok((protocol, answer)) => Answer::Serve(Box::new(Session { shared: shared.clone(), slot, request, protocol, answer })),
-            Err(answer) => Answer::Refuse(answer),
-        },
-        Some(Upgrade::WebSocket) | None => Answer::Refuse(http::answer(400, &[], "an upgrade to SPDY/3.1 or websocket is needed")),
+    let chosen = match head.upgrade() {
+        Some(Upgrade::Spdy) => negotiate(head, &request),
+        Some(Upgrade::WebSocket) => handshake(head, &request),
+        None => Err(http::answer(400, &[], "an upgrade to SPDY/3.1 or websocket is needed")),
+    };
+    match chosen {
+        Ok(chosen) => Answer::Serve(Box::new(Session { shared: shared.clone(), slot, request, chosen })),
+        Err(answer) => Answer::Refuse(answer),
     }
 }
 
 /// The client's first choice that we have, and the answer that says so; or the refusal. A client that names none is one from before
 /// there were versions.
-fn negotiate(head: &Head, request: &Request) -> std::result::Result<(Protocol, Vec<u8>), Vec<u8>> {
+fn negotiate(head: &Head, request: &Request) -> std::result::Result<Chosen, Vec<u8>> {
     let forward = matches!(request, Request::PortForward { .. });
     let ours: Vec<(&str, Protocol)> = match forward {
         true => vec![(PORT_FORWARD, Protocol::V1)],
@@ -68,15 +78,27 @@ fn negotiate(head: &Head, request: &Request) -> std::result::Result<(Protocol, V
     };
     let mut asked = head.elements(VERSION).peekable();
     if asked.peek().is_none() {
-        return Ok((Protocol::V1, http::switching("SPDY/3.1", &[])));
+        return Ok(Chosen::Spdy { protocol: Protocol::V1, answer: http::switching("SPDY/3.1", &[]) });
     }
     match asked.find_map(|name| ours.iter().find(|(known, _)| *known == name)) {
-        Some((name, protocol)) => Ok((*protocol, http::switching("SPDY/3.1", &[(VERSION, name)]))),
+        Some((name, protocol)) => Ok(Chosen::Spdy { protocol: *protocol, answer: http::switching("SPDY/3.1", &[(VERSION, name)]) }),
         None => {
             let headers: Vec<(&str, &str)> = ours.iter().map(|(name, _)| (ACCEPTED, *name)).collect();
             Err(http::answer(403, &headers, "no protocol version in common"))
         }
     }
+}
+
+/// The same for WebSocket.
+fn handshake(head: &Head, request: &Request) -> std::result::Result<Chosen, Vec<u8>> {
+    let verb = match request {
+        Request::PortForward { .. } => websocket::Verb::PortForward,
+        _ => websocket::Verb::Remote,
+    };
+    websocket::upgrade(&head.headers, verb).map(Chosen::WebSocket).map_err(|refusal| {
+        let headers: Vec<(&str, &str)> = refusal.header.iter().map(|(name, value)| (*name, value.as_str())).collect();
+        http::answer(refusal.status, &headers, &refusal.message)
+    })
 }
 
 impl Session {
@@ -87,10 +109,9 @@ impl Session {
     }
 
     fn run(self: Box<Session>, number: u64, transport: Box<dyn Transport>) {
-        let Session { shared, slot, request, protocol, answer } = *self;
-        let wire: Box<dyn Wire> = Box::new(Spdy::new(transport, answer));
+        let Session { shared, slot, request, chosen } = *self;
         let verb = request.verb();
-        let result = serve(&shared, wire, request, protocol);
+        let result = chosen.open(transport, &request).and_then(|(wire, protocol)| serve(&shared, wire, request, protocol));
         drop(slot);
         match result {
             Ok(()) => log::debug!("streaming: session {number} ({verb}) ended"),
@@ -101,14 +122,37 @@ impl Session {
     }
 }
 
-fn serve(shared: &Shared, wire: Box<dyn Wire>, request: Request, protocol: Protocol) -> Result<()> {
-    let remote = |container, wanted, what| {
-        let remote = Remote { containers: &shared.containers, container, wanted, protocol, idle: shared.idle, cancel: &shared.stop, what };
-        remote::run(wire, &remote)
-    };
-    match request {
-        Request::Exec { container, cmd, wanted } => remote(&container, wanted, What::Exec(&cmd)),
-        Request::Attach { container, wanted } => remote(&container, wanted, What::Attach),
-        Request::PortForward { sandbox, .. } => Err(Error::unimplemented(format!("port-forward to sandbox {sandbox}"))),
+impl Chosen {
+    fn open(self, transport: Box<dyn Transport>, request: &Request) -> Result<(Box<dyn Wire>, Protocol)> {
+        let upgrade = match self {
+            Chosen::Spdy { protocol, answer } => return Ok((Box::new(Spdy::new(transport, answer)), protocol)),
+            Chosen::WebSocket(upgrade) => upgrade,
+        };
+        let protocol = match upgrade.protocol {
+            websocket::Protocol::Tunnel => {
+                let tunnel = Tunnel::new(transport, upgrade.answer.into_bytes());
+                return Ok((Box::new(Spdy::new(tunnel, Vec::new())), Protocol::V1));
+            }
+            websocket::Protocol::Channels { half_close: true, .. } => Protocol::V5,
+            websocket::Protocol::Channels { status: true, .. } => Protocol::V4,
+            websocket::Protocol::Channels { .. } => Protocol::V1,
+        };
+        let channels = match request {
+            Request::Exec { wanted, .. } | Request::Attach { wanted, .. } => {
+                Channels::Remote { stdin: wanted.stdin, stdout: wanted.stdout, stderr: wanted.stderr, resize: wanted.tty }
+            }
+            Request::PortForward { ports, .. } => Channels::Ports(ports.clone()),
+        };
+        Ok((websocket::open(transport, &upgrade, &channels)?, protocol))
     }
+}
+
+fn serve(shared: &Shared, wire: Box<dyn Wire>, request: Request, protocol: Protocol) -> Result<()> {
+    let (container, wanted, what) = match &request {
+        Request::Exec { container, cmd, wanted } => (container, *wanted, What::Exec(cmd)),
+        Request::Attach { container, wanted } => (container, *wanted, What::Attach),
+        Request::PortForward { sandbox, target, .. } => return portforward::run(wire, sandbox, target, shared.idle, &shared.stop),
+    };
+    let remote = Remote { containers: &shared.containers, container, wanted, protocol, idle: shared.idle, cancel: &shared.stop, what };
+    remote::run(wire, &remote)
 }

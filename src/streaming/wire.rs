@@ -63,4 +63,9 @@ pub trait Wire: Send {
 
     /// A sign of life for an idle connection, if it has one (ping).
     fn keep_alive(&mut self) -> Result<()>;
+
+    /// Whether the client can neither open streams nor end one alone: the channels of a WebSocket. The connection ends with its streams then.
+    fn is_fixed(&self) -> bool {
+        false
+    }
 }

@@ -38,6 +38,9 @@ pub mod process;
 pub mod rooted;
 /// Unix sockets: peer credentials, passing of file descriptors.
 pub mod socket;
+/// TCP sockets in network namespaces.
+#[cfg(feature = "engine")]
+pub mod tcp;
 /// Threads with names.
 pub mod thread;
 /// One thread that waits on many descriptors.
