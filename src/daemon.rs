@@ -17,17 +17,21 @@ use crate::runtime::Handlers;
 use crate::sandbox::{self, Sandboxes};
 use crate::service::Service;
 use crate::snapshot::{Kind, Snapshotter};
+use crate::streaming;
 use crate::sys::file;
 use crate::sys::watch::Watcher;
 
 /// Time that running calls get at a stop.
 const STOP_GRACE: Duration = Duration::from_secs(5);
+/// Time that streaming sessions get to say goodbye.
+const STREAMING_GRACE: Duration = Duration::from_secs(3);
 
 /// A running daemon. Dropping it leaves the containers running.
 pub struct Daemon {
     server: Option<grpc::Server>,
     network: Arc<Network>,
     watcher: Watcher,
+    streaming: Arc<streaming::Server>,
     _locks: Vec<std::fs::File>,
 }
 
@@ -101,6 +105,7 @@ impl Daemon {
         let preload = images.clone();
         let dir = config.images.preload_dir.clone();
         crate::sys::thread::spawn("preload", move || preload.preload(&dir))?;
+        let streaming = Arc::new(streaming::Server::start(&config.streaming, containers.clone())?);
         let service = Arc::new(Service {
             sandboxes,
             containers,
@@ -108,6 +113,7 @@ impl Daemon {
             network: network.clone(),
             handlers,
             warmer: Warmer::start(layout)?,
+            streaming: streaming.clone(),
             systemd_cgroup: config.systemd_cgroup,
             root: config.root.clone(),
             run: config.run.clone(),
@@ -121,7 +127,7 @@ impl Daemon {
             queue: config.limits.queue,
         };
         let server = grpc::Server::start(settings, service)?;
-        Ok(Daemon { server: Some(server), network, watcher, _locks: locks })
+        Ok(Daemon { server: Some(server), network, watcher, streaming, _locks: locks })
     }
 
     /// What SIGHUP can change: log level and CNI configuration. Registry certificates are read for each pull anyway.
@@ -138,6 +144,8 @@ impl Daemon {
         if let Some(server) = self.server.take() {
             server.stop(STOP_GRACE);
         }
+        // After the calls: they make the URLs.
+        self.streaming.stop(STREAMING_GRACE);
         // Records belong to whoever has the locks: exits from here on are for the next daemon to find.
         self.watcher.stop();
     }

@@ -19,6 +19,8 @@ mod info;
 mod sandbox;
 /// PodSandboxStatus and ListPodSandbox.
 mod sandbox_status;
+/// Exec, Attach, PortForward.
+mod streaming;
 
 use std::cell::RefCell;
 use std::path::PathBuf;
@@ -32,6 +34,7 @@ use crate::image::Images;
 use crate::network::Network;
 use crate::runtime::Handlers;
 use crate::sandbox::Sandboxes;
+use crate::streaming::Server;
 use crate::sys::cancel::Cancel;
 
 /// One call, as far as a service cares.
@@ -97,6 +100,8 @@ pub struct Service {
     pub handlers: Handlers,
     /// Asked a moment before an OCI runtime will move a process into cgroups.
     pub warmer: Warmer,
+    /// Where Exec, Attach and PortForward send their clients.
+    pub streaming: Arc<Server>,
     pub systemd_cgroup: bool,
     pub root: PathBuf,
     pub run: PathBuf,
@@ -193,7 +198,19 @@ impl RuntimeService for Service {
     }
 
     fn exec_sync(&self, request: runtime::ExecSyncRequest, call: &Call) -> Result<runtime::ExecSyncResponse> {
-        self.exec(&request, call)
+        self.run_command(&request, call)
+    }
+
+    fn exec(&self, request: runtime::ExecRequest, call: &Call) -> Result<runtime::ExecResponse> {
+        self.exec_url(request, call)
+    }
+
+    fn attach(&self, request: runtime::AttachRequest, call: &Call) -> Result<runtime::AttachResponse> {
+        self.attach_url(&request, call)
+    }
+
+    fn port_forward(&self, request: runtime::PortForwardRequest, call: &Call) -> Result<runtime::PortForwardResponse> {
+        self.port_forward_url(&request, call)
     }
 }
 

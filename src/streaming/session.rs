@@ -11,7 +11,7 @@ use super::spdy::Spdy;
 use super::token;
 use super::transport::Transport;
 use super::tunnel::Tunnel;
-use super::websocket::{self, Channels};
+use super::websocket::{self, Channels, PORTS};
 use super::wire::Wire;
 use crate::error::{Code, Result};
 use crate::sys::thread;
@@ -20,9 +20,6 @@ use crate::sys::thread;
 const VERSION: &str = "X-Stream-Protocol-Version";
 /// What a refused client could have asked for.
 const ACCEPTED: &str = "X-Accepted-Stream-Protocol-Versions";
-
-/// Most ports of one WebSocket with channels.
-const PORTS: usize = websocket::PORTS;
 
 /// What becomes of a request.
 pub(super) enum Answer {
@@ -35,11 +32,11 @@ pub(super) struct Session {
     shared: Arc<Shared>,
     slot: Slot,
     request: Request,
-    speech: Speech,
+    chosen: Chosen,
 }
 
-/// How the client speaks.
-enum Speech {
+/// What the connection becomes.
+enum Chosen {
     Spdy { protocol: Protocol, answer: Vec<u8> },
     WebSocket(websocket::Upgrade),
 }
@@ -60,38 +57,20 @@ pub(super) fn answer(shared: &Arc<Shared>, head: &Head) -> Answer {
         return Answer::Refuse(http::answer(429, &[("Retry-After", "5")], "too many streaming sessions"));
     };
     let Some(request) = shared.tokens.take(token).filter(|request| request.verb() == verb) else { return unknown() };
-    let speech = match head.upgrade() {
-        Some(Upgrade::Spdy) => negotiate(head, &request).map(|(protocol, answer)| Speech::Spdy { protocol, answer }),
-        Some(Upgrade::WebSocket) => negotiate_channels(head, &request).map(Speech::WebSocket),
+    let chosen = match head.upgrade() {
+        Some(Upgrade::Spdy) => negotiate(head, &request),
+        Some(Upgrade::WebSocket) => handshake(head, &request),
         None => Err(http::answer(400, &[], "an upgrade to SPDY/3.1 or websocket is needed")),
     };
-    match speech {
-        Ok(speech) => Answer::Serve(Box::new(Session { shared: shared.clone(), slot, request, speech })),
+    match chosen {
+        Ok(chosen) => Answer::Serve(Box::new(Session { shared: shared.clone(), slot, request, chosen })),
         Err(answer) => Answer::Refuse(answer),
-    }
-}
-
-/// The same for a WebSocket. Channels of port-forward need the ports from the RPC: the client cannot name any.
-fn negotiate_channels(head: &Head, request: &Request) -> std::result::Result<websocket::Upgrade, Vec<u8>> {
-    let verb = match request {
-        Request::PortForward { .. } => websocket::Verb::PortForward,
-        Request::Exec { .. } | Request::Attach { .. } => websocket::Verb::Remote,
-    };
-    let upgrade = websocket::upgrade(&head.headers, verb).map_err(|refusal| {
-        let header = refusal.header.as_ref().map(|(name, value)| (*name, value.as_str()));
-        http::answer(refusal.status, header.as_slice(), &refusal.message)
-    })?;
-    match request {
-        Request::PortForward { ports, .. } if upgrade.protocol != websocket::Protocol::Tunnel && !(1..=PORTS).contains(&ports.len()) => {
-            Err(http::answer(400, &[], &format!("from 1 to {PORTS} ports are needed for {}", upgrade.name)))
-        }
-        _ => Ok(upgrade),
     }
 }
 
 /// The client's first choice that we have, and the answer that says so; or the refusal. A client that names none is one from before
 /// there were versions.
-fn negotiate(head: &Head, request: &Request) -> std::result::Result<(Protocol, Vec<u8>), Vec<u8>> {
+fn negotiate(head: &Head, request: &Request) -> std::result::Result<Chosen, Vec<u8>> {
     let forward = matches!(request, Request::PortForward { .. });
     let ours: Vec<(&str, Protocol)> = match forward {
         true => vec![(PORT_FORWARD, Protocol::V1)],
@@ -99,14 +78,32 @@ fn negotiate(head: &Head, request: &Request) -> std::result::Result<(Protocol, V
     };
     let mut asked = head.elements(VERSION).peekable();
     if asked.peek().is_none() {
-        return Ok((Protocol::V1, http::switching("SPDY/3.1", &[])));
+        return Ok(Chosen::Spdy { protocol: Protocol::V1, answer: http::switching("SPDY/3.1", &[]) });
     }
     match asked.find_map(|name| ours.iter().find(|(known, _)| *known == name)) {
-        Some((name, protocol)) => Ok((*protocol, http::switching("SPDY/3.1", &[(VERSION, name)]))),
+        Some((name, protocol)) => Ok(Chosen::Spdy { protocol: *protocol, answer: http::switching("SPDY/3.1", &[(VERSION, name)]) }),
         None => {
             let headers: Vec<(&str, &str)> = ours.iter().map(|(name, _)| (ACCEPTED, *name)).collect();
             Err(http::answer(403, &headers, "no protocol version in common"))
         }
+    }
+}
+
+/// The same for WebSocket. Channels of port-forward need the ports from the RPC: the client cannot name any.
+fn handshake(head: &Head, request: &Request) -> std::result::Result<Chosen, Vec<u8>> {
+    let verb = match request {
+        Request::PortForward { .. } => websocket::Verb::PortForward,
+        _ => websocket::Verb::Remote,
+    };
+    let upgrade = websocket::upgrade(&head.headers, verb).map_err(|refusal| {
+        let headers: Vec<(&str, &str)> = refusal.header.iter().map(|(name, value)| (*name, value.as_str())).collect();
+        http::answer(refusal.status, &headers, &refusal.message)
+    })?;
+    match request {
+        Request::PortForward { ports, .. } if upgrade.protocol != websocket::Protocol::Tunnel && !(1..=PORTS).contains(&ports.len()) => {
+            Err(http::answer(400, &[], &format!("from 1 to {PORTS} ports are needed for channels")))
+        }
+        _ => Ok(Chosen::WebSocket(upgrade)),
     }
 }
 
@@ -118,9 +115,9 @@ impl Session {
     }
 
     fn run(self: Box<Session>, number: u64, transport: Box<dyn Transport>) {
-        let Session { shared, slot, request, speech } = *self;
+        let Session { shared, slot, request, chosen } = *self;
         let verb = request.verb();
-        let result = speech.open(transport, &request).and_then(|(wire, protocol)| serve(&shared, wire, request, protocol));
+        let result = chosen.open(transport, &request).and_then(|(wire, protocol)| serve(&shared, wire, request, protocol));
         drop(slot);
         match result {
             Ok(()) => log::debug!("streaming: session {number} ({verb}) ended"),
@@ -131,12 +128,11 @@ impl Session {
     }
 }
 
-impl Speech {
-    /// Answers the client and begins to speak.
+impl Chosen {
     fn open(self, transport: Box<dyn Transport>, request: &Request) -> Result<(Box<dyn Wire>, Protocol)> {
         let upgrade = match self {
-            Speech::Spdy { protocol, answer } => return Ok((Box::new(Spdy::new(transport, answer)), protocol)),
-            Speech::WebSocket(upgrade) => upgrade,
+            Chosen::Spdy { protocol, answer } => return Ok((Box::new(Spdy::new(transport, answer)), protocol)),
+            Chosen::WebSocket(upgrade) => upgrade,
         };
         let protocol = match upgrade.protocol {
             websocket::Protocol::Tunnel => {
@@ -158,13 +154,11 @@ impl Speech {
 }
 
 fn serve(shared: &Shared, wire: Box<dyn Wire>, request: Request, protocol: Protocol) -> Result<()> {
-    let remote = |wire, container, wanted, what| {
-        let remote = Remote { containers: &shared.containers, container, wanted, protocol, idle: shared.idle, cancel: &shared.stop, what };
-        remote::run(wire, &remote)
+    let (container, wanted, what) = match &request {
+        Request::Exec { container, cmd, wanted } => (container, *wanted, What::Exec(cmd)),
+        Request::Attach { container, wanted } => (container, *wanted, What::Attach),
+        Request::PortForward { sandbox, target, .. } => return portforward::run(wire, sandbox, target, shared.idle, &shared.stop),
     };
-    match request {
-        Request::Exec { container, cmd, wanted } => remote(wire, &container, wanted, What::Exec(&cmd)),
-        Request::Attach { container, wanted } => remote(wire, &container, wanted, What::Attach),
-        Request::PortForward { sandbox, target, .. } => portforward::run(wire, &sandbox, &target, shared.idle, &shared.stop),
-    }
+    let remote = Remote { containers: &shared.containers, container, wanted, protocol, idle: shared.idle, cancel: &shared.stop, what };
+    remote::run(wire, &remote)
 }
