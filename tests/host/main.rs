@@ -24,3 +24,4 @@ mod streams;
 mod stats;
 mod trouble;
 mod unified;
+mod websocket;
