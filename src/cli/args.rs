@@ -7,6 +7,9 @@ use super::flags::{self, Credentials, Port, Volume};
 use super::help;
 use super::words::{Stop, Word, Words};
 
+/// `crisp bench` and `crisp stats`.
+pub mod bench;
+
 /// Where crispd listens.
 const SOCKET: &str = "/run/crisp/crisp.sock";
 /// Seconds of grace of a stop.
@@ -36,6 +39,8 @@ pub enum Command {
     Rm { ids: Vec<String>, force: bool },
     Rmi { images: Vec<String> },
     Inspect { ids: Vec<String> },
+    Stats(bench::Stats),
+    Bench(bench::Bench),
     Info,
     Version,
 }
@@ -146,6 +151,8 @@ fn command(words: &mut Words, name: &str, environment: Environment<'_>) -> Resul
             Command::Logs { container, follow, tail, times }
         }
         "exec" => exec(words)?,
+        "stats" => bench::stats(words)?,
+        "bench" => bench::bench(words)?,
         "stop" => {
             let mut timeout = GRACE;
             let ids = words.values("ID", |flag, words| match flag {

@@ -139,3 +139,50 @@ fn output() {
     assert!(parse_line("-ojson ps").unwrap().json);
     assert!(!parse_line("-o table stop x").unwrap().json);
 }
+
+#[test]
+fn measuring() {
+    use super::bench::{Bench, Stats, What};
+    let stats = || Stats { interval: 2, ..Stats::default() };
+    let labels = vec![("a".to_owned(), "b=c".to_owned()), ("d".to_owned(), String::new())];
+    for (line, expected) in [
+        ("stats", stats()),
+        ("stats -aw --interval 1", Stats { all: true, watch: true, interval: 1, ..stats() }),
+        ("stats -p --pod x -l a=b=c --label d=", Stats { pods: true, pod: Some("x".into()), labels, ..stats() }),
+        ("stats --id c", Stats { id: Some("c".into()), ..stats() }),
+    ] {
+        assert_eq!(parse_line(line).map(|invocation| invocation.command), Ok(Command::Stats(expected)), "{line}");
+    }
+    let Ok(Command::Bench(plain)) = parse_line("bench density --image i").map(|invocation| invocation.command) else { panic!() };
+    assert_eq!((plain.what, plain.pods, plain.callers, plain.command), (What::Density, 100, 0, strings(&["sleep", "1000000"])));
+    let line = "bench stats --image i -n 5 --rounds 7 --callers 2 --monitor x --svg f --runtime r --host-network --cgroup-parent /p -- a b";
+    let full = Bench {
+        what: What::Stats,
+        image: "i".into(),
+        command: strings(&["a", "b"]),
+        handler: "r".into(),
+        host_network: true,
+        cgroup_parent: "/p".into(),
+        pods: 5,
+        rounds: 7,
+        callers: 2,
+        monitors: strings(&["x"]),
+        svg: Some("f".into()),
+    };
+    assert_eq!(parse_line(line).map(|invocation| invocation.command), Ok(Command::Bench(full)));
+    assert!(parse_line("bench stats -o json").unwrap().json);
+    for (line, message) in [
+        ("bench", "bench: no benchmark; expected stats, lifecycle, density or clean; crisp bench --help says more"),
+        ("bench x", "bench: unknown benchmark \"x\"; expected stats, lifecycle, density or clean; crisp bench --help says more"),
+        ("bench density", "bench: no --image; crisp bench --help says more"),
+        ("bench stats -n 1", "bench: no --image; crisp bench --help says more"),
+        ("bench lifecycle x", "bench: unexpected \"x\"; crisp bench --help says more"),
+        ("bench density --image i -n 0", "bench: --pods is 0; crisp bench --help says more"),
+        ("bench density --rounds 0", "--rounds 0: expected 1 or more"),
+        ("stats -l x", "--label x: expected KEY=VALUE"),
+        ("stats -p --id x", "stats: --id names a container; use --pod with --pods; crisp stats --help says more"),
+        ("stats -w -o json", "stats: --watch and -o json exclude each other; crisp stats --help says more"),
+    ] {
+        assert_eq!(parse_line(line), Err(Stop::Usage(message.to_owned())), "{line}");
+    }
+}

@@ -179,6 +179,52 @@ Removes containers, and sandboxes with all their containers.
         text: "Shows a container, a sandbox or an image as JSON, with what the daemon adds to it.\n",
     },
     Topic {
+        name: "stats",
+        synopsis: "[-a] [-p] [-w] [--id C] [--pod P] [-l KEY=VALUE]",
+        about: "show what containers or pods use",
+        json: true,
+        text: "\
+Shows CPU (100 % is one core), memory (the working set), the writable layer's bytes and files, and swap.
+
+  -a, --all            containers that do not run too
+  -p, --pods           pods instead of containers
+  -w, --watch          again and again in place, with bars of how CPU and memory went; Ctrl-C ends it
+  --interval S         seconds between two looks of --watch (default 2)
+  --id CONTAINER       this container alone
+  --pod POD            this pod, or its containers, alone
+  -l, --label KEY=VALUE
+                       those with this label; several must all fit
+",
+    },
+    Topic {
+        name: "bench",
+        synopsis: "stats|lifecycle|density|clean [FLAGS] [-- COMMAND…]",
+        about: "measure what calls of a CRI server cost",
+        json: true,
+        text: "\
+Measures the server behind --socket, this one or another: time of calls (p50, p95, p99), CPU time of the server and its
+helpers (monitors, OCI runtimes, plugins) per call, and memory by kind of process. It must run as root on the same host.
+What it makes is gone at the end, also after Ctrl-C, and carries the label crisp.bench/token.
+
+  stats                ListContainerStats, ListPodSandboxStats and ListPodSandboxMetrics, of the pods that are there or
+                       of --pods new ones
+  lifecycle            one pod after another from RunPodSandbox to RemovePodSandbox
+  density              many pods at once up and down
+  clean                remove what runs that were killed have left
+
+  --image IMAGE        image of the containers; pulled if it is not there. COMMAND (default: sleep 1000000) replaces its
+                       entrypoint
+  -n, --pods N         pods to make (density: 100, stats: 0)
+  --rounds N           rounds of lifecycle (20), calls of stats (200, at most 20 s)
+  --callers N          callers at once (density: one per pod, stats: 8)
+  --runtime HANDLER    runtime handler
+  --host-network       share the host's network: without CNI
+  --cgroup-parent PATH cgroup of the pods
+  --monitor NAME       count processes of this name as the server's monitors too
+  --svg FILE           a picture as well
+",
+    },
+    Topic {
         name: "info",
         synopsis: "",
         about: "show the state of the daemon and its runtime handlers",
