@@ -138,14 +138,48 @@ Shows what the container has written, stdout to stdout and stderr to stderr.
     },
     Topic {
         name: "exec",
-        synopsis: "[--timeout S] CONTAINER COMMAND…",
+        synopsis: "[-i] [-t] [--sync] [--timeout S] CONTAINER COMMAND…",
         about: "run a command in a container",
         json: false,
         text: "\
-Runs COMMAND in a running container, without stdin, shows its output when it has ended, and ends with its exit code.
-All words after CONTAINER belong to COMMAND.
+Runs COMMAND in a running container, shows its output as it comes, and ends with its exit code. All words after
+CONTAINER belong to COMMAND.
 
-  --timeout S          kill it after S seconds
+  -i, --stdin          hand over stdin; its end ends the command's
+  -t, --tty            give the command a terminal of the size of this one
+  --detach-keys KEYS   with -t: end the connection (default ctrl-p,ctrl-q; empty: never). The command lives on, without a
+                       terminal
+  --sync               in one call, without streams: the output comes at the end
+  --timeout S          --sync, and kill it after S seconds
+  --ca FILE            if the daemon's streams speak TLS: believe the authorities in this PEM file too
+",
+    },
+    Topic {
+        name: "attach",
+        synopsis: "[-i] [-t] CONTAINER",
+        about: "connect to the main process of a container",
+        json: false,
+        text: "\
+Shows what the container writes from now on. Ends with the container, with its exit code, or by the detach keys or
+Ctrl-C, which leave it running (with -i -t, Ctrl-C is for the container).
+
+  -i, --stdin          hand over stdin, if the container was made to have one
+  -t, --tty            the container has a terminal
+  --detach-keys KEYS   with -t: end the connection (default ctrl-p,ctrl-q; empty: never)
+  --ca FILE            if the daemon's streams speak TLS: believe the authorities in this PEM file too
+",
+    },
+    Topic {
+        name: "port-forward",
+        synopsis: "[--address IP] SANDBOX [LOCAL:]PORT…",
+        about: "make ports of a sandbox reachable here",
+        json: false,
+        text: "\
+Listens on each LOCAL port (default: the same number; 0 or none before the colon: any that is free) and connects what
+comes to PORT in the sandbox, until Ctrl-C.
+
+  --address IP         listen here instead of on 127.0.0.1
+  --ca FILE            if the daemon's streams speak TLS: believe the authorities in this PEM file too
 ",
     },
     Topic {
@@ -202,9 +236,9 @@ Shows CPU (100 % is one core), memory (the working set), the writable layer's by
         about: "measure what calls of a CRI server cost",
         json: true,
         text: "\
-Measures the server behind --socket, this one or another: time of calls (p50, p95, p99), CPU time of the server and its
-helpers (monitors, OCI runtimes, plugins) per call, and memory by kind of process. It must run as root on the same host.
-What it makes is gone at the end, also after Ctrl-C, and carries the label crisp.bench/token.
+Measures the server behind --socket, this one or another: time of calls (p50, p95, p99), CPU time of the server and
+its helpers (monitors, OCI runtimes, plugins) per call, and memory by kind of process. It must run as root on the same
+host. What it makes is gone at the end, also after Ctrl-C, and carries the label crisp.bench/token.
 
   stats                ListContainerStats, ListPodSandboxStats and ListPodSandboxMetrics, of the pods that are there or
                        of --pods new ones
@@ -249,7 +283,7 @@ pub fn topic(name: &str) -> Option<&'static Topic> {
 pub fn text(topic: Option<&Topic>) -> String {
     match topic {
         None => {
-            let list: String = TOPICS.iter().map(|topic| format!("  {:<9}{}\n", topic.name, topic.about)).collect();
+            let list: String = TOPICS.iter().map(|topic| format!("  {:<13}{}\n", topic.name, topic.about)).collect();
             format!("{GENERAL}{list}{GENERAL_END}")
         }
         Some(topic) => {
