@@ -147,8 +147,8 @@ CONTAINER belong to COMMAND.
 
   -i, --stdin          hand over stdin; its end ends the command's
   -t, --tty            give the command a terminal of the size of this one
-  --detach-keys KEYS   with -t: end the connection (default ctrl-p,ctrl-q; empty: never). The command lives on, without a
-                       terminal
+  --detach-keys KEYS   with -t: end the connection (default ctrl-p,ctrl-q; empty: never). The command lives on,
+                       without a terminal
   --sync               in one call, without streams: the output comes at the end
   --timeout S          --sync, and kill it after S seconds
   --ca FILE            if the daemon's streams speak TLS: believe the authorities in this PEM file too

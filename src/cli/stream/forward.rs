@@ -187,3 +187,7 @@ pub fn pump(link: &mut Link, connection: &TcpStream) -> Outcome<()> {
         }
     }
 }
+
+#[cfg(test)]
+#[path = "forward_tests.rs"]
+mod tests;
