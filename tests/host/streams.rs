@@ -281,6 +281,18 @@ fn stdin_of_attachers(f: &Fixture) {
     });
     end(&c);
 
+    // An output that the container closes ends, though it runs on; also for who comes later.
+    let mut c = f.container("closes", "echo last; exec >&-; read x; echo err >&2; sleep 1000");
+    c.config.stdin = true;
+    c.start();
+    let mut a = Attached::to(&c, true);
+    read_all(&a.stdout);
+    let b = Attached::to(&c, false);
+    assert_eq!(read_all(&b.stdout), b"");
+    a.type_in("go\n");
+    assert_eq!((read_until(&a.stderr, "err"), read_until(&b.stderr, "err")), ("err\n".into(), "err\n".into()));
+    end(&c);
+
     // A container without stdin closes it.
     let c = f.container("none", "sleep 1000");
     c.start();
