@@ -34,6 +34,8 @@ calls! {
     runtime ContainerStatusRequest ContainerStatusResponse;
     runtime ListContainersRequest ListContainersResponse;
     runtime ExecSyncRequest ExecSyncResponse;
+    runtime ExecRequest ExecResponse;
+    runtime AttachRequest AttachResponse;
     runtime UpdateContainerResourcesRequest UpdateContainerResourcesResponse;
     runtime ReopenContainerLogRequest ReopenContainerLogResponse;
     runtime PullImageRequest PullImageResponse;

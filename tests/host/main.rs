@@ -16,6 +16,8 @@ mod registry;
 mod restart;
 mod shim;
 mod snapshot;
+mod spdy;
 mod spec;
+mod streaming;
 mod streams;
 mod trouble;
