@@ -11,7 +11,7 @@ RELEASE = $(TARGET)/release
 SHIM = target/crisp-shim
 
 .DEFAULT_GOAL := help
-.PHONY: help build shim deps doctor check test host test-vm bench demo run install uninstall clean
+.PHONY: help build shim deps doctor check test host fuzz test-vm bench demo run install uninstall clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -50,6 +50,9 @@ test-vm: shim ## The suite of this host again, on cgroup v2 in a virtual machine
 	$(CARGO) test --locked --test host --no-run
 	@scripts/vm/run "$$($(CARGO) test --locked --test host --no-run 2>&1 | sed -n 's/^ *Executable .*(\(.*\))$$/\1/p')" \
 		$(TARGET)/debug/crispd $(SHIM) '$(ONLY)'
+
+fuzz: ## Fuzz what takes strangers' bytes apart, FUZZ_SECONDS for each target (default 60; FUZZ="TARGET...")
+	@scripts/fuzz $(FUZZ)
 
 bench: build ## Measure beside containerd: a table, and target/bench.json (BENCH="--quick ...")
 	@scripts/install-deps bench

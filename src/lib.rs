@@ -16,6 +16,10 @@ pub mod grpc;
 #[cfg(feature = "engine")]
 pub mod service;
 
+/// What is fuzzed, for tests/fuzz and the replay of its corpora.
+#[cfg(any(test, feature = "fuzz"))]
+#[path = "../tests/fuzz/targets.rs"]
+pub mod fuzz;
 /// Exec, attach and port-forward for clients that bring SPDY or WebSocket.
 #[cfg(feature = "engine")]
 pub mod streaming;

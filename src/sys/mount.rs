@@ -191,7 +191,8 @@ pub fn holding<'a>(table: &'a [MountInfo], path: &Path) -> Option<&'a MountInfo>
     table.iter().filter(|m| path.starts_with(&m.target)).max_by_key(|m| m.target.as_os_str().len())
 }
 
-fn parse_table(text: &str) -> Vec<MountInfo> {
+/// The lines that are well formed.
+pub(crate) fn parse_table(text: &str) -> Vec<MountInfo> {
     text.lines().filter_map(parse_line).collect()
 }
 

@@ -5,7 +5,7 @@
 /// The channels of a connection as its streams.
 mod channels;
 /// Frames from bytes.
-mod frame;
+pub(crate) mod frame;
 /// The answer to an upgrade.
 mod handshake;
 /// A non-blocking connection that speaks frames.

@@ -1,0 +1,238 @@
+//! What is fuzzed: everything that takes apart bytes of strangers, or of the kernel. Each target checks more than that nothing
+//! panics. They belong to the library (feature `fuzz`), because most parsers are its own affair; the fuzzer (tests/fuzz) and the
+//! replay of the corpora below call the same functions.
+
+use std::net::IpAddr;
+use std::path::Path;
+
+use crate::cgroup::stat::{cpu, hugetlb, io, memory, number, pids, pressure};
+use crate::cgroup::{path, Layout};
+use crate::image::Reference;
+use crate::network::{Outcome, Version};
+use crate::shim::protocol::{Answer, Envelope, Event, ExitRecord, Request, ShimConfig};
+use crate::streaming::spdy::frame::{self, Frame};
+use crate::streaming::spdy::header;
+use crate::streaming::websocket::frame as websocket;
+use crate::streaming::{http, token, websocket::Verb};
+use crate::sys::mount;
+
+/// Name and function of every target; the name is its directory in corpus/ too.
+pub const TARGETS: [(&str, fn(&[u8])); 10] = [
+    ("spdy_frames", spdy_frames),
+    ("spdy_headers", spdy_headers),
+    ("websocket_frames", websocket_frames),
+    ("upgrade_head", upgrade_head),
+    ("token_url", token_url),
+    ("cgroup_files", cgroup_files),
+    ("cni_result", cni_result),
+    ("image_reference", image_reference),
+    ("mountinfo", mountinfo),
+    ("shim_protocol", shim_protocol),
+];
+
+/// The frames of a byte stream that comes in pieces of `step` bytes, pieces of data joined, and whether it went wrong.
+fn frames(bytes: &[u8], step: usize) -> (Vec<Frame>, bool) {
+    let (mut decoder, mut found) = (frame::Decoder::default(), Vec::new());
+    for mut piece in bytes.chunks(step) {
+        while !piece.is_empty() {
+            let Ok((used, frame)) = decoder.decode(piece) else { return (found, true) };
+            assert!(used > 0 || frame.is_some(), "no progress");
+            piece = &piece[used..];
+            match (found.last_mut(), frame) {
+                (Some(Frame::Data { stream: a, bytes, fin: end @ false }), Some(Frame::Data { stream: b, bytes: more, fin }))
+                    if *a == b =>
+                {
+                    bytes.extend(more);
+                    *end = fin;
+                }
+                (_, frame) => found.extend(frame),
+            }
+        }
+    }
+    (found, false)
+}
+
+/// What a client sends means the same however the network cuts it.
+fn spdy_frames(bytes: &[u8]) {
+    let whole = frames(bytes, bytes.len().max(1));
+    assert_eq!(frames(bytes, 1), whole);
+    assert_eq!(frames(bytes, 7), whole);
+}
+
+/// Blocks are bounded, and what we write of a block is read as the same.
+fn spdy_headers(bytes: &[u8]) {
+    let mut reader = header::Reader::default();
+    // The first byte cuts the input in two blocks of one zlib stream.
+    let Some((cut, bytes)) = bytes.split_first() else { return };
+    let (first, second) = bytes.split_at((*cut as usize).min(bytes.len()));
+    for block in [first, second] {
+        let Ok(pairs) = reader.read(block) else { return };
+        let size: usize = pairs.iter().map(|(name, value)| name.len() + value.len()).sum();
+        assert!(size <= header::BLOCK_LIMIT);
+        let borrowed: Vec<(&str, &str)> = pairs.iter().map(|(name, value)| (name.as_str(), value.as_str())).collect();
+        let written = header::Writer::default().write(&borrowed);
+        assert_eq!(header::Reader::default().read(&written).expect("ours is read"), pairs);
+    }
+}
+
+/// The payload of what a client sends, and its control frames, is the same however the network cuts it.
+fn websocket_frames(bytes: &[u8]) {
+    let whole = payload(bytes, 64 << 10);
+    assert_eq!(payload(bytes, 1), whole);
+    assert_eq!(payload(bytes, 5), whole);
+}
+
+#[derive(Debug, PartialEq, Eq, Default)]
+struct Payload {
+    bytes: Vec<u8>,
+    messages: usize,
+    controls: Vec<websocket::Found>,
+    broken: bool,
+}
+
+fn payload(bytes: &[u8], step: usize) -> Payload {
+    let (mut decoder, mut all) = (websocket::Decoder::new(), Payload::default());
+    let mut rest = bytes;
+    loop {
+        match decoder.next() {
+            Ok(Some(websocket::Found::Piece { last, at, .. })) => {
+                all.bytes.extend_from_slice(decoder.bytes(&at));
+                all.messages += usize::from(last);
+            }
+            Ok(Some(control)) => all.controls.push(control),
+            Ok(None) if rest.is_empty() => return all,
+            Ok(None) => {
+                let space = decoder.space();
+                let n = step.min(rest.len()).min(space.len());
+                assert!(n > 0, "nowhere to read to");
+                space[..n].copy_from_slice(&rest[..n]);
+                decoder.filled(n);
+                rest = &rest[n..];
+            }
+            Err(_) => {
+                all.broken = true;
+                return all;
+            }
+        }
+    }
+}
+
+/// A head is whole at one length and no other, and an upgrade that is accepted can be answered.
+fn upgrade_head(bytes: &[u8]) {
+    let Ok(Some((head, length))) = http::parse(bytes) else { return };
+    assert!(length <= bytes.len() && length <= http::HEAD_LIMIT);
+    assert!(matches!(http::parse(&bytes[..length]), Ok(Some((again, n))) if again == head && n == length));
+    assert!(!matches!(http::parse(&bytes[..length - 1]), Ok(Some((_, n))) if n >= length));
+    let _ = head.upgrade();
+    for verb in [Verb::Remote, Verb::PortForward] {
+        match crate::streaming::websocket::upgrade(&head.headers, verb) {
+            Ok(upgrade) => {
+                let lines = upgrade.answer.split("\r\n").filter(|line| !line.is_empty()).count();
+                assert!(upgrade.answer.starts_with("HTTP/1.1 101 ") && upgrade.answer.ends_with("\r\n\r\n") && (4..=5).contains(&lines));
+            }
+            Err(refusal) => assert!(matches!(refusal.status, 400..=499) && !refusal.message.contains('\n')),
+        }
+    }
+}
+
+/// A token is 22 letters and digits, and nothing of the path is left over.
+fn token_url(bytes: &[u8]) {
+    let Ok(path) = std::str::from_utf8(bytes) else { return };
+    for verb in ["exec", "attach", "portforward"] {
+        let Some(token) = token::of_path(path, verb) else { continue };
+        assert_eq!(path, format!("/{verb}/{token}"));
+        assert!(token.len() == 22 && !token.contains(['/', '.', '%', '?']));
+    }
+}
+
+/// Form feeds cut the input into the files of one cgroup.
+fn cgroup_files(bytes: &[u8]) {
+    let text = String::from_utf8_lossy(bytes);
+    let mut parts = text.split('\u{c}');
+    let mut next = || parts.next().unwrap_or_default();
+    let (a, b, c, d, e) = (next(), next(), next(), next(), next());
+    let _ = (cpu::usage_v1(a), cpu::usage_v2(a), cpu::times_v1(a, b, 100), cpu::times_v2(a), cpu::limits_v1(a, b, c), cpu::limits_v2(a, b));
+    for memory in [memory::Memory::v1(a, b), memory::Memory::v2(a, b, c, d, e)] {
+        let _ = (memory.working_set(), memory.available(1 << 40), memory.swap_available());
+        assert!(memory.limit_below(1 << 40).is_none_or(|limit| limit < 1 << 40));
+    }
+    let _ = (memory::more_v1(a, b, c, d), memory::more_v2(a, b, c), memory::limits_v1(a, b, c), memory::limits_v2(a, b, c));
+    let _ = (io::v1(a, b), io::v2(a), hugetlb::v1(a, b, c, d), hugetlb::v2(a, b, c), pids::parse(a, b), pids::processes(a));
+    let _ = (pressure::parse(a), number::device(a), number::pairs(a).count());
+    let _ = crate::cgroup::parse::flat_keyed(a, "oom_kill");
+    for (controllers, path) in crate::cgroup::parse::proc_cgroup(a) {
+        assert!(controllers.len() + path.len() <= a.len());
+    }
+    if let Ok(resolved) = path::resolve(a) {
+        assert!(!resolved.components().any(|part| matches!(part, std::path::Component::ParentDir)), "{}", resolved.display());
+    }
+}
+
+/// A result that is taken is taken again from what was kept of it, with the same meaning.
+fn cni_result(bytes: &[u8]) {
+    let Some(asked) = Version::parse("1.0.0") else { panic!("a version") };
+    let Ok(outcome) = Outcome::parse(bytes, asked) else { return };
+    let ips: Vec<IpAddr> = outcome.ips("eth0");
+    let serde_json::Value::Object(kept) = outcome.raw.clone() else { panic!("a result is an object") };
+    let again = Outcome::of(kept).expect("what was taken is taken again");
+    assert_eq!((again.ips("eth0"), again.mac("eth0"), &again.addresses), (ips, outcome.mac("eth0"), &outcome.addresses));
+}
+
+/// A normal form is its own normal form.
+fn image_reference(bytes: &[u8]) {
+    let Ok(text) = std::str::from_utf8(bytes) else { return };
+    let Ok(reference) = Reference::parse(text) else { return };
+    assert_eq!(Reference::parse(&reference.to_string()).expect("a normal form"), reference);
+    assert!(!reference.path().split('/').any(|part| part.is_empty() || part == "." || part == ".."));
+}
+
+/// Lines are taken one by one: a broken one does not spoil others.
+fn mountinfo(bytes: &[u8]) {
+    let text = String::from_utf8_lossy(bytes);
+    let table = mount::parse_table(&text);
+    assert!(table.len() <= text.lines().count());
+    let one_by_one: Vec<_> = text.lines().flat_map(mount::parse_table).collect();
+    assert_eq!(table, one_by_one);
+    let _ = (mount::holding(&table, Path::new("/sys/fs/cgroup/memory/a")), Layout::from_table(&table));
+}
+
+/// What is read is written and read as the same, in both directions and in files.
+fn shim_protocol(bytes: &[u8]) {
+    fn again<T: serde::Serialize + serde::de::DeserializeOwned + PartialEq + std::fmt::Debug>(bytes: &[u8]) {
+        let Ok(value) = serde_json::from_slice::<T>(bytes) else { return };
+        let written = serde_json::to_vec(&value).expect("it was read");
+        assert_eq!(serde_json::from_slice::<T>(&written).expect("ours is read"), value);
+    }
+    again::<Event>(bytes);
+    again::<Answer>(bytes);
+    again::<ExitRecord>(bytes);
+    again::<ShimConfig>(bytes);
+    if let Ok(envelope) = serde_json::from_slice::<Envelope<Request>>(bytes) {
+        let written = serde_json::to_vec(&envelope).expect("it was read");
+        assert_eq!(serde_json::from_slice::<Envelope<Request>>(&written).expect("ours is read").body, envelope.body);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn corpora() {
+        let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fuzz/corpus");
+        for (name, target) in TARGETS {
+            let dir = root.join(name);
+            let files = std::fs::read_dir(&dir).unwrap_or_else(|e| panic!("{}: {e}", dir.display()));
+            let mut count = 0;
+            for file in files {
+                let path = file.unwrap().path();
+                let bytes = std::fs::read(&path).unwrap();
+                let result = std::panic::catch_unwind(|| target(&bytes));
+                assert!(result.is_ok(), "{}", path.display());
+                count += 1;
+            }
+            assert!(count > 0, "{} is empty", dir.display());
+        }
+        assert_eq!(std::fs::read_dir(&root).unwrap().count(), TARGETS.len(), "a directory per target, and no other");
+    }
+}
