@@ -217,12 +217,15 @@ impl Cgroup {
         count
     }
 
-    /// The processes that `process_count` counts, but for those of another PID namespace.
+    /// The same count, and the ids of those that are not of another PID namespace.
     #[cfg(feature = "engine")]
-    pub fn process_ids(&self) -> Vec<i32> {
-        let mut pids = Vec::new();
-        self.for_each_procs(&mut |text| pids.extend(text.lines().filter_map(|l| l.parse::<i32>().ok()).filter(|pid| *pid > 0)));
-        pids
+    pub fn process_list(&self) -> (u64, Vec<i32>) {
+        let (mut count, mut pids) = (0, Vec::new());
+        self.for_each_procs(&mut |text| {
+            count += stat::pids::processes(text);
+            pids.extend(text.lines().filter_map(|l| l.parse::<i32>().ok()).filter(|pid| *pid > 0));
+        });
+        (count, pids)
     }
 
     #[cfg(feature = "engine")]
