@@ -66,6 +66,7 @@ pub(super) fn run(wire: Box<dyn Wire>, remote: &Remote<'_>) -> Result<()> {
         Ok(ended) => remote.verdict(ended),
         // Nobody is there to be told.
         Err(e) if session.is_gone => return Err(e),
+        Err(_) if remote.cancel.is_cancelled() => remote.failure(&Error::cancelled("the runtime is stopping")),
         Err(e) => remote.failure(&e),
     };
     session.farewell(&verdict)
@@ -323,11 +324,7 @@ impl<'a> Session<'a> {
             limit = limit.min(Duration::from_secs(1));
         }
         limit = limit.min(quiet.unwrap_or(limit));
-        let waited = self.remote.cancel.poll(&fds, Some(limit));
-        let flags = waited.map_err(|e| match e.code() {
-            Code::Cancelled => Error::cancelled("the runtime is stopping; the command goes on without its client"),
-            _ => e,
-        })?;
+        let flags = self.remote.cancel.poll(&fds, Some(limit))?;
         let of = |n: usize| place[n].map_or(PollFlags::empty(), |at: usize| flags[at]);
         let ready = Ready { wire: flags[0], control: of(0), outputs: [of(2), of(3)] };
         self.tick(paused)?;

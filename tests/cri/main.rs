@@ -42,5 +42,10 @@ mod retry;
 mod runtime;
 /// Sandboxes: the happy path and its rules.
 mod sandbox;
+/// The client's side of SPDY.
+#[path = "../host/spdy.rs"]
+mod spdy;
+/// Exec over SPDY: tokens, refusals, TLS, bounds.
+mod streaming;
 /// Many things at once.
 mod together;
