@@ -114,8 +114,8 @@ impl Session {
         thread::spawn(&format!("stream-{number}"), move || self.run(number, transport)).map(drop)
     }
 
-    fn run(self: Box<Session>, number: u64, transport: Box<dyn Transport>) {
-        let Session { shared, slot, request, chosen } = *self;
+    fn run(self, number: u64, transport: Box<dyn Transport>) {
+        let Session { shared, slot, request, chosen } = self;
         let verb = request.verb();
         let result = chosen.open(transport, &request).and_then(|(wire, protocol)| serve(&shared, wire, request, protocol));
         drop(slot);
