@@ -6,6 +6,8 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::time::Duration;
 
 use nix::poll::PollFlags;
+use oci_spec::runtime::Process;
+use serde::Deserialize;
 
 use super::manager::{Container, Containers};
 use super::stream::{Ended, Wanted};
@@ -18,6 +20,13 @@ pub struct ExecOutput {
     pub stdout: Vec<u8>,
     pub stderr: Vec<u8>,
     pub exit_code: i32,
+}
+
+/// All that an exec needs of a config.json, of which this is a small part.
+#[derive(Deserialize)]
+struct ProcessOfSpec {
+    #[serde(default)]
+    process: Process,
 }
 
 impl Containers {
@@ -60,9 +69,9 @@ impl Containers {
     /// The OCI process object of an exec: the container's own, with another command.
     pub(super) fn exec_process(&self, container: &Container, cmd: &[String], tty: bool) -> Result<serde_json::Value> {
         let path = container.meta.spec_path();
-        let spec: oci_spec::runtime::Spec =
-            serde_json::from_slice(&file::read(&path, 16 << 20)?).context(|| format!("read {}", path.display()))?;
-        serde_json::to_value(crate::spec::exec_process(&spec, cmd, tty)).context(|| "write the process object")
+        let text = file::read(&path, 16 << 20)?;
+        let spec: ProcessOfSpec = serde_json::from_slice(&text).context(|| format!("read {}", path.display()))?;
+        serde_json::to_value(crate::spec::exec_process(spec.process, cmd, tty)).context(|| "write the process object")
     }
 }
 

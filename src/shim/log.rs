@@ -1,7 +1,7 @@
 //! The container log in CRI's format: `2026-01-02T03:04:05.000000006Z stdout F text`. Tag P marks a piece of a longer line.
 
 use std::fs::{File, OpenOptions};
-use std::io::{ErrorKind, Read, Write};
+use std::io::{BufRead, ErrorKind, Read, Write};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 use std::time::{SystemTime, UNIX_EPOCH};
@@ -148,10 +148,13 @@ impl<R: Read> Output<R> {
 
     /// Takes `n` new bytes behind the filled ones.
     fn take(&mut self, n: usize, log: &mut Log) {
+        if log.file.is_none() {
+            return;
+        }
         log.stamp.now();
         let (mut begin, mut search) = (0, self.filled);
         self.filled += n;
-        while let Some(at) = self.line[search..self.filled].iter().position(|b| *b == b'\n') {
+        while let Some(at) = newline(&self.line[search..self.filled]) {
             log.line(self.tag, true, &self.line[begin..search + at]);
             begin = search + at + 1;
             search = begin;
@@ -174,6 +177,13 @@ impl<R: Read> Output<R> {
             self.filled = 0;
         }
     }
+}
+
+/// Where the first newline is: found by the C library, many bytes at a time.
+fn newline(mut text: &[u8]) -> Option<usize> {
+    let whole = text;
+    let end = text.skip_until(b'\n').unwrap_or_default();
+    (end > 0 && whole[end - 1] == b'\n').then(|| end - 1)
 }
 
 /// The time as text, RFC 3339 with nanoseconds in UTC. The part down to the second is computed once a second.

@@ -10,7 +10,7 @@ use nix::sys::signal::Signal;
 use nix::sys::signalfd::SignalFd;
 
 use super::attach::Attachers;
-use super::exec::Exec;
+use super::exec::{Exec, Place};
 use super::log::Log;
 use super::oom::OomWatch;
 use super::protocol::{Answer, ExitRecord, Fault, Phase, ShimConfig, CONFIG_FILE, EXIT_FILE, SOCKET_FILE, VERSION};
@@ -38,7 +38,9 @@ pub struct Shim {
     pub(super) execs: Vec<Exec>,
     pub(super) exec_number: u32,
     /// Cgroups of ended execs in which something still lives.
-    pub(super) lingering: Vec<Cgroup>,
+    pub(super) lingering: Vec<Place>,
+    /// Those in which nothing does, for the next execs.
+    pub(super) idle: Vec<Place>,
     pub(super) removed_oom_kills: u64,
     pub(super) oom: Option<OomWatch>,
     pub(super) peers: Vec<Peer>,
@@ -149,6 +151,7 @@ fn prepare(dir: &Path) -> Result<Shim> {
         execs: Vec::new(),
         exec_number: 0,
         lingering: Vec::new(),
+        idle: Vec::new(),
         removed_oom_kills: 0,
         oom: None,
         peers: Vec::new(),
@@ -246,6 +249,9 @@ impl Shim {
     fn output(&mut self, index: usize) {
         let (all, attachers) = (self.is_drained(), &mut self.attachers);
         self.stdio.pump(index, &mut self.log, &mut |piece| attachers.take(index, piece) || all);
+        if !self.stdio.open_outputs().any(|(i, _)| i == index) {
+            self.attachers.end(index);
+        }
     }
 
     /// The next connection, if it is allowed.

@@ -363,7 +363,7 @@ fn exec_and_update() {
                 false => "memory/memory.limit_in_bytes memory/memory.memsw.limit_in_bytes cpu/cpu.cfs_quota_us",
             };
             let script = format!("id -u; cd /sys/fs/cgroup && cat {files}");
-            let process = spec::exec_process(&spec, &["/bin/sh".into(), "-c".into(), script], false);
+            let process = spec::exec_process(spec.process().clone().unwrap(), &["/bin/sh".into(), "-c".into(), script], false);
             let path = case.dir.path().join("process.json");
             std::fs::write(&path, serde_json::to_vec(&process).unwrap()).unwrap();
             let output = command("exec").arg("--process").arg(&path).arg(&id).run_ok(&Cancel::never(), LIMIT).unwrap();
