@@ -11,7 +11,7 @@ use super::spdy::Spdy;
 use super::token;
 use super::transport::Transport;
 use super::tunnel::Tunnel;
-use super::websocket::{self, Channels};
+use super::websocket::{self, Channels, PORTS};
 use super::wire::Wire;
 use crate::error::{Code, Result};
 use crate::sys::thread;
@@ -89,16 +89,22 @@ fn negotiate(head: &Head, request: &Request) -> std::result::Result<Chosen, Vec<
     }
 }
 
-/// The same for WebSocket.
+/// The same for WebSocket. Channels of port-forward need the ports from the RPC: the client cannot name any.
 fn handshake(head: &Head, request: &Request) -> std::result::Result<Chosen, Vec<u8>> {
     let verb = match request {
         Request::PortForward { .. } => websocket::Verb::PortForward,
         _ => websocket::Verb::Remote,
     };
-    websocket::upgrade(&head.headers, verb).map(Chosen::WebSocket).map_err(|refusal| {
+    let upgrade = websocket::upgrade(&head.headers, verb).map_err(|refusal| {
         let headers: Vec<(&str, &str)> = refusal.header.iter().map(|(name, value)| (*name, value.as_str())).collect();
         http::answer(refusal.status, &headers, &refusal.message)
-    })
+    })?;
+    match request {
+        Request::PortForward { ports, .. } if upgrade.protocol != websocket::Protocol::Tunnel && !(1..=PORTS).contains(&ports.len()) => {
+            Err(http::answer(400, &[], &format!("from 1 to {PORTS} ports are needed for channels")))
+        }
+        _ => Ok(Chosen::WebSocket(upgrade)),
+    }
 }
 
 impl Session {

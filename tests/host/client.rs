@@ -36,6 +36,7 @@ calls! {
     runtime ExecSyncRequest ExecSyncResponse;
     runtime ExecRequest ExecResponse;
     runtime AttachRequest AttachResponse;
+    runtime PortForwardRequest PortForwardResponse;
     runtime UpdateContainerResourcesRequest UpdateContainerResourcesResponse;
     runtime ReopenContainerLogRequest ReopenContainerLogResponse;
     runtime PullImageRequest PullImageResponse;

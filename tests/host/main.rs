@@ -21,3 +21,4 @@ mod spec;
 mod streaming;
 mod streams;
 mod trouble;
+mod websocket;
