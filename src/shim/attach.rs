@@ -51,10 +51,12 @@ struct Sink {
     waiting: Vec<u8>,
     /// Since when the pipe takes nothing, while something waits.
     since: Instant,
+    /// The container has closed the output: nothing comes after what waits.
+    ends: bool,
 }
 
 impl Sink {
-    /// Writes what waits. False once nobody reads any more.
+    /// Writes what waits. False once nobody reads any more, or nothing more comes.
     fn flush(&mut self) -> bool {
         let mut sent = 0;
         let open = loop {
@@ -77,7 +79,7 @@ impl Sink {
         } else {
             self.waiting.drain(..sent);
         }
-        open
+        open && !(self.ends && self.waiting.is_empty())
     }
 
     /// Takes a piece, behind what waits already. False once nobody reads any more.
@@ -117,6 +119,16 @@ impl Attachers {
             }
         }
         room
+    }
+
+    /// Output `index` has ended.
+    pub fn end(&mut self, index: usize) {
+        for output in self.all.iter_mut().map(|a| &mut a.outputs[index]) {
+            match output {
+                Some(sink) if !sink.waiting.is_empty() => sink.ends = true,
+                _ => *output = None,
+            }
+        }
     }
 
     /// What to poll. `input`: where what they write goes.
@@ -194,7 +206,9 @@ impl Shim {
         let [stdin, stdout, stderr] = wanted.map(|w| w.then(|| fds.next()).flatten());
         // Where nobody may write, the attacher finds its stdin closed.
         let stdin = stdin.filter(|_| self.stdio.input().is_some() && !self.attachers.input_ends);
-        let outputs = [stdout, stderr].map(|o| o.map(|pipe| Sink { pipe, waiting: Vec::new(), since: Instant::now() }));
+        let open = |index: usize| self.stdio.open_outputs().any(|(i, _)| i == index);
+        let outputs = [stdout.filter(|_| open(0)), stderr.filter(|_| open(1))];
+        let outputs = outputs.map(|o| o.map(|pipe| Sink { pipe, waiting: Vec::new(), since: Instant::now(), ends: false }));
         self.attachers.all.push(Attacher { peer, stdin, outputs, sized: false });
         self.answer(peer, &Event::Attached, false);
         Ok(())
@@ -328,7 +342,7 @@ mod tests {
         for peer in 0..count {
             let (read, pipe) = crate::sys::monitor::pipe().unwrap();
             process::set_nonblocking(&pipe).unwrap();
-            let sink = Sink { pipe, waiting: vec![], since: Instant::now() };
+            let sink = Sink { pipe, waiting: vec![], since: Instant::now(), ends: false };
             attachers.all.push(Attacher { peer, stdin: None, outputs: [Some(sink), None], sized: false });
             readers.push(read.into());
         }
@@ -352,12 +366,14 @@ mod tests {
         assert_eq!(a.stuck(Instant::now() + PATIENCE), [1]);
         let all = (fed as usize + 1) * 4096;
         let mut second = vec![0; all];
+        // The output ends for everybody, once each has what waits.
+        a.end(0);
+        assert!(a.all[0].outputs[0].is_none() && a.are_full(0));
         readers[1].read_exact(&mut second[..60_000]).unwrap();
         a.flush(1, 0);
-        assert!(!a.are_full(0));
+        assert!(a.all[1].outputs[0].is_none());
         readers[1].read_exact(&mut second[60_000..]).unwrap();
-        let last = a.all[0].outputs[0].take();
-        drop(last);
+        assert_eq!(readers[1].read(&mut [0]).unwrap(), 0);
         readers[0].read_to_end(&mut read).unwrap();
         assert!(read == second, "the two differ");
     }

@@ -244,6 +244,13 @@ impl Shim {
         again
     }
 
+    /// Removes the cgroups of execs that have ended: there will be no more.
+    pub fn drop_places(&mut self) {
+        for place in self.idle.drain(..).chain(self.lingering.drain(..)) {
+            let _ = place.cgroup.remove(Duration::ZERO);
+        }
+    }
+
     /// Keeps some of the cgroups in which nothing lives any more, and removes the others. A daemon that an exec left behind keeps
     /// its own.
     fn sweep_cgroups(&mut self) {

@@ -219,6 +219,7 @@ impl Shim {
         if clean && self.forget() {
             return self.deleted();
         }
+        self.drop_places();
         let log = self.dir.join(DELETE_LOG);
         let handler = &self.config.handler;
         let program = oci::program(handler, oci::delete(handler, Some(&log), &self.config.id)).current_dir(&self.dir);

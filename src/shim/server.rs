@@ -249,6 +249,9 @@ impl Shim {
     fn output(&mut self, index: usize) {
         let (all, attachers) = (self.is_drained(), &mut self.attachers);
         self.stdio.pump(index, &mut self.log, &mut |piece| attachers.take(index, piece) || all);
+        if !self.stdio.open_outputs().any(|(i, _)| i == index) {
+            self.attachers.end(index);
+        }
     }
 
     /// The next connection, if it is allowed.
