@@ -20,6 +20,8 @@ use crate::sandbox::{self, Sandboxes};
 use crate::service::{Fact, Seats, Service};
 use crate::snapshot::{Kind, Snapshotter};
 use crate::stats::filesystem::{self, Disk};
+use crate::stats::metrics::Metrics;
+use crate::stats::sampler::Sampler;
 use crate::sys::file;
 use crate::sys::watch::Watcher;
 use crate::telemetry::Endpoint;
@@ -36,7 +38,7 @@ pub struct Daemon {
     watcher: Watcher,
     events: Arc<Bus<Fact>>,
     disk: Arc<Disk>,
-    metrics: Option<Endpoint>,
+    endpoint: Option<Endpoint>,
     _locks: Vec<std::fs::File>,
 }
 
@@ -113,13 +115,19 @@ impl Daemon {
         let preload = images.clone();
         let dir = config.images.preload_dir.clone();
         crate::sys::thread::spawn("preload", move || preload.preload(&dir))?;
+        let metrics = Metrics::new(&config.stats.groups, layout, config.root.join("snapshots"), disk.clone());
+        let layers_mountpoint = images.fs_info()?.container.mountpoint.to_string_lossy().into_owned();
         let service = Arc::new(Service {
+            metrics,
             sandboxes,
             containers,
             images,
             network: network.clone(),
             handlers,
             warmer: Warmer::start(layout)?,
+            disk: disk.clone(),
+            layers_mountpoint,
+            sampler: Sampler::new(config.stats.threads),
             systemd_cgroup: config.systemd_cgroup,
             root: config.root.clone(),
             run: config.run.clone(),
@@ -135,8 +143,8 @@ impl Daemon {
             queue: config.limits.queue,
         };
         let server = grpc::Server::start(settings, service.clone())?;
-        let metrics = config.metrics.address.map(|address| endpoint(address, &server, service)).transpose()?;
-        Ok(Daemon { server: Some(server), network, watcher, events, disk, metrics, _locks: locks })
+        let endpoint = config.metrics.address.map(|address| endpoint(address, &server, service)).transpose()?;
+        Ok(Daemon { server: Some(server), network, watcher, events, disk, endpoint, _locks: locks })
     }
 
     /// What SIGHUP can change: log level and CNI configuration. Registry certificates are read for each pull anyway.
@@ -157,7 +165,7 @@ impl Daemon {
         }
         // Records belong to whoever has the locks: exits from here on are for the next daemon to find.
         self.watcher.stop();
-        self.metrics = None;
+        self.endpoint = None;
         self.disk.stop();
     }
 }

@@ -212,20 +212,30 @@ impl Cgroup {
     /// children costs one file.
     #[cfg(feature = "engine")]
     pub fn process_count(&self) -> u64 {
-        use std::os::unix::fs::MetadataExt;
-        let Some(dir) = self.dir("pids") else { return 0 };
         let mut count = 0;
-        let mut add = |path: &Path| {
-            let text = std::fs::read_to_string(path.join("cgroup.procs")).unwrap_or_default();
-            count += stat::pids::processes(&text);
-        };
+        self.for_each_procs(&mut |text| count += stat::pids::processes(text));
+        count
+    }
+
+    /// The processes that `process_count` counts, but for those of another PID namespace.
+    #[cfg(feature = "engine")]
+    pub fn process_ids(&self) -> Vec<i32> {
+        let mut pids = Vec::new();
+        self.for_each_procs(&mut |text| pids.extend(text.lines().filter_map(|l| l.parse::<i32>().ok()).filter(|pid| *pid > 0)));
+        pids
+    }
+
+    #[cfg(feature = "engine")]
+    fn for_each_procs(&self, found: &mut dyn FnMut(&str)) {
+        use std::os::unix::fs::MetadataExt;
+        let Some(dir) = self.dir("pids") else { return };
+        let mut add = |path: &Path| found(&std::fs::read_to_string(path.join("cgroup.procs")).unwrap_or_default());
         // A directory of cgroupfs has a link from each child.
         match std::fs::symlink_metadata(dir) {
             Ok(meta) if meta.nlink() == 2 => add(dir),
             Ok(_) => for_each_dir(dir, &mut add),
             Err(_) => {}
         }
-        count
     }
 
     /// Sends SIGKILL to all processes once; gives how many there were. Repeat until 0: a process may fork meanwhile.

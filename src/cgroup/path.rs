@@ -41,6 +41,29 @@ pub fn below(parent: &str, name: &str) -> String {
     }
 }
 
+/// The cgroup that a cgroup parent is, as `resolve` takes it: a parent that ends in `.slice` is systemd's, wherever it says
+/// that the slice is.
+pub fn parent(parent: &str) -> Result<String> {
+    match parent.trim_end_matches('/').rsplit('/').next() {
+        Some(slice) if slice.ends_with(".slice") => {
+            expand_slice(slice).ok_or_else(|| Error::invalid(format!("cgroup parent {parent:?}: not a systemd slice")))
+        }
+        _ => Ok(parent.to_owned()),
+    }
+}
+
+/// Whether `parent` is the cgroup that kubelet made for the pod of that uid alone: `…/podUID`, or `…-podUID.slice` with
+/// underscores in the uid.
+pub fn is_of_pod(parent: &str, uid: &str) -> bool {
+    let name = parent.trim_end_matches('/').rsplit('/').next().unwrap_or_default();
+    let pod = match name.strip_suffix(".slice") {
+        Some(slice) => slice.rsplit('-').next().unwrap_or_default(),
+        None => name,
+    };
+    let named = pod.strip_prefix("pod").filter(|_| !uid.is_empty());
+    named.is_some_and(|found| found == uid || found == uid.replace('-', "_"))
+}
+
 /// `a-b.slice` is the directory `a.slice/a-b.slice` (systemd.slice(5)); `-.slice` is the root.
 pub fn expand_slice(slice: &str) -> Option<String> {
     let name = slice.strip_suffix(".slice")?;
@@ -82,6 +105,31 @@ mod tests {
         assert_eq!(below("/kubepods.slice/kubepods-pod1.slice", "a"), "kubepods-pod1.slice:crisp:a");
     }
     use std::path::Path;
+
+    #[test]
+    fn parents_in_both_forms() {
+        assert_eq!(parent("/kubepods/pod1").unwrap(), "/kubepods/pod1");
+        let slice = "/kubepods.slice/kubepods-pod1.slice";
+        assert_eq!((parent(slice).unwrap().as_str(), parent("kubepods-pod1.slice").unwrap().as_str()), (slice, slice));
+        assert!(parent("a--b.slice").is_err());
+    }
+
+    #[test]
+    fn cgroups_that_kubelet_makes_for_a_pod() {
+        let uid = "3f2a-11";
+        for yes in [
+            "/kubepods/pod3f2a-11",
+            "/kubepods/burstable/pod3f2a-11/",
+            "kubepods-burstable-pod3f2a_11.slice",
+            "/k.slice/k-pod3f2a_11.slice",
+        ] {
+            assert!(is_of_pod(yes, uid), "{yes}");
+        }
+        for no in ["/kubepods", "/kubepods/pod3f2a-1", "/pod", "/3f2a-11", "kubepods-pod3f2a.slice", "crisp.slice", ""] {
+            assert!(!is_of_pod(no, uid), "{no}");
+        }
+        assert!(!is_of_pod("/kubepods/pod", ""));
+    }
 
     #[test]
     fn both_forms() {

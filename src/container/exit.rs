@@ -7,8 +7,7 @@ use std::time::Duration;
 
 use super::manager::{Container, Containers};
 use super::status::State;
-use crate::cgroup::{Cgroup, Layout};
-use crate::error::{Context, Result};
+use crate::error::Context;
 use crate::shim::client::{self, Client, Watch};
 use crate::shim::protocol::{Event, ExitRecord, UNDELETED_FILE};
 use crate::store::now_ns;
@@ -83,11 +82,6 @@ impl Containers {
         }
     }
 
-    /// The container's cgroup.
-    pub(super) fn cgroup(&self, container: &Container) -> Result<Cgroup> {
-        Cgroup::at(Layout::host()?, &container.meta.cgroups_path)
-    }
-
     /// Deletes what the OCI runtime could not delete when the container ended. One that still cannot (it may be gone for good)
     /// does not keep the container from being removed.
     pub(super) fn delete_again(&self, container: &Container) {
@@ -95,9 +89,8 @@ impl Containers {
         if !meta.dir.join(UNDELETED_FILE).exists() {
             return;
         }
-        let cleaned = self
-            .cgroup(container)
-            .and_then(|cgroup| client::cleanup_dead(&meta.handler, &meta.id, &meta.dir, Some(&cgroup), CLEANUP_LIMIT));
+        let cleaned =
+            container.cgroup().and_then(|cgroup| client::cleanup_dead(&meta.handler, &meta.id, &meta.dir, Some(&cgroup), CLEANUP_LIMIT));
         if let Err(e) = cleaned {
             log::warn!("container {}: the OCI runtime still cannot delete it: {e}", meta.id);
         }
@@ -111,7 +104,7 @@ impl Containers {
             crate::telemetry::shim_died();
         }
         let cleaned =
-            self.cgroup(container).and_then(|cgroup| client::cleanup_dead(&meta.handler, id, &meta.dir, Some(&cgroup), CLEANUP_LIMIT));
+            container.cgroup().and_then(|cgroup| client::cleanup_dead(&meta.handler, id, &meta.dir, Some(&cgroup), CLEANUP_LIMIT));
         if let Err(e) = cleaned {
             log::error!("container {id}: clean up after its shim: {e}");
         }

@@ -93,7 +93,7 @@ impl Containers {
 
     /// Runtimes leave oom_score_adj alone in updates: it is a property of processes.
     fn set_oom_score_adj(&self, container: &Container, adj: i32) -> Result<()> {
-        for pid in self.cgroup(container)?.procs() {
+        for pid in container.cgroup()?.procs() {
             let path = format!("/proc/{pid}/oom_score_adj");
             match std::fs::write(&path, adj.to_string()) {
                 Err(e) if !matches!(e.kind(), std::io::ErrorKind::NotFound) && e.raw_os_error() != Some(libc::ESRCH) => {

@@ -11,6 +11,8 @@ use serde::{Deserialize, Serialize};
 use super::metadata::Metadata;
 use super::status::{State, Status, User};
 use crate::api::runtime::{ContainerConfig, PodSandboxConfig};
+use crate::cgroup::stat::{Meter, Reader, Sample};
+use crate::cgroup::{Cgroup, Layout};
 use crate::error::{Context, Error, ErrorList, Result};
 use crate::event::{self, Listener};
 use crate::image::{Image, Images};
@@ -59,16 +61,38 @@ pub struct Container {
     pub(super) changed: Condvar,
     /// Held across a transition, never across a wait.
     pub(super) op: Lock<()>,
+    /// Files of its cgroup, open from the first reading to its end.
+    meter: Meter,
 }
 
 impl Container {
     pub(super) fn new(meta: Metadata, config: ContainerConfig, status: Status) -> Arc<Container> {
         let (status, op) = (Lock::new(Rank::Status, status), Lock::new(Rank::ContainerOp, ()));
-        Arc::new(Container { meta, config, status, changed: Condvar::new(), op })
+        Arc::new(Container { meta, config, status, changed: Condvar::new(), op, meter: Meter::default() })
     }
 
     pub fn status(&self) -> Status {
         self.status.lock().clone()
+    }
+
+    /// Whether it is running, for less than a copy of the status.
+    pub fn is_running(&self) -> bool {
+        self.status.lock().state == State::Running
+    }
+
+    /// A sample of its cgroup and the CPU rate; None when that is not there: it does not run (any more).
+    pub fn sample(&self) -> Option<(Sample, Option<u64>)> {
+        self.meter.sample(|| self.cgroup().ok())
+    }
+
+    /// The reader of its cgroup, for what a sample does not have.
+    pub fn reader(&self) -> Option<Arc<Reader>> {
+        self.meter.reader(|| self.cgroup().ok())
+    }
+
+    /// Its cgroup.
+    pub(super) fn cgroup(&self) -> Result<Cgroup> {
+        Cgroup::at(Layout::host()?, &self.meta.cgroups_path)
     }
 
     pub fn id(&self) -> &str {
@@ -271,6 +295,9 @@ impl Containers {
                 self.tell(container, kind, Some(&status), Some(&next));
             }
             *status = next;
+        }
+        if status.state == State::Exited {
+            container.meter.close();
         }
         container.changed.notify_all();
         saved

@@ -45,12 +45,18 @@ pub type Change = event::Change<Sandbox, Status>;
 pub struct Sandbox {
     pub meta: Metadata,
     pub config: PodSandboxConfig,
+    pub(super) usage: super::usage::Usage,
     status: Lock<Status>,
     /// Held across a transition, never across a wait.
     pub op: Lock<()>,
 }
 
 impl Sandbox {
+    fn new(meta: Metadata, config: PodSandboxConfig, status: Status) -> Sandbox {
+        let (status, op) = (Lock::new(Rank::Status, status), Lock::new(Rank::SandboxOp, ()));
+        Sandbox { meta, config, usage: Default::default(), status, op }
+    }
+
     /// Ready only while its network namespace is there, which others could take away: one statfs(2) tells.
     pub fn status(&self) -> Status {
         let mut status = self.status.lock().clone();
@@ -160,8 +166,7 @@ impl Sandboxes {
                 return Err(e);
             }
         };
-        let sandbox =
-            Arc::new(Sandbox { meta, config, status: Lock::new(Rank::Status, Status::new()), op: Lock::new(Rank::SandboxOp, ()) });
+        let sandbox = Arc::new(Sandbox::new(meta, config, Status::new()));
         let id = sandbox.id().to_owned();
         let result = self.build(&sandbox, config_bytes, sysctls);
         let Err(error) = result else {
@@ -343,6 +348,8 @@ impl Sandboxes {
 
     fn unplug(&self, sandbox: &Arc<Sandbox>) -> Result<()> {
         let meta = &sandbox.meta;
+        // A socket in the network namespace would keep it.
+        sandbox.usage.close();
         let status = sandbox.status();
         let mut errors = ErrorList::default();
         let mut network_down = true;
@@ -458,8 +465,7 @@ impl Sandboxes {
         };
         let mut request = restored.config;
         request.extend_from_slice(meta.requested_handler.as_bytes());
-        let sandbox =
-            Arc::new(Sandbox { meta, config, status: Lock::new(Rank::Status, status.clone()), op: Lock::new(Rank::SandboxOp, ()) });
+        let sandbox = Arc::new(Sandbox::new(meta, config, status.clone()));
         let meta = &sandbox.meta;
         if status.phase == Phase::Making {
             log::info!("sandbox {}: half made by a daemon that ended, undone", meta.id);

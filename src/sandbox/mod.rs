@@ -14,6 +14,8 @@ pub mod metadata;
 pub mod namespaces;
 /// What changes, and which transition is legal.
 pub mod status;
+/// What is kept open to measure a sandbox.
+pub mod usage;
 /// Which sandbox configs are accepted.
 pub mod validate;
 

@@ -19,10 +19,14 @@ mod gauges;
 mod image;
 /// Version, Status, RuntimeConfig, UpdateRuntimeConfig.
 mod info;
+/// ListMetricDescriptors and ListPodSandboxMetrics.
+mod metrics;
 /// RunPodSandbox, StopPodSandbox, RemovePodSandbox.
 mod sandbox;
 /// PodSandboxStatus and ListPodSandbox.
 mod sandbox_status;
+/// Stats of containers and sandboxes.
+mod stats;
 /// The lists in pieces.
 mod stream_lists;
 
@@ -42,6 +46,9 @@ use crate::image::Images;
 use crate::network::Network;
 use crate::runtime::Handlers;
 use crate::sandbox::Sandboxes;
+use crate::stats::filesystem::Disk;
+use crate::stats::metrics::Metrics;
+use crate::stats::sampler::Sampler;
 use crate::sys::cancel::Cancel;
 
 /// One call, as far as a service cares.
@@ -107,6 +114,14 @@ pub struct Service {
     pub handlers: Handlers,
     /// Asked a moment before an OCI runtime will move a process into cgroups.
     pub warmer: Warmer,
+    /// cAdvisor metrics of this host.
+    pub metrics: Metrics,
+    /// Writable layers.
+    pub disk: Arc<Disk>,
+    /// Where they are, as ImageFsInfo says.
+    pub layers_mountpoint: String,
+    /// Reads kernel files of many at once.
+    pub sampler: Sampler,
     pub systemd_cgroup: bool,
     pub root: PathBuf,
     pub run: PathBuf,
@@ -198,12 +213,50 @@ impl RuntimeService for Service {
         self.update_resources(&request, call)
     }
 
+    fn list_metric_descriptors(
+        &self,
+        _: runtime::ListMetricDescriptorsRequest,
+        _: &Call,
+    ) -> Result<runtime::ListMetricDescriptorsResponse> {
+        Ok(self.metric_descriptors())
+    }
+
+    fn list_pod_sandbox_metrics(
+        &self,
+        _: runtime::ListPodSandboxMetricsRequest,
+        _: &Call,
+    ) -> Result<runtime::ListPodSandboxMetricsResponse> {
+        self.sandbox_metrics()
+    }
+
     fn reopen_container_log(
         &self,
         request: runtime::ReopenContainerLogRequest,
         call: &Call,
     ) -> Result<runtime::ReopenContainerLogResponse> {
         self.reopen_log(&request, call)
+    }
+
+    fn container_stats(&self, request: runtime::ContainerStatsRequest, call: &Call) -> Result<runtime::ContainerStatsResponse> {
+        self.stats_of_container(&request, call)
+    }
+
+    fn list_container_stats(&self, request: runtime::ListContainerStatsRequest, _: &Call) -> Result<runtime::ListContainerStatsResponse> {
+        let stats = self.container_stats_list(request.filter.as_ref())?;
+        Ok(runtime::ListContainerStatsResponse { stats, ..Default::default() })
+    }
+
+    fn pod_sandbox_stats(&self, request: runtime::PodSandboxStatsRequest, call: &Call) -> Result<runtime::PodSandboxStatsResponse> {
+        self.stats_of_sandbox(&request, call)
+    }
+
+    fn list_pod_sandbox_stats(
+        &self,
+        request: runtime::ListPodSandboxStatsRequest,
+        _: &Call,
+    ) -> Result<runtime::ListPodSandboxStatsResponse> {
+        let stats = self.sandbox_stats_list(request.filter.as_ref())?;
+        Ok(runtime::ListPodSandboxStatsResponse { stats, ..Default::default() })
     }
 
     fn exec_sync(&self, request: runtime::ExecSyncRequest, call: &Call) -> Result<runtime::ExecSyncResponse> {
@@ -226,6 +279,33 @@ impl RuntimeService for Service {
         send: &mut dyn FnMut(runtime::StreamPodSandboxesResponse) -> Result<()>,
     ) -> Result<()> {
         self.stream_sandboxes(&request.filter, call, send)
+    }
+
+    fn stream_container_stats(
+        &self,
+        request: runtime::StreamContainerStatsRequest,
+        call: &Call,
+        send: &mut dyn FnMut(runtime::StreamContainerStatsResponse) -> Result<()>,
+    ) -> Result<()> {
+        self.stream_stats_of_containers(request.filter.as_ref(), call, send)
+    }
+
+    fn stream_pod_sandbox_stats(
+        &self,
+        request: runtime::StreamPodSandboxStatsRequest,
+        call: &Call,
+        send: &mut dyn FnMut(runtime::StreamPodSandboxStatsResponse) -> Result<()>,
+    ) -> Result<()> {
+        self.stream_stats_of_sandboxes(request.filter.as_ref(), call, send)
+    }
+
+    fn stream_pod_sandbox_metrics(
+        &self,
+        _: runtime::StreamPodSandboxMetricsRequest,
+        call: &Call,
+        send: &mut dyn FnMut(runtime::StreamPodSandboxMetricsResponse) -> Result<()>,
+    ) -> Result<()> {
+        self.stream_metrics(call, send)
     }
 
     fn stream_containers(

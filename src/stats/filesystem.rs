@@ -24,6 +24,8 @@ use crate::sys::thread;
 const TURN: u32 = 512;
 /// The budget is given out in parts of a second of this size, so that the thread does not wake for a few files.
 const PARTS: u32 = 50;
+/// Files looked at when a layer appears: a new one has hardly more, and is measured before its container starts.
+const FIRST_LOOK: u32 = 32;
 /// What may be spent at once after a pause, in such parts.
 const BURST: u32 = 5;
 
@@ -103,7 +105,7 @@ impl Disk {
         }
     }
 
-    /// Measures `upper_dir` from now on, the first time at once.
+    /// Measures `upper_dir` from now on; if there is little in it, the first time here.
     pub fn watch(&self, id: &str, upper_dir: PathBuf) {
         let project = self.projects.as_ref().and_then(|_| quota::project_of(&upper_dir).ok().flatten());
         let layer = Arc::new(Layer { dir: upper_dir, project, gone: AtomicBool::new(false), usage: Lock::new(Rank::Leaf, None) });
@@ -112,6 +114,7 @@ impl Disk {
             old.gone.store(true, Ordering::Relaxed);
         }
         if layer.project.is_none() {
+            layer.look();
             self.shared.inbox.lock().new.push(layer);
             self.shared.wake.notify_one();
         }
@@ -139,6 +142,18 @@ impl Disk {
 impl Drop for Disk {
     fn drop(&mut self) {
         self.stop();
+    }
+}
+
+impl Layer {
+    /// Measures it if that takes next to nothing.
+    fn look(&self) {
+        let taken_at = now_ns();
+        let Ok(mut walk) = Walk::new(&self.dir) else { return };
+        if let Ok(Step::Done(_)) = walk.step(FIRST_LOOK) {
+            let size = walk.size();
+            *self.usage.lock() = Some(Usage { bytes: size.bytes, inodes: size.inodes, taken_at });
+        }
     }
 }
 
@@ -456,7 +471,7 @@ mod tests {
         for n in 0..100 {
             fill(&big.join(n.to_string()), 1000);
         }
-        fill(&small, 5);
+        fill(&small, 50);
         let disk = Disk::start(Settings { interval: Duration::from_secs(60), files_per_second: 20_000 }, None).unwrap();
         disk.watch("big", big);
         let soon = |id: &str, limit: Duration| {
@@ -477,13 +492,18 @@ mod tests {
         let before = now_ns();
         disk.watch("small", small);
         let (found, _, took) = soon("small", Duration::from_secs(30));
-        assert_eq!(found.inodes, 6);
+        assert_eq!(found.inodes, 51);
         assert!(found.taken_at >= before && found.taken_at <= now_ns());
         assert!(disk.usage("big").is_none() || took > Duration::from_secs(4), "in turns, not one after the other");
         let (found, slowest, took) = soon("big", Duration::from_secs(120));
         assert_eq!(found.inodes, 100_101);
         assert!(took > Duration::from_secs(2), "within the budget: {took:?}");
         assert!(slowest < Duration::from_millis(500), "an answer took {slowest:?}");
+        // A layer that is next to empty is known at once.
+        let tiny = dir.path().join("tiny");
+        fill(&tiny, 3);
+        disk.watch("tiny", tiny);
+        assert_eq!(disk.usage("tiny").map(|u| u.inodes), Some(4));
         disk.forget("big");
         assert!(disk.usage("big").is_none());
         let begin = Instant::now();

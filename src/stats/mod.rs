@@ -2,5 +2,9 @@
 
 /// Usage of writable layers.
 pub mod filesystem;
+/// cAdvisor metrics.
+pub mod metrics;
+/// Many readings at once.
+pub mod sampler;
 /// Counting a directory tree, a few files at a time.
 mod walk;

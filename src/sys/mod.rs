@@ -14,6 +14,9 @@ pub mod file;
 /// Paths inside a root filesystem, as a process in it would see them.
 #[cfg(feature = "engine")]
 pub mod inroot;
+/// Traffic of the links of a network namespace.
+#[cfg(feature = "engine")]
+pub mod links;
 /// Ranked locks: the order is asserted in debug builds.
 #[cfg(feature = "engine")]
 pub mod lock;

@@ -44,6 +44,8 @@ mod retry;
 mod runtime;
 /// Sandboxes: the happy path and its rules.
 mod sandbox;
+/// Stats of containers and sandboxes.
+mod stats;
 /// The lists in pieces.
 mod stream_lists;
 /// Streams of messages that a test can leave, or not read.

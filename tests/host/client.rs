@@ -35,12 +35,18 @@ calls! {
     runtime ListContainersRequest ListContainersResponse;
     runtime ExecSyncRequest ExecSyncResponse;
     runtime UpdateContainerResourcesRequest UpdateContainerResourcesResponse;
+    runtime ContainerStatsRequest ContainerStatsResponse;
+    runtime ListContainerStatsRequest ListContainerStatsResponse;
+    runtime PodSandboxStatsRequest PodSandboxStatsResponse;
+    runtime ListPodSandboxStatsRequest ListPodSandboxStatsResponse;
     runtime ReopenContainerLogRequest ReopenContainerLogResponse;
     runtime PullImageRequest PullImageResponse;
     runtime ImageStatusRequest ImageStatusResponse;
     runtime ListImagesRequest ListImagesResponse;
     runtime RemoveImageRequest RemoveImageResponse;
     runtime ImageFsInfoRequest ImageFsInfoResponse;
+    runtime ListMetricDescriptorsRequest ListMetricDescriptorsResponse;
+    runtime ListPodSandboxMetricsRequest ListPodSandboxMetricsResponse;
     admin ImportImageRequest ImportImageResponse;
 }
 

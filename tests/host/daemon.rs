@@ -109,6 +109,8 @@ pub struct Options {
     /// Registries spoken to without TLS.
     pub plain_http: Vec<String>,
     pub environment: Vec<(String, String)>,
+    /// Further tables of crispd's configuration, as TOML.
+    pub tables: String,
 }
 
 pub struct Daemon {
@@ -265,7 +267,7 @@ impl Daemon {
         for (name, program) in &self.options.runtimes {
             text += &format!("[runtimes.{name}]\npath = {}\n", toml_text(&program.display().to_string()));
         }
-        text
+        text + &self.options.tables
     }
 
     fn containerd_config(&self) -> String {

@@ -19,6 +19,8 @@ pub mod pids;
 pub mod pressure;
 /// The files of one cgroup.
 pub mod reader;
+#[cfg(test)]
+mod tests_fixtures;
 
 use std::time::Instant;
 

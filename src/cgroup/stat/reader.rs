@@ -235,13 +235,25 @@ impl Reader {
         self.cgroup.process_count()
     }
 
+    /// The same, one by one.
+    pub fn process_ids(&self) -> Vec<i32> {
+        self.cgroup.process_ids()
+    }
+
     fn io(&self) -> Vec<io::Device> {
         let place = self.place("blkio");
         if place.unified {
             return io::v2(&read(place.dir, "io.stat"));
         }
-        let (bytes, operations) = ("blkio.throttle.io_service_bytes_recursive", "blkio.throttle.io_serviced_recursive");
-        io::v1(&read(place.dir, bytes), &read(place.dir, operations))
+        let of = |policy: &str| {
+            let file = |what: &str| read(place.dir, &format!("blkio.{policy}.{what}_recursive"));
+            io::v1(&file("io_service_bytes"), &file("io_serviced"))
+        };
+        // Since Linux 6.10 the throttling policy counts only where something is throttled; the BFQ scheduler always does.
+        match of("throttle") {
+            devices if devices.is_empty() => of("bfq"),
+            devices => devices,
+        }
     }
 
     fn hugetlb(&self, sizes: &[String]) -> Vec<hugetlb::Pages> {

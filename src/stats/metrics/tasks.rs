@@ -47,7 +47,7 @@ impl States {
 
 /// Answers that were dear.
 pub struct Kept {
-    kept: SharedLock<HashMap<String, (Instant, Duration, Arc<Tasks>)>>,
+    kept: SharedLock<HashMap<String, (Instant, Arc<Tasks>)>>,
 }
 
 impl Default for Kept {
@@ -60,7 +60,7 @@ impl Kept {
     /// The facts of the container `id`, from `ask` or from a moment ago.
     pub fn get(&self, id: &str, ask: impl FnOnce() -> Tasks) -> Arc<Tasks> {
         let begin = Instant::now();
-        if let Some((until, _, tasks)) = self.kept.read().get(id) {
+        if let Some((until, tasks)) = self.kept.read().get(id) {
             if begin < *until {
                 return tasks.clone();
             }
@@ -68,7 +68,7 @@ impl Kept {
         let tasks = Arc::new(ask());
         let took = begin.elapsed();
         if took > CHEAP {
-            self.kept.write().insert(id.to_owned(), (begin + took * REST, took, tasks.clone()));
+            self.kept.write().insert(id.to_owned(), (begin + took * REST, tasks.clone()));
         }
         tasks
     }
@@ -104,8 +104,8 @@ fn count_descriptors(pid: i32, tasks: &mut Tasks) {
     for_each_name(&format!("/proc/{pid}/fd"), |dir, name| {
         descriptors += 1;
         let mut link = [0u8; 16];
-        if let Ok((link, _)) = rustix::fs::readlinkat_raw(dir, name, &mut link) {
-            sockets += u64::from(link.starts_with(b"socket:"));
+        if let Ok(length) = rustix::fs::readlinkat_raw(dir, name, &mut link) {
+            sockets += u64::from(link[..length].starts_with(b"socket:"));
         }
     });
     tasks.descriptors += descriptors;
