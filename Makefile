@@ -47,7 +47,7 @@ host: shim ## Real runtimes, plugins, overlayfs and a registry on this host (roo
 test-vm: shim ## The suite of this host again, on cgroup v2 in a virtual machine (ONLY=part of a name)
 	@scripts/check-host vm
 	@scripts/image
-	@$(CARGO) build --locked --bin crispd
+	$(CARGO) test --locked --test host --no-run
 	@scripts/vm/run "$$($(CARGO) test --locked --test host --no-run 2>&1 | sed -n 's/^ *Executable .*(\(.*\))$$/\1/p')" \
 		$(TARGET)/debug/crispd $(SHIM) '$(ONLY)'
 

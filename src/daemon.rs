@@ -22,6 +22,7 @@ use crate::snapshot::{Kind, Snapshotter};
 use crate::stats::filesystem::{self, Disk};
 use crate::stats::metrics::Metrics;
 use crate::stats::sampler::Sampler;
+use crate::streaming;
 use crate::sys::file;
 use crate::sys::watch::Watcher;
 use crate::telemetry::Endpoint;
@@ -30,6 +31,8 @@ use crate::telemetry::Endpoint;
 const STOP_GRACE: Duration = Duration::from_secs(5);
 /// Clients that hold a worker for as long as they like get this part of them, for events and for lists each.
 const PATIENT_SHARE: usize = 8;
+/// Time that streaming sessions get to say goodbye.
+const STREAMING_GRACE: Duration = Duration::from_secs(3);
 
 /// A running daemon. Dropping it leaves the containers running.
 pub struct Daemon {
@@ -39,6 +42,7 @@ pub struct Daemon {
     events: Arc<Bus<Fact>>,
     disk: Arc<Disk>,
     endpoint: Option<Endpoint>,
+    streaming: Arc<streaming::Server>,
     _locks: Vec<std::fs::File>,
 }
 
@@ -117,6 +121,7 @@ impl Daemon {
         crate::sys::thread::spawn("preload", move || preload.preload(&dir))?;
         let metrics = Metrics::new(&config.stats.groups, layout, config.root.join("snapshots"), disk.clone());
         let layers_mountpoint = images.fs_info()?.container.mountpoint.to_string_lossy().into_owned();
+        let streaming = Arc::new(streaming::Server::start(&config.streaming, containers.clone())?);
         let service = Arc::new(Service {
             metrics,
             sandboxes,
@@ -128,6 +133,7 @@ impl Daemon {
             disk: disk.clone(),
             layers_mountpoint,
             sampler: Sampler::new(config.stats.threads),
+            streaming: streaming.clone(),
             systemd_cgroup: config.systemd_cgroup,
             root: config.root.clone(),
             run: config.run.clone(),
@@ -144,7 +150,7 @@ impl Daemon {
         };
         let server = grpc::Server::start(settings, service.clone())?;
         let endpoint = config.metrics.address.map(|address| endpoint(address, &server, service)).transpose()?;
-        Ok(Daemon { server: Some(server), network, watcher, events, disk, endpoint, _locks: locks })
+        Ok(Daemon { server: Some(server), network, watcher, streaming, events, disk, endpoint, _locks: locks })
     }
 
     /// What SIGHUP can change: log level and CNI configuration. Registry certificates are read for each pull anyway.
@@ -163,6 +169,8 @@ impl Daemon {
         if let Some(server) = self.server.take() {
             server.stop(STOP_GRACE);
         }
+        // After the calls: they make the URLs.
+        self.streaming.stop(STREAMING_GRACE);
         // Records belong to whoever has the locks: exits from here on are for the next daemon to find.
         self.watcher.stop();
         self.endpoint = None;
@@ -259,6 +267,7 @@ fn container_settings(
         shim: config.shim.clone(),
         runtime_timeout: config.limits.runtime_timeout,
         exec_output: config.limits.exec_output,
+        kill_on_disconnect: config.streaming.kill_on_disconnect,
         defaults: crate::spec::Defaults::default(),
         host,
         events,

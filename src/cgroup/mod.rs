@@ -173,7 +173,7 @@ impl Cgroup {
     }
 
     /// Makes the directories, and missing parents. v1 cpusets are filled from the parent, without which nothing can enter
-    /// them; v2 parents hand their controllers down where they can.
+    /// them. On v2 the OCI runtimes turn controllers on in all parents when they make a container's cgroup, and not before.
     pub fn create(&self) -> Result<()> {
         for dir in &self.dirs {
             std::fs::create_dir_all(&dir.path).context(|| format!("create cgroup {}", dir.path.display()))?;
@@ -217,12 +217,15 @@ impl Cgroup {
         count
     }
 
-    /// The processes that `process_count` counts, but for those of another PID namespace.
+    /// The same count, and the ids of those that are not of another PID namespace.
     #[cfg(feature = "engine")]
-    pub fn process_ids(&self) -> Vec<i32> {
-        let mut pids = Vec::new();
-        self.for_each_procs(&mut |text| pids.extend(text.lines().filter_map(|l| l.parse::<i32>().ok()).filter(|pid| *pid > 0)));
-        pids
+    pub fn process_list(&self) -> (u64, Vec<i32>) {
+        let (mut count, mut pids) = (0, Vec::new());
+        self.for_each_procs(&mut |text| {
+            count += stat::pids::processes(text);
+            pids.extend(text.lines().filter_map(|l| l.parse::<i32>().ok()).filter(|pid| *pid > 0));
+        });
+        (count, pids)
     }
 
     #[cfg(feature = "engine")]

@@ -7,6 +7,11 @@ use super::flags::{self, Credentials, Port, Volume};
 use super::help;
 use super::words::{Stop, Word, Words};
 
+/// `crisp bench` and `crisp stats`.
+pub mod bench;
+/// `crisp exec`, `crisp attach` and `crisp port-forward`.
+pub mod stream;
+
 /// Where crispd listens.
 const SOCKET: &str = "/run/crisp/crisp.sock";
 /// Seconds of grace of a stop.
@@ -31,11 +36,15 @@ pub enum Command {
     Pull { images: Vec<String>, credentials: Option<Credentials> },
     Import { files: Vec<String>, name: Option<String> },
     Logs { container: String, follow: bool, tail: Option<usize>, times: bool },
-    Exec { container: String, command: Vec<String>, timeout: u32 },
+    Exec(stream::Exec),
+    Attach(stream::Attach),
+    PortForward(stream::Forward),
     Stop { ids: Vec<String>, timeout: u32 },
     Rm { ids: Vec<String>, force: bool },
     Rmi { images: Vec<String> },
     Inspect { ids: Vec<String> },
+    Stats(bench::Stats),
+    Bench(bench::Bench),
     Info,
     Version,
 }
@@ -145,7 +154,11 @@ fn command(words: &mut Words, name: &str, environment: Environment<'_>) -> Resul
             words.only(ids)?;
             Command::Logs { container, follow, tail, times }
         }
-        "exec" => exec(words)?,
+        "exec" => stream::exec(words)?,
+        "attach" => stream::attach(words)?,
+        "port-forward" => stream::forward(words)?,
+        "stats" => bench::stats(words)?,
+        "bench" => bench::bench(words)?,
         "stop" => {
             let mut timeout = GRACE;
             let ids = words.values("ID", |flag, words| match flag {
@@ -216,26 +229,6 @@ fn run(words: &mut Words, environment: Environment<'_>) -> Result<Run, Stop> {
     }
     run.credentials = default_credentials(run.credentials, environment)?;
     Ok(run)
-}
-
-fn exec(words: &mut Words) -> Result<Command, Stop> {
-    let mut timeout = 0;
-    let container = loop {
-        match words.read()? {
-            Some(Word::Flag(flag)) if flag == "--timeout" => timeout = flags::number(&flag, &words.value()?)?,
-            Some(Word::Flag(flag)) => return Err(words.unknown(&flag)),
-            Some(Word::Value(container)) => break container,
-            Some(Word::Rest(_)) | None => return Err(words.wrong("no CONTAINER")),
-        }
-    };
-    let mut command = words.rest()?;
-    if command.first().is_some_and(|word| word == "--") {
-        command.remove(0);
-    }
-    if command.is_empty() {
-        return Err(words.wrong("no COMMAND"));
-    }
-    Ok(Command::Exec { container, command, timeout })
 }
 
 fn default_credentials(flag: Option<Credentials>, environment: Environment<'_>) -> Result<Option<Credentials>, Stop> {

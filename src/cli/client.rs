@@ -58,6 +58,8 @@ impl Client {
             .default_authority("localhost")
             .max_receive_message_len(MESSAGE_LIMIT)
             .max_send_message_len(MESSAGE_LIMIT)
+            // Channels with equal arguments would share one connection, and the callers of a benchmark be one.
+            .use_local_subchannel_pool(true)
             // A daemon that restarts is back soon.
             .initial_reconnect_backoff(Duration::from_millis(50))
             .max_reconnect_backoff(Duration::from_secs(1))

@@ -138,14 +138,48 @@ Shows what the container has written, stdout to stdout and stderr to stderr.
     },
     Topic {
         name: "exec",
-        synopsis: "[--timeout S] CONTAINER COMMAND…",
+        synopsis: "[-i] [-t] [--sync] [--timeout S] CONTAINER COMMAND…",
         about: "run a command in a container",
         json: false,
         text: "\
-Runs COMMAND in a running container, without stdin, shows its output when it has ended, and ends with its exit code.
-All words after CONTAINER belong to COMMAND.
+Runs COMMAND in a running container, shows its output as it comes, and ends with its exit code. All words after
+CONTAINER belong to COMMAND.
 
-  --timeout S          kill it after S seconds
+  -i, --stdin          hand over stdin; its end ends the command's
+  -t, --tty            give the command a terminal of the size of this one
+  --detach-keys KEYS   with -t: end the connection (default ctrl-p,ctrl-q; empty: never). The command lives on,
+                       without a terminal
+  --sync               in one call, without streams: the output comes at the end
+  --timeout S          --sync, and kill it after S seconds
+  --ca FILE            if the daemon's streams speak TLS: believe the authorities in this PEM file too
+",
+    },
+    Topic {
+        name: "attach",
+        synopsis: "[-i] [-t] CONTAINER",
+        about: "connect to the main process of a container",
+        json: false,
+        text: "\
+Shows what the container writes from now on. Ends with the container, with its exit code, or by the detach keys or
+Ctrl-C, which leave it running (with -i -t, Ctrl-C is for the container).
+
+  -i, --stdin          hand over stdin, if the container was made to have one
+  -t, --tty            the container has a terminal
+  --detach-keys KEYS   with -t: end the connection (default ctrl-p,ctrl-q; empty: never)
+  --ca FILE            if the daemon's streams speak TLS: believe the authorities in this PEM file too
+",
+    },
+    Topic {
+        name: "port-forward",
+        synopsis: "[--address IP] SANDBOX [LOCAL:]PORT…",
+        about: "make ports of a sandbox reachable here",
+        json: false,
+        text: "\
+Listens on each LOCAL port (default: the same number; 0 or none before the colon: any that is free) and connects what
+comes to PORT in the sandbox, until Ctrl-C.
+
+  --address IP         listen here instead of on 127.0.0.1
+  --ca FILE            if the daemon's streams speak TLS: believe the authorities in this PEM file too
 ",
     },
     Topic {
@@ -179,6 +213,52 @@ Removes containers, and sandboxes with all their containers.
         text: "Shows a container, a sandbox or an image as JSON, with what the daemon adds to it.\n",
     },
     Topic {
+        name: "stats",
+        synopsis: "[-a] [-p] [-w] [--id C] [--pod P] [-l KEY=VALUE]",
+        about: "show what containers or pods use",
+        json: true,
+        text: "\
+Shows CPU (100 % is one core), memory (the working set), the writable layer's bytes and files, and swap.
+
+  -a, --all            containers that do not run too
+  -p, --pods           pods instead of containers
+  -w, --watch          again and again in place, with bars of how CPU and memory went; Ctrl-C ends it
+  --interval S         seconds between two looks of --watch (default 2)
+  --id CONTAINER       this container alone
+  --pod POD            this pod, or its containers, alone
+  -l, --label KEY=VALUE
+                       those with this label; several must all fit
+",
+    },
+    Topic {
+        name: "bench",
+        synopsis: "stats|lifecycle|density|clean [FLAGS] [-- COMMAND…]",
+        about: "measure what calls of a CRI server cost",
+        json: true,
+        text: "\
+Measures the server behind --socket, this one or another: time of calls (p50, p95, p99), CPU time of the server and
+its helpers (monitors, OCI runtimes, plugins) per call, and memory by kind of process. It must run as root on the same
+host. What it makes is gone at the end, also after Ctrl-C, and carries the label crisp.bench/token.
+
+  stats                ListContainerStats, ListPodSandboxStats and ListPodSandboxMetrics, of the pods that are there or
+                       of --pods new ones
+  lifecycle            one pod after another from RunPodSandbox to RemovePodSandbox
+  density              many pods at once up and down
+  clean                remove what runs that were killed have left
+
+  --image IMAGE        image of the containers; pulled if it is not there. COMMAND (default: sleep 1000000) replaces its
+                       entrypoint
+  -n, --pods N         pods to make (density: 100, stats: 0)
+  --rounds N           rounds of lifecycle (20), calls of stats (200, at most 20 s)
+  --callers N          callers at once (density: one per pod, stats: 8)
+  --runtime HANDLER    runtime handler
+  --host-network       share the host's network: without CNI
+  --cgroup-parent PATH cgroup of the pods
+  --monitor NAME       count processes of this name as the server's monitors too
+  --svg FILE           a picture as well
+",
+    },
+    Topic {
         name: "info",
         synopsis: "",
         about: "show the state of the daemon and its runtime handlers",
@@ -203,7 +283,7 @@ pub fn topic(name: &str) -> Option<&'static Topic> {
 pub fn text(topic: Option<&Topic>) -> String {
     match topic {
         None => {
-            let list: String = TOPICS.iter().map(|topic| format!("  {:<9}{}\n", topic.name, topic.about)).collect();
+            let list: String = TOPICS.iter().map(|topic| format!("  {:<13}{}\n", topic.name, topic.about)).collect();
             format!("{GENERAL}{list}{GENERAL_END}")
         }
         Some(topic) => {

@@ -2,6 +2,7 @@
 
 use crossbeam_channel::Receiver;
 use nix::sys::signal::{SigSet, Signal};
+use nix::sys::signalfd::{SfdFlags, SignalFd};
 
 use crate::error::{Context, Result};
 
@@ -22,6 +23,16 @@ pub fn receive() -> Result<Receiver<Signal>> {
         }
     })?;
     Ok(receiver)
+}
+
+/// The same as a descriptor to poll, with WINCH and QUIT. Under the same condition.
+pub fn descriptor() -> Result<SignalFd> {
+    let mut set = SigSet::empty();
+    for signal in [Signal::SIGINT, Signal::SIGTERM, Signal::SIGHUP, Signal::SIGQUIT, Signal::SIGWINCH] {
+        set.add(signal);
+    }
+    set.thread_block().context(|| "block signals")?;
+    SignalFd::with_flags(&set, SfdFlags::SFD_CLOEXEC | SfdFlags::SFD_NONBLOCK).context(|| "make a signal descriptor")
 }
 
 /// The exit code a shell gives a program that died of `signal`.

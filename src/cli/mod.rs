@@ -8,6 +8,8 @@ use std::io::Write;
 
 /// The command line.
 pub mod args;
+/// Benchmarks of CRI servers.
+pub mod bench;
 /// The connection and its calls.
 pub mod client;
 /// Errors and exit codes.
@@ -41,6 +43,12 @@ pub mod request;
 pub mod resolve;
 /// `crisp run`.
 pub mod run;
+/// Sparklines.
+pub mod spark;
+/// `crisp stats`.
+pub mod stats;
+/// `exec`, `attach` and `port-forward`.
+pub mod stream;
 /// Tables for people.
 pub mod table;
 /// Words of the command line.
@@ -71,8 +79,13 @@ fn dispatch(invocation: Invocation) -> Outcome<u8> {
     let Invocation { socket, json, command } = invocation;
     // Before the connection, which starts threads.
     let signals = match command {
-        Command::Run(_) => interrupt::receive()?,
+        Command::Run(_) | Command::Bench(_) | Command::PortForward(_) => interrupt::receive()?,
+        Command::Stats(ref stats) if stats.watch => interrupt::receive()?,
         _ => crossbeam_channel::never(),
+    };
+    let descriptor = match command {
+        Command::Exec(_) | Command::Attach(_) => Some(interrupt::descriptor()?),
+        _ => None,
     };
     let client = match Client::connect(&socket) {
         Err(failure) if command == Command::Version && !json => {
@@ -88,7 +101,11 @@ fn dispatch(invocation: Invocation) -> Outcome<u8> {
     };
     let text = match command {
         Command::Run(run) => return run::run(&client, &run, json, &signals),
-        Command::Exec { container, command, timeout } => return object::exec(&client, &container, &command, timeout),
+        Command::Stats(stats) => return stats::run(&client, &stats, json, &signals),
+        Command::Bench(bench) => return bench::run(&client, &socket, &bench, json, &signals),
+        Command::Exec(exec) => return stream::exec(&client, &exec, descriptor.as_ref()),
+        Command::Attach(attach) => return stream::attach(&client, &attach, descriptor.as_ref()),
+        Command::PortForward(forward) => return stream::port_forward(&client, &forward, &signals),
         Command::Logs { container, follow, tail, times } => return object::logs(&client, &container, follow, tail, times).map(|()| 0),
         Command::Stop { ids, timeout } => {
             let objects = resolve::objects(&client)?;

@@ -84,12 +84,10 @@ pub fn remove(client: &Client, objects: &[Object], word: &str, force: bool) -> O
     Ok(object.id.clone())
 }
 
-/// `crisp exec`: gives the exit code of the command.
-pub fn exec(client: &Client, word: &str, command: &[String], timeout: u32) -> Outcome<u8> {
-    let objects = resolve::objects(client)?;
-    let id = &resolve::container(&objects, word)?.id;
+/// `crisp exec --sync` in container `id`: gives the exit code of the command.
+pub fn exec(client: &Client, id: &str, command: &[String], timeout: u32) -> Outcome<u8> {
     let request =
-        ExecSyncRequest { container_id: id.clone(), cmd: command.to_vec(), timeout: timeout.into(), ..ExecSyncRequest::default() };
+        ExecSyncRequest { container_id: id.to_owned(), cmd: command.to_vec(), timeout: timeout.into(), ..ExecSyncRequest::default() };
     // The daemon keeps the time; ours is for a daemon that does not answer.
     let limit = if timeout == 0 { FOREVER } else { LONG.map(|limit| limit + Duration::from_secs(timeout.into())) };
     let answer = client.runtime().exec_sync(&request, limit).during(|| format!("exec in container {id}"))?;

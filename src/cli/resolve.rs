@@ -80,6 +80,15 @@ pub fn container<'a>(objects: &'a [Object], word: &str) -> Outcome<&'a Object> {
     one(&containers, word)?.ok_or_else(|| Failure::failed(format!("no container {word:?}; crisp ps -a lists them")))
 }
 
+/// The sandbox that `word` names, as [`any`]; a container stands for its sandbox.
+pub fn sandbox<'a>(objects: &'a [Object], word: &str) -> Outcome<&'a Object> {
+    let found = matching(objects, word);
+    let named: Vec<&Object> = found.iter().copied().filter(|object| object.kind == Kind::Sandbox).collect();
+    let around = |object: &&Object| object.kind == Kind::Sandbox && found.iter().any(|container| container.sandbox == object.id);
+    let sandboxes = if named.is_empty() { objects.iter().filter(around).collect() } else { named };
+    one(&sandboxes, word)?.ok_or_else(|| Failure::failed(format!("no sandbox {word:?}; crisp pods lists them")))
+}
+
 /// Everything that `word` fits equally well. Never empty ids or names: an empty word fits nothing.
 fn matching<'a>(objects: &'a [Object], word: &str) -> Vec<&'a Object> {
     if word.is_empty() {
@@ -142,6 +151,21 @@ mod tests {
             ("aa", Err("\"aa\" is ambiguous: sandbox aa11 (web), sandbox aa22 (db)")),
         ] {
             let got = any(&node, word).map(|object| object.map(|o| o.id.as_str()));
+            assert_eq!(got.map_err(|f| text(&f)), expected.map_err(str::to_owned), "{word}");
+        }
+    }
+
+    #[test]
+    fn sandboxes() {
+        let node = node();
+        for (word, expected) in [
+            ("web", Ok("aa11")),
+            ("bb11", Ok("aa11")),
+            ("aa1", Ok("aa22")),
+            ("main", Err("\"main\" is ambiguous: sandbox aa22 (db), sandbox ee11 (old)")),
+            ("zz", Err("no sandbox \"zz\"; crisp pods lists them")),
+        ] {
+            let got = sandbox(&node, word).map(|object| object.id.as_str());
             assert_eq!(got.map_err(|f| text(&f)), expected.map_err(str::to_owned), "{word}");
         }
     }

@@ -1,18 +1,19 @@
 //! ExecSync: a command in a running container, its output and exit code.
 
+use std::fs::File;
 use std::io::{ErrorKind, Read};
 use std::os::fd::{AsFd, OwnedFd};
 use std::time::Duration;
 
 use nix::poll::PollFlags;
+use oci_spec::runtime::Process;
+use serde::Deserialize;
 
 use super::manager::{Container, Containers};
+use super::stream::{Ended, Wanted};
 use crate::error::{Code, Context, Error, Result};
-use crate::shim::client::Client;
-use crate::shim::protocol::ExecRequest;
 use crate::sys::cancel::Cancel;
 use crate::sys::file;
-use crate::sys::process::set_nonblocking;
 
 /// What an exec'd command left.
 pub struct ExecOutput {
@@ -21,89 +22,82 @@ pub struct ExecOutput {
     pub exit_code: i32,
 }
 
+/// All that an exec needs of a config.json, of which this is a small part.
+#[derive(Deserialize)]
+struct ProcessOfSpec {
+    #[serde(default)]
+    process: Process,
+}
+
 impl Containers {
     /// Runs `cmd`; `timeout` zero is none. At the timeout the exec'd tree is dead and reaped before DEADLINE_EXCEEDED is
     /// answered. Output beyond the limit is read and dropped.
     pub fn exec_sync(&self, container: &Container, cmd: &[String], timeout: Duration, cancel: &Cancel) -> Result<ExecOutput> {
-        let id = container.id();
-        let what = || format!("exec in container {id}");
-        if cmd.is_empty() || cmd[0].is_empty() {
-            return Err(Error::invalid("cmd is empty"));
-        }
-        container.status.lock().can_talk(id, "exec in")?;
-        let path = container.meta.spec_path();
-        let spec: oci_spec::runtime::Spec =
-            serde_json::from_slice(&file::read(&path, 16 << 20)?).context(|| format!("{}: read {}", what(), path.display()))?;
-        let process = serde_json::to_value(crate::spec::exec_process(&spec, cmd, false)).context(what)?;
-        let mut out = Pipe::new(self.settings.exec_output)?;
-        let mut err = Pipe::new(self.settings.exec_output)?;
-        let null = std::fs::File::open("/dev/null").context(|| "open /dev/null")?;
-        let request = ExecRequest { id: crate::store::new_id()?[..16].to_owned(), process };
-        let (out_end, err_end) = (out.write_end(), err.write_end());
-        let ends = [null.as_fd(), out_end.as_fd(), err_end.as_fd()];
+        let what = || format!("exec in container {}", container.id());
         // The time to start counts: a runtime or shim that hangs must not hold a probe longer than it asked for.
         let limit = if timeout.is_zero() { cancel.clone() } else { cancel.within(timeout) };
         let starting = limit.within(self.settings.runtime_timeout);
-        let running = Client::new(&container.meta.dir).exec(&request, ends, &starting).context(what)?;
-        drop((out_end, err_end));
+        let wanted = Wanted { stdout: true, stderr: true, ..Wanted::default() };
+        let mut running = self.launch(container, cmd, &wanted, false, &starting)?;
+        let (mut out, mut err) = (Pipe::new(running.stdout.take()), Pipe::new(running.stderr.take()));
+        let control = &mut running.control;
+        // Both share one budget: the whole answer has to fit a message.
+        let most = self.settings.exec_output;
         let exit_code = loop {
-            let mut set = vec![(running.as_fd(), PollFlags::POLLIN)];
-            set.extend(out.reader.as_ref().map(|r| (r.as_fd(), PollFlags::POLLIN)));
-            set.extend(err.reader.as_ref().map(|r| (r.as_fd(), PollFlags::POLLIN)));
-            let ended = match limit.poll(&set, None) {
-                Ok(flags) => !flags[0].is_empty(),
+            let mut set = vec![(control.as_fd(), PollFlags::POLLIN)];
+            set.extend([&out, &err].into_iter().filter_map(|p| Some((p.reader.as_ref()?.as_fd(), PollFlags::POLLIN))));
+            let ready = limit.poll(&set, None);
+            let ended = match ready {
+                Ok(_) => control.outcome().context(what)?,
                 Err(e) => {
-                    running.kill().context(what)?;
+                    control.kill().context(what)?;
                     let ours = e.code() == Code::DeadlineExceeded && cancel.check().is_ok();
                     let text = format!("{}: timed out after {} s", what(), timeout.as_secs_f32());
                     return Err(if ours { Error::deadline(text) } else { e });
                 }
             };
-            // Both share one budget: the whole answer has to fit a message.
-            let total = out.data.len() + err.data.len();
-            out.drain(total)?;
-            let total = out.data.len() + err.data.len();
-            err.drain(total)?;
-            if ended {
-                break running.wait(&Cancel::never())?;
+            // After the end once more: what it wrote last. What a daemon of it writes later is not awaited.
+            out.drain(most.saturating_sub(err.data.len()))?;
+            err.drain(most.saturating_sub(out.data.len()))?;
+            if let Some(Ended::Exited(code)) = ended {
+                break code;
             }
         };
-        let total = out.data.len() + err.data.len();
-        out.drain(total)?;
-        let total = out.data.len() + err.data.len();
-        err.drain(total)?;
         Ok(ExecOutput { stdout: out.data, stderr: err.data, exit_code })
+    }
+
+    /// The OCI process object of an exec: the container's own, with another command.
+    pub(super) fn exec_process(&self, container: &Container, cmd: &[String], tty: bool) -> Result<serde_json::Value> {
+        let path = container.meta.spec_path();
+        let text = file::read(&path, 16 << 20)?;
+        let spec: ProcessOfSpec = serde_json::from_slice(&text).context(|| format!("read {}", path.display()))?;
+        serde_json::to_value(crate::spec::exec_process(spec.process, cmd, tty)).context(|| "write the process object")
     }
 }
 
 /// One output stream of the command.
 struct Pipe {
-    reader: Option<std::fs::File>,
-    writer: Option<OwnedFd>,
+    reader: Option<File>,
     data: Vec<u8>,
-    limit: usize,
 }
 
 impl Pipe {
-    fn new(limit: usize) -> Result<Pipe> {
-        let (reader, writer) = rustix::pipe::pipe_with(rustix::pipe::PipeFlags::CLOEXEC).context(|| "make a pipe")?;
-        set_nonblocking(&reader)?;
-        Ok(Pipe { reader: Some(reader.into()), writer: Some(writer), data: Vec::new(), limit })
+    fn new(reader: Option<OwnedFd>) -> Pipe {
+        Pipe { reader: reader.map(File::from), data: Vec::new() }
     }
 
-    /// The end for the command; once.
-    fn write_end(&mut self) -> OwnedFd {
-        self.writer.take().expect("the write end is taken once")
-    }
-
-    /// Takes what is there without waiting; bytes over the budget (`total` of it are used) are dropped.
-    fn drain(&mut self, total: usize) -> Result<()> {
+    /// Takes what is there without waiting, and drops what is beyond `most`.
+    fn drain(&mut self, most: usize) -> Result<()> {
         let Some(reader) = &mut self.reader else { return Ok(()) };
-        let mut room = self.limit.saturating_sub(total);
+        let mut room = most.saturating_sub(self.data.len());
         let mut chunk = [0; 32768];
-        loop {
+        // More than the largest pipe holds, but not for ever: one that writes without end must not keep us from its timeout.
+        for _ in 0..64 {
             match reader.read(&mut chunk) {
-                Ok(0) => break,
+                Ok(0) => {
+                    self.reader = None;
+                    return Ok(());
+                }
                 Ok(n) => {
                     let kept = n.min(room);
                     self.data.extend_from_slice(&chunk[..kept]);
@@ -114,7 +108,6 @@ impl Pipe {
                 Err(e) => return Err(e).context(|| "read the command's output"),
             }
         }
-        self.reader = None;
         Ok(())
     }
 }

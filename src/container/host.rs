@@ -44,6 +44,7 @@ pub fn detect() -> Result<HostFacts> {
     let cgroup_v2 = magic == CGROUP2_MAGIC;
     Ok(HostFacts {
         cgroup_v2,
+        cgroup_mounts: if cgroup_v2 { Vec::new() } else { cgroup_mounts(&mounts) },
         bounding: capabilities(capability_mask(&status, "CapBnd")?),
         arch: std::env::consts::ARCH.to_owned(),
         oom_score_adj_floor: if may_raise { -1000 } else { own_oom_score_adj()? },
@@ -84,6 +85,19 @@ fn own_oom_score_adj() -> Result<i32> {
 
 fn hard_rlimits() -> Vec<(PosixRlimitType, u64)> {
     RLIMITS.into_iter().filter_map(|(kind, resource)| Some((kind, rustix::process::getrlimit(resource).maximum?))).collect()
+}
+
+/// Mount points of hierarchies as OCI runtimes name them: as here, by the words of /proc/self/cgroup, or by controller. Those
+/// of the kernel that are not mounted yet count too: they may be before the next container.
+fn cgroup_mounts(mounts: &[MountInfo]) -> Vec<String> {
+    let own = read("/proc/self/cgroup");
+    let by_process = own.lines().filter_map(|line| line.split(':').nth(1)).map(|names| names.trim_start_matches("name=").to_owned());
+    let kernel = read("/proc/cgroups");
+    let by_kernel = kernel.lines().filter(|line| !line.starts_with('#')).filter_map(|line| line.split('\t').next()).map(str::to_owned);
+    let points = mounts.iter().filter(|m| m.fstype == "cgroup" || m.fstype == "cgroup2").filter_map(|m| m.target.file_name());
+    let by_mount = points.map(|name| name.to_string_lossy().into_owned());
+    let names: std::collections::BTreeSet<String> = by_process.chain(by_kernel).chain(by_mount).filter(|name| !name.is_empty()).collect();
+    names.into_iter().collect()
 }
 
 fn v1_hierarchy<'a>(mounts: &'a [MountInfo], controller: &str) -> Option<&'a Path> {
@@ -155,6 +169,9 @@ mod tests {
     #[test]
     fn this_host_is_understood() {
         let host = detect().unwrap();
+        assert!(host.cgroup_mounts.is_empty() == host.cgroup_v2);
+        let v1 = table().unwrap().into_iter().filter(|m| m.fstype == "cgroup").filter_map(|m| m.target.file_name().map(|n| n.to_owned()));
+        assert!(v1.into_iter().all(|name| host.cgroup_v2 || host.cgroup_mounts.iter().any(|found| name == found.as_str())));
         assert!(!host.bounding.is_empty() && host.seccomp);
         assert!((-1000..=1000).contains(&host.oom_score_adj_floor));
         assert!(host.hard_rlimits.iter().all(|(_, hard)| *hard < u64::MAX));

@@ -84,6 +84,7 @@ impl Containers {
             log_path: meta.log_path.clone(),
             tty: container.config.tty,
             stdin: container.config.stdin,
+            stdin_once: container.config.stdin_once,
             // The container's user must be able to open /dev/stdout.
             stdio_uid: Some(status.user.uid),
             stdio_gid: Some(status.user.gid),

@@ -43,6 +43,8 @@ pub struct Settings {
     pub runtime_timeout: Duration,
     /// Bytes kept of one ExecSync.
     pub exec_output: usize,
+    /// Whether an exec with streams dies with its client.
+    pub kill_on_disconnect: bool,
     pub defaults: Defaults,
     pub host: HostFacts,
     pub events: Arc<dyn Listener<Change>>,

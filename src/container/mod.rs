@@ -23,7 +23,7 @@ pub mod restore;
 pub mod signal;
 /// What changes, and which transition is legal.
 pub mod status;
-/// Exec with streams, and attach.
+/// Exec with streams, attach.
 pub mod stream;
 /// The user of a container, from its rootfs.
 pub mod user;
@@ -31,3 +31,4 @@ pub mod user;
 pub use manager::{Change, Container, Containers, CreateInputs, LayerWatch, Settings};
 pub use metadata::Metadata;
 pub use status::{State, Status};
+pub use stream::{Control, Ended, Streams, Wanted};

@@ -1,10 +1,17 @@
 //! Exec with streams, and attach: a process's stdio as descriptors that do not block, for whoever moves the bytes.
 
-use std::os::fd::{BorrowedFd, OwnedFd};
+use std::fs::File;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+
+use rustix::pipe::{pipe_with, PipeFlags};
+use rustix::termios::{tcsetwinsize, Winsize};
 
 use super::manager::{Container, Containers};
-use crate::error::{Error, Result};
+use crate::error::{Code, Context, Error, Result};
+use crate::shim::client::{Attachment, Client, RunningExec};
+use crate::shim::protocol::ExecRequest;
 use crate::sys::cancel::Cancel;
+use crate::sys::process::set_nonblocking;
 
 /// The streams that a client asks for.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -28,7 +35,8 @@ impl Wanted {
     }
 }
 
-/// Our ends, non-blocking.
+/// Our ends, non-blocking. With a terminal of an exec, stdin and stdout are that terminal, whose end reads as EIO once nobody has it open.
+/// Writing to a stdin that nobody reads any more, or that the container does not have, gives EPIPE.
 #[derive(Debug)]
 pub struct Streams {
     pub stdin: Option<OwnedFd>,
@@ -40,47 +48,169 @@ pub struct Streams {
 /// How a session ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Ended {
+    /// The exec'd process: its exit code, 128 + signal for a signal.
     Exited(i32),
+    /// The container that was attached to; all of its output is in the pipes.
     ContainerEnded(Option<i32>),
+    /// The shim has let go of an attacher that took no output for too long.
     Detached,
 }
 
-/// The process behind the streams.
+/// The process behind the streams. Dropping it, and the streams, leaves an exec'd process alone but without stdin and terminal
+/// (or kills it where the configuration says so), and detaches an attacher.
 #[derive(Debug)]
 pub struct Control {
-    fd: OwnedFd,
+    kind: Kind,
+    container: String,
+}
+
+#[derive(Debug)]
+enum Kind {
+    Exec(RunningExec, Option<OwnedFd>),
+    Attach(Attachment),
 }
 
 impl Control {
+    /// Readable when `outcome` has something new to say.
     pub fn as_fd(&self) -> BorrowedFd<'_> {
-        std::os::fd::AsFd::as_fd(&self.fd)
+        match &self.kind {
+            Kind::Exec(exec, _) => exec.as_fd(),
+            Kind::Attach(attachment) => attachment.as_fd(),
+        }
     }
 
+    /// How it ended, once; None while it goes on. Never waits. UNAVAILABLE when the shim has died.
     pub fn outcome(&mut self) -> Result<Option<Ended>> {
-        Ok(None)
+        match &self.kind {
+            Kind::Exec(exec, _) => Ok(exec.try_wait()?.map(Ended::Exited)),
+            Kind::Attach(attachment) => match attachment.ended() {
+                Ok(record) => Ok(record.map(|r| Ended::ContainerEnded(Some(r.exit_code)))),
+                Err(error) if error.code() == Code::DeadlineExceeded => {
+                    log::warn!("container {}: {error}", self.container);
+                    Ok(Some(Ended::Detached))
+                }
+                Err(error) => Err(error),
+            },
+        }
     }
 
-    pub fn resize(&self, _width: u16, _height: u16) -> Result<()> {
-        Ok(())
+    /// The size of the terminal in characters; nothing where there is none. Never waits.
+    pub fn resize(&self, width: u16, height: u16) -> Result<()> {
+        match &self.kind {
+            Kind::Exec(_, Some(terminal)) => {
+                let size = Winsize { ws_col: width, ws_row: height, ws_xpixel: 0, ws_ypixel: 0 };
+                tcsetwinsize(terminal, size).context(|| "set the size of the terminal")
+            }
+            Kind::Exec(_, None) => Ok(()),
+            Kind::Attach(attachment) => attachment.resize(width, height),
+        }
     }
 
+    /// Kills the exec'd process with all it has started; they are dead when this returns. Nothing for an attacher.
     pub fn kill(&self) -> Result<()> {
-        Ok(())
+        match &self.kind {
+            Kind::Exec(exec, _) => exec.kill(),
+            Kind::Attach(_) => Ok(()),
+        }
     }
 }
 
 impl Containers {
+    /// Whether `verb` (as in `exec in`) is possible now: FAILED_PRECONDITION when the container does not run.
     pub fn can_stream(&self, container: &Container, verb: &str) -> Result<()> {
         container.status.lock().can_talk(container.id(), verb)
     }
 
-    pub fn exec_stream(&self, _: &Container, _: &[String], wanted: &Wanted, _: &Cancel) -> Result<Streams> {
+    /// Starts `cmd` in the container, as its user and with its limits; returns once it runs. A program that is not there is an
+    /// error. When `cancel` ends first, what was starting is killed.
+    pub fn exec_stream(&self, container: &Container, cmd: &[String], wanted: &Wanted, cancel: &Cancel) -> Result<Streams> {
         wanted.check()?;
-        Err(Error::unimplemented("exec with streams"))
+        let starting = cancel.within(self.settings.runtime_timeout);
+        self.launch(container, cmd, wanted, !self.settings.kill_on_disconnect, &starting)
     }
 
-    pub fn attach(&self, _: &Container, wanted: &Wanted, _: &Cancel) -> Result<Streams> {
+    /// Starts a command. `keep`: it outlives its streams.
+    pub(super) fn launch(&self, container: &Container, cmd: &[String], wanted: &Wanted, keep: bool, starting: &Cancel) -> Result<Streams> {
+        let id = container.id();
+        let what = || format!("exec in container {id}");
+        if cmd.first().is_none_or(String::is_empty) {
+            return Err(Error::invalid("cmd is empty"));
+        }
+        self.can_stream(container, "exec in")?;
+        let process = self.exec_process(container, cmd, wanted.tty).context(what)?;
+        let request = ExecRequest { id: crate::store::new_id()?[..16].to_owned(), process, console: None, keep };
+        let client = Client::new(&container.meta.dir);
+        let streams = |kind, stdin, stdout, stderr| Streams { stdin, stdout, stderr, control: Control { kind, container: id.to_owned() } };
+        if wanted.tty {
+            let (exec, terminal) = client.exec_terminal(&request, starting).context(what)?;
+            let copy = |wanted: bool| wanted.then(|| terminal.try_clone()).transpose().context(|| "duplicate the terminal");
+            let (stdin, stdout) = (copy(wanted.stdin)?, copy(wanted.stdout)?);
+            return Ok(streams(Kind::Exec(exec, Some(terminal)), stdin, stdout, None));
+        }
+        let (pairs, ends) = pipes(wanted)?;
+        let null = File::options().read(true).write(true).open("/dev/null").context(|| "open /dev/null")?;
+        let fds = ends.each_ref().map(|e| e.as_ref().map_or(null.as_fd(), AsFd::as_fd));
+        let exec = client.exec(&request, fds, starting).context(what)?;
+        let [stdin, stdout, stderr] = pairs;
+        Ok(streams(Kind::Exec(exec, None), stdin, stdout, stderr))
+    }
+
+    /// Connects to the container's own stdio, next to whoever else has: its output from now on. Where the container has no stdin,
+    /// or it has ended, ours is closed. Resizing is for containers with a terminal.
+    pub fn attach(&self, container: &Container, wanted: &Wanted, cancel: &Cancel) -> Result<Streams> {
         wanted.check()?;
-        Err(Error::unimplemented("attach"))
+        let id = container.id();
+        self.can_stream(container, "attach to")?;
+        if wanted.tty != container.config.tty {
+            let text = format!("attach to container {id}: tty is {}, the container's is {}", wanted.tty, container.config.tty);
+            return Err(Error::invalid(text));
+        }
+        let (pairs, ends) = pipes(wanted)?;
+        let attached = Client::new(&container.meta.dir).attach(ends.each_ref().map(|e| e.as_ref().map(AsFd::as_fd)), cancel);
+        let attached = attached.context(|| format!("attach to container {id}"))?;
+        let [stdin, stdout, stderr] = pairs;
+        Ok(Streams { stdin, stdout, stderr, control: Control { kind: Kind::Attach(attached), container: id.to_owned() } })
+    }
+}
+
+type Ends = [Option<OwnedFd>; 3];
+
+/// Pipes for the streams that are wanted: our ends, which do not block, and the others.
+fn pipes(wanted: &Wanted) -> Result<(Ends, Ends)> {
+    let (mut ours, mut theirs) = (Ends::default(), Ends::default());
+    for (index, wanted) in [wanted.stdin, wanted.stdout, wanted.stderr].into_iter().enumerate() {
+        if wanted {
+            let (read, write) = pipe_with(PipeFlags::CLOEXEC).context(|| "make a pipe")?;
+            let (our, their) = if index == 0 { (write, read) } else { (read, write) };
+            set_nonblocking(&our)?;
+            (ours[index], theirs[index]) = (Some(our), Some(their));
+        }
+    }
+    Ok((ours, theirs))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_can_be_wanted() {
+        let all = Wanted { stdin: true, stdout: true, stderr: true, tty: false };
+        assert!(all.check().is_ok());
+        assert_eq!(Wanted { tty: true, ..all }.check().unwrap_err().code(), Code::InvalidArgument);
+        assert_eq!(Wanted { tty: true, ..Wanted::default() }.check().unwrap_err().code(), Code::InvalidArgument);
+        assert!(Wanted { stdout: true, tty: true, ..Wanted::default() }.check().is_ok());
+    }
+
+    #[test]
+    fn pipes_lead_the_right_way() {
+        let (ours, theirs) = pipes(&Wanted { stdin: true, stderr: true, ..Wanted::default() }).unwrap();
+        assert!(ours[1].is_none() && theirs[1].is_none());
+        rustix::io::write(ours[0].as_ref().unwrap(), b"in").unwrap();
+        rustix::io::write(theirs[2].as_ref().unwrap(), b"err").unwrap();
+        let mut text = [0; 8];
+        assert_eq!(rustix::io::read(theirs[0].as_ref().unwrap(), &mut text).unwrap(), 2);
+        assert_eq!(rustix::io::read(ours[2].as_ref().unwrap(), &mut text).unwrap(), 3);
+        assert_eq!(rustix::io::read(ours[2].as_ref().unwrap(), &mut text), Err(rustix::io::Errno::AGAIN));
     }
 }

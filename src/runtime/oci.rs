@@ -37,12 +37,29 @@ pub fn run(handler: &Handler, log: &Path, bundle: &Path, pid_file: &Path, consol
     args
 }
 
-/// A further process, described by the OCI process object in file `process`, in the child cgroup `cgroup` if one is given.
-pub fn exec(handler: &Handler, log: &Path, pid_file: &Path, process: &Path, cgroup: Option<&str>, id: &str) -> Args {
-    let mut args = global(handler, Some(log));
-    args.extend(["exec".into(), "--detach".into(), "--pid-file".into(), pid_file.into(), "--process".into(), process.into()]);
-    if let Some(cgroup) = cgroup {
+/// A further process.
+#[derive(Clone, Copy, Debug)]
+pub struct Exec<'a> {
+    /// For errors.
+    pub log: &'a Path,
+    pub pid_file: &'a Path,
+    /// The file with the OCI process object.
+    pub process: &'a Path,
+    /// The child cgroup, as the runtime wants it named.
+    pub cgroup: Option<&'a str>,
+    /// Where the terminal is to be sent, if the process object asks for one.
+    pub console: Option<&'a Path>,
+}
+
+/// Starts a further process in container `id`; returns once it runs.
+pub fn exec(handler: &Handler, call: &Exec, id: &str) -> Args {
+    let mut args = global(handler, Some(call.log));
+    args.extend(["exec".into(), "--detach".into(), "--pid-file".into(), call.pid_file.into(), "--process".into(), call.process.into()]);
+    if let Some(cgroup) = call.cgroup {
         args.extend(["--cgroup".into(), cgroup.into()]);
+    }
+    if let Some(console) = call.console {
+        args.extend(["--console-socket".into(), console.into()]);
     }
     args.push(id.into());
     args
@@ -118,10 +135,14 @@ mod tests {
             words(run(&h, Path::new("/b/log"), Path::new("/b"), Path::new("/b/pid"), None, "c1")),
             "--root /run/r --log /b/log --log-format json run --detach --bundle /b --pid-file /b/pid c1"
         );
+        let path = Path::new;
+        let call = Exec { log: path("/l"), pid_file: path("/p"), process: path("/x"), cgroup: Some("pids:exec-1"), console: None };
         assert_eq!(
-            words(exec(&h, Path::new("/l"), Path::new("/p"), Path::new("/x"), Some("pids:exec-1"), "c1")),
+            words(exec(&h, &call, "c1")),
             "--root /run/r --log /l --log-format json exec --detach --pid-file /p --process /x --cgroup pids:exec-1 c1"
         );
+        let terminal = words(exec(&h, &Exec { console: Some(path("/t")), cgroup: None, ..call }, "c1"));
+        assert!(terminal.ends_with("exec --detach --pid-file /p --process /x --console-socket /t c1"), "{terminal}");
         let systemd = Handler { systemd_cgroup: true, ..h };
         assert_eq!(words(delete(&systemd, None, "c1")), "--root /run/r --systemd-cgroup delete --force c1");
     }

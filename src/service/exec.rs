@@ -10,7 +10,7 @@ use crate::api::runtime::{
 use crate::error::{Error, Result};
 
 impl Service {
-    pub(super) fn exec(&self, request: &ExecSyncRequest, call: &Call) -> Result<ExecSyncResponse> {
+    pub(super) fn run_command(&self, request: &ExecSyncRequest, call: &Call) -> Result<ExecSyncResponse> {
         call.about(&request.container_id);
         self.warmer.request();
         let container = self.containers.get(&request.container_id)?;

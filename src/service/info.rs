@@ -78,6 +78,7 @@ impl Service {
             "runtimes": handlers,
             "defaultRuntime": self.handlers.default_name(),
             "cgroupDriver": if self.systemd_cgroup { "systemd" } else { "cgroupfs" },
+            "streaming": self.streaming.base(),
             "cgroupV2": self.host.cgroup_v2,
             "seccomp": self.host.seccomp,
             "apparmor": self.host.apparmor,

@@ -29,6 +29,8 @@ mod sandbox_status;
 mod stats;
 /// The lists in pieces.
 mod stream_lists;
+/// Exec, Attach, PortForward.
+mod streaming;
 
 pub use events::Fact;
 pub use stream_lists::Seats;
@@ -49,6 +51,7 @@ use crate::sandbox::Sandboxes;
 use crate::stats::filesystem::Disk;
 use crate::stats::metrics::Metrics;
 use crate::stats::sampler::Sampler;
+use crate::streaming::Server;
 use crate::sys::cancel::Cancel;
 
 /// One call, as far as a service cares.
@@ -122,6 +125,8 @@ pub struct Service {
     pub layers_mountpoint: String,
     /// Reads kernel files of many at once.
     pub sampler: Sampler,
+    /// Where Exec, Attach and PortForward send their clients.
+    pub streaming: Arc<Server>,
     pub systemd_cgroup: bool,
     pub root: PathBuf,
     pub run: PathBuf,
@@ -260,7 +265,19 @@ impl RuntimeService for Service {
     }
 
     fn exec_sync(&self, request: runtime::ExecSyncRequest, call: &Call) -> Result<runtime::ExecSyncResponse> {
-        self.exec(&request, call)
+        self.run_command(&request, call)
+    }
+
+    fn exec(&self, request: runtime::ExecRequest, call: &Call) -> Result<runtime::ExecResponse> {
+        self.exec_url(request, call)
+    }
+
+    fn attach(&self, request: runtime::AttachRequest, call: &Call) -> Result<runtime::AttachResponse> {
+        self.attach_url(&request, call)
+    }
+
+    fn port_forward(&self, request: runtime::PortForwardRequest, call: &Call) -> Result<runtime::PortForwardResponse> {
+        self.port_forward_url(&request, call)
     }
 
     fn get_container_events(

@@ -2,7 +2,7 @@
 
 use std::fs::File;
 use std::io::Read;
-use std::os::fd::{AsFd, BorrowedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -15,6 +15,7 @@ use crate::cgroup::Cgroup;
 use crate::error::{Code, Context, Error, ErrorList, Result};
 use crate::runtime::{oci, Handler};
 use crate::sys::cancel::Cancel;
+use crate::sys::console::Console;
 use crate::sys::pidfd::PidFd;
 use crate::sys::process::{self, Program};
 use crate::sys::{file, monitor, socket};
@@ -143,10 +144,55 @@ impl Client {
     /// Starts a further process with these as stdin, stdout and stderr; returns once it runs. When `cancel` ends first, hanging
     /// up makes the shim kill what it was starting.
     pub fn exec(&self, request: &ExecRequest, fds: [BorrowedFd<'_>; 3], cancel: &Cancel) -> Result<RunningExec> {
-        let stream = self.ask(Request::Exec(request.clone()), &fds)?;
-        cancel.poll(&[(stream.as_fd(), PollFlags::POLLIN)], None)?;
-        match next_event(&stream)?.ok_or_else(gone)? {
-            Event::Started { pid } => Ok(RunningExec { stream, pid, id: request.id.clone(), client: self.clone() }),
+        self.start_exec(request, &fds, None, cancel).map(|(exec, _)| exec)
+    }
+
+    /// The same with a terminal of its own, of which the one descriptor that keeps it open comes back. It does not block.
+    pub fn exec_terminal(&self, request: &ExecRequest, cancel: &Cancel) -> Result<(RunningExec, OwnedFd)> {
+        let name = format!("exec-{}.sock", request.id);
+        let path = self.socket.with_file_name(&name);
+        let request = ExecRequest { console: Some(name), ..request.clone() };
+        let (exec, terminal) = self.start_exec(&request, &[], Some(Console::listen(path)?), cancel)?;
+        Ok((exec, terminal.ok_or_else(|| Error::internal("the OCI runtime sent no terminal"))?))
+    }
+
+    fn start_exec(
+        &self,
+        request: &ExecRequest,
+        fds: &[BorrowedFd<'_>],
+        mut console: Option<Console>,
+        cancel: &Cancel,
+    ) -> Result<(RunningExec, Option<OwnedFd>)> {
+        let plain = !request.keep && request.console.is_none();
+        let body = if plain { Request::Exec } else { Request::ExecStream };
+        let stream = self.ask(body(request.clone()), fds)?;
+        let mut terminal = None;
+        loop {
+            let mut set = vec![(stream.as_fd(), PollFlags::POLLIN)];
+            set.extend(console.as_ref().filter(|_| terminal.is_none()).map(|c| (c.as_fd(), PollFlags::POLLIN)));
+            let ready = cancel.poll(&set, None)?;
+            if let Some(console) = console.as_mut().filter(|_| terminal.is_none()) {
+                // Why none comes says the answer.
+                terminal = console.take().unwrap_or_default();
+            }
+            if ready[0].is_empty() {
+                continue;
+            }
+            return match next_event(&stream).map_err(older)?.ok_or_else(gone)? {
+                Event::Started { pid } => Ok((RunningExec { stream, pid, id: request.id.clone(), client: self.clone() }, terminal)),
+                other => Err(unexpected(&other)),
+            };
+        }
+    }
+
+    /// Attaches these to the container's stdin, stdout (or terminal) and stderr: what it writes from now on, until it ends.
+    pub fn attach(&self, fds: [Option<BorrowedFd<'_>>; 3], cancel: &Cancel) -> Result<Attachment> {
+        let [stdin, stdout, stderr] = fds.map(|f| f.is_some());
+        let fds: Vec<_> = fds.into_iter().flatten().collect();
+        let stream = self.ask(Request::Attach { stdin, stdout, stderr }, &fds)?;
+        cancel.poll(&[(stream.as_fd(), PollFlags::POLLIN)], Some(ANSWER_LIMIT))?;
+        match next_event(&stream).map_err(older)?.ok_or_else(gone)? {
+            Event::Attached => Ok(Attachment { stream }),
             other => Err(unexpected(&other)),
         }
     }
@@ -159,6 +205,14 @@ impl Client {
 
 fn gone() -> Error {
     Error::new(Code::Unavailable, "the shim is gone")
+}
+
+/// A shim that a daemon before this one has started need not know every request.
+fn older(error: Error) -> Error {
+    if error.code() == Code::InvalidArgument && error.message().contains("unknown variant") {
+        return Error::unimplemented("the shim of this container was started by an older daemon and cannot do this");
+    }
+    error
 }
 
 fn unexpected(event: &Event) -> Error {
@@ -199,6 +253,14 @@ impl RunningExec {
         }
     }
 
+    /// The exit code, if it has ended already; never waits.
+    pub fn try_wait(&self) -> Result<Option<i32>> {
+        match is_readable(&self.stream)? {
+            true => self.wait(&Cancel::never()).map(Some),
+            false => Ok(None),
+        }
+    }
+
     /// Kills it with all it has started; they are dead when this returns. One that has ended is fine.
     pub fn kill(&self) -> Result<()> {
         match self.client.order(Request::ExecKill { id: self.id.clone() }, ANSWER_LIMIT) {
@@ -209,6 +271,49 @@ impl RunningExec {
 }
 
 impl AsFd for RunningExec {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.stream.as_fd()
+    }
+}
+
+/// Whether a message has come, or the end.
+fn is_readable(stream: &UnixStream) -> Result<bool> {
+    let ready = Cancel::never().poll(&[(stream.as_fd(), PollFlags::POLLIN)], Some(Duration::ZERO))?;
+    Ok(!ready[0].is_empty())
+}
+
+/// A connection to the container's stdio. Dropping it detaches.
+#[derive(Debug)]
+pub struct Attachment {
+    stream: UnixStream,
+}
+
+impl Attachment {
+    /// How the container ended, if it has: all its output is in the pipes then. DEADLINE_EXCEEDED when the shim has let go
+    /// because nobody took the output. Never waits.
+    pub fn ended(&self) -> Result<Option<ExitRecord>> {
+        if !is_readable(&self.stream)? {
+            return Ok(None);
+        }
+        match next_event(&self.stream)?.ok_or_else(gone)? {
+            Event::Exit(record) => Ok(Some(record)),
+            other => Err(unexpected(&other)),
+        }
+    }
+
+    /// The size of the container's terminal in characters. Never waits.
+    pub fn resize(&self, width: u16, height: u16) -> Result<()> {
+        let body = Request::Resize { width, height };
+        let message = serde_json::to_vec(&Envelope { version: VERSION, body }).context(|| "write request to the shim")?;
+        let writable = Cancel::never().poll(&[(self.stream.as_fd(), PollFlags::POLLOUT)], Some(Duration::ZERO))?;
+        if !writable[0].contains(PollFlags::POLLOUT) {
+            return Err(Error::new(Code::Unavailable, "resize: the shim does not answer"));
+        }
+        socket::send(&self.stream, &message, &[])
+    }
+}
+
+impl AsFd for Attachment {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.stream.as_fd()
     }

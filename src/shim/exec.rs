@@ -1,5 +1,6 @@
 //! Further processes in the container. Each gets a child cgroup of its own where the OCI runtime can start one there, so that
-//! it can be killed with everything it has started, double forks too.
+//! it can be killed with everything it has started, double forks too. Making and removing that in every hierarchy takes longer
+//! than all else, so a cgroup in which nothing is left waits for the next exec.
 
 use std::os::fd::OwnedFd;
 use std::time::{Duration, Instant};
@@ -15,17 +16,36 @@ use crate::sys::{file, monitor};
 /// Most execs at a time: each holds a connection, and a stop must always get one.
 const EXECS: usize = 96;
 
+/// Empty cgroups kept for the next execs.
+const IDLE_CGROUPS: usize = 2;
+
+/// Where an exec goes: a child cgroup, and the `--cgroup` argument if the OCI runtime takes one.
+pub struct Place {
+    cgroup: Cgroup,
+    option: Option<String>,
+}
+
+impl Place {
+    /// Nothing lives in it, and nobody has made cgroups below it (each adds a link to the directory).
+    fn is_vacant(&self) -> bool {
+        use std::os::unix::fs::MetadataExt;
+        self.cgroup.dirs().iter().all(|dir| {
+            let bare = std::fs::metadata(&dir.path).is_ok_and(|m| m.nlink() == 2);
+            bare && std::fs::read(dir.path.join("cgroup.procs")).is_ok_and(|procs| procs.is_empty())
+        })
+    }
+}
+
 /// One exec'd process, from the request to its end.
 pub struct Exec {
     pub number: u32,
     id: String,
-    /// The connection that asked.
-    peer: u32,
+    /// The connection that asked; None when it has gone and the process goes on without it.
+    peer: Option<u32>,
+    keep: bool,
     /// Once the OCI runtime has started it and until it is reaped.
     pub pid: Option<i32>,
-    cgroup: Option<Cgroup>,
-    /// The OCI runtime starts it outside `cgroup`: we move it.
-    move_it: bool,
+    place: Option<Place>,
     pub kill: bool,
     /// Connections that wait for the kill.
     killers: Vec<u32>,
@@ -33,23 +53,22 @@ pub struct Exec {
     outcome: Option<Event>,
 }
 
-/// Where exec number `number` goes: a child cgroup, and the `--cgroup` argument if the OCI runtime takes one.
+/// A new place for exec number `number`.
 ///
 /// runc on v1 takes `controller:name` and enters that hierarchy's child alone. crun on v1 takes a name and silently stays
 /// out of the container's cgroup in every hierarchy without such a child, limits included: so it gets one in each.
-fn place(kind: Kind, layout: &Layout, parent: &Cgroup, number: u32) -> Option<(Cgroup, Option<String>)> {
+fn place(kind: Kind, layout: &Layout, parent: &Cgroup, number: u32) -> Option<Place> {
     let name = format!("crisp-exec-{number}");
     let one = ["pids", "freezer"].into_iter().find(|c| layout.v1(c).is_some());
-    match (kind, layout.mode, one) {
-        (Kind::Runc | Kind::Crun, Mode::V2, _) => Some((parent.child(&name, |d| d.path.is_dir()), Some(name))),
-        (Kind::Runc, _, Some(one)) => {
-            Some((parent.child(&name, |d| d.controllers.iter().any(|c| c == one)), Some(format!("{one}:{name}"))))
-        }
-        (Kind::Crun, _, _) => Some((parent.child(&name, |d| d.path.is_dir()), Some(name))),
-        (_, Mode::V2, _) => Some((parent.child(&name, |d| d.unified), None)),
-        (_, _, Some(one)) => Some((parent.child(&name, |d| d.controllers.iter().any(|c| c == one)), None)),
-        _ => None,
-    }
+    let in_one = |one: &str| parent.child(&name, |d| d.controllers.iter().any(|c| c == one));
+    let (cgroup, option) = match (kind, layout.mode, one) {
+        (Kind::Runc | Kind::Crun, Mode::V2, _) | (Kind::Crun, _, _) => (parent.child(&name, |d| d.path.is_dir()), Some(name)),
+        (Kind::Runc, _, Some(one)) => (in_one(one), Some(format!("{one}:{name}"))),
+        (_, Mode::V2, _) => (parent.child(&name, |d| d.unified), None),
+        (_, _, Some(one)) => (in_one(one), None),
+        _ => return None,
+    };
+    Some(Place { cgroup, option })
 }
 
 impl Shim {
@@ -58,48 +77,79 @@ impl Shim {
         if self.phase != Phase::Running {
             return Err(Error::precondition("exec: the container is not running"));
         }
-        if self.execs.len() >= EXECS {
+        if self.execs.iter().filter(|e| e.peer.is_some()).count() >= EXECS {
             return Err(Error::new(Code::ResourceExhausted, format!("exec: {EXECS} are running")));
         }
         if self.execs.iter().any(|e| e.id == request.id) {
             return Err(Error::invalid(format!("exec: the id {:?} is in use", request.id)));
         }
-        let [stdin, stdout, stderr]: [OwnedFd; 3] =
-            fds.try_into().map_err(|f: Vec<_>| Error::invalid(format!("exec: {} descriptors instead of 3", f.len())))?;
+        if request.console.as_ref().is_some_and(|c| c.is_empty() || c.contains('/')) {
+            return Err(Error::invalid("exec: console: expected the name of a socket in the container's directory"));
+        }
+        let count = if request.console.is_some() { 0 } else { 3 };
+        if fds.len() != count {
+            return Err(Error::invalid(format!("exec: {} descriptors instead of {count}", fds.len())));
+        }
         self.exec_number += 1;
         let number = self.exec_number;
-        let placed = place(self.config.handler.kind, &self.layout, &self.cgroup, number);
-        // Without a cgroup of its own it can still run; only a kill is less sure then.
-        let placed = placed.filter(|(cgroup, _)| match cgroup.create() {
-            Ok(()) => true,
-            Err(_) => {
-                let _ = cgroup.remove(Duration::ZERO);
-                false
+        let place = self.take_place(number);
+        let option = place.as_ref().and_then(|p| p.option.as_deref());
+        let started = self.start_exec(number, &request, option, fds);
+        let exec = Exec {
+            number,
+            id: request.id,
+            peer: Some(peer),
+            keep: request.keep,
+            pid: None,
+            place,
+            kill: false,
+            killers: vec![],
+            outcome: None,
+        };
+        match started {
+            Ok(task) => {
+                self.tasks.push(task);
+                self.execs.push(exec);
+                Ok(())
             }
-        });
-        let (cgroup, option) = placed.map_or((None, None), |(cgroup, option)| (Some(cgroup), option));
-        let started = self.start_exec(number, &request, option.as_deref(), [stdin, stdout, stderr]);
-        if started.is_err() {
-            if let Some(cgroup) = &cgroup {
-                let _ = cgroup.remove(Duration::ZERO);
+            Err(error) => {
+                self.lingering.extend(exec.place);
+                self.sweep_cgroups();
+                Err(error)
             }
         }
-        self.tasks.push(started?);
-        let move_it = option.is_none() && cgroup.is_some();
-        let exec = Exec { number, id: request.id, peer, pid: None, cgroup, move_it, kill: false, killers: vec![], outcome: None };
-        self.execs.push(exec);
-        Ok(())
     }
 
-    fn start_exec(&self, number: u32, request: &ExecRequest, option: Option<&str>, stdio: [OwnedFd; 3]) -> Result<Task> {
+    /// An idle cgroup, or a new one. Without one of its own an exec can still run; only a kill is less sure then.
+    fn take_place(&mut self, number: u32) -> Option<Place> {
+        // Somebody in the container may have moved there meanwhile.
+        while let Some(place) = self.idle.pop() {
+            if place.is_vacant() {
+                return Some(place);
+            }
+            self.lingering.push(place);
+        }
+        let place = place(self.config.handler.kind, &self.layout, &self.cgroup, number)?;
+        if place.cgroup.create().is_err() {
+            let _ = place.cgroup.remove(Duration::ZERO);
+            return None;
+        }
+        Some(place)
+    }
+
+    fn start_exec(&self, number: u32, request: &ExecRequest, option: Option<&str>, stdio: Vec<OwnedFd>) -> Result<Task> {
         let path = |what: &str| self.dir.join(format!("exec-{number}.{what}"));
         let process = serde_json::to_vec(&request.process).context(|| "exec: write the process")?;
         let (process_file, log) = (path("json"), path("log"));
         file::write(&process_file, &process, 0o600, file::Durability::Atomic)?;
-        let args = oci::exec(&self.config.handler, &log, &path("pid"), &process_file, option, &self.config.id);
-        let [stdin, stdout, stderr] = stdio;
-        let program = oci::program(&self.config.handler, args).current_dir(&self.dir);
-        let program = program.stdin_from(stdin).stdout_to(stdout).stderr_to(stderr);
+        let console = request.console.as_ref().map(|name| shown_socket(&self.dir, name));
+        let call = oci::Exec { log: &log, pid_file: &path("pid"), process: &process_file, cgroup: option, console: console.as_deref() };
+        let args = oci::exec(&self.config.handler, &call, &self.config.id);
+        let mut program = oci::program(&self.config.handler, args).current_dir(&self.dir);
+        let mut stdio = stdio.into_iter();
+        if let (Some(stdin), Some(stdout), Some(stderr)) = (stdio.next(), stdio.next(), stdio.next()) {
+            program = program.stdin_from(stdin).stdout_to(stdout).stderr_to(stderr);
+        }
         Task::start(program, &self.config.handler.path, Purpose::Exec(number), log, vec![process_file], self.limit())
     }
 
@@ -112,13 +162,15 @@ impl Shim {
         match pid {
             Ok(pid) => {
                 exec.pid = Some(pid);
-                if exec.move_it {
-                    for dir in exec.cgroup.iter().flat_map(Cgroup::dirs) {
+                // The OCI runtime takes no option for it: we move it.
+                if let Some(place) = exec.place.as_ref().filter(|p| p.option.is_none()) {
+                    for dir in place.cgroup.dirs() {
                         let _ = std::fs::write(dir.path.join("cgroup.procs"), pid.to_string());
                     }
                 }
-                let peer = exec.peer;
-                self.answer(peer, &Event::Started { pid }, false);
+                if let Some(peer) = exec.peer {
+                    self.answer(peer, &Event::Started { pid }, false);
+                }
             }
             Err(error) => {
                 exec.outcome = Some(Event::Error(Fault::from(&error)));
@@ -146,9 +198,12 @@ impl Shim {
         Ok(())
     }
 
-    /// The connection of an exec is gone: nobody can take its end any more.
+    /// The connection of an exec is gone: nobody can take its end any more. It dies unless it runs and is to be kept.
     pub fn exec_abandoned(&mut self, peer: u32) {
-        if let Some(number) = self.execs.iter().find(|e| e.peer == peer).map(|e| e.number) {
+        let Some(exec) = self.execs.iter_mut().find(|e| e.peer == Some(peer)) else { return };
+        exec.peer = None;
+        let (number, starts) = (exec.number, exec.pid.is_none() && exec.outcome.is_none());
+        if starts || !exec.keep {
             self.condemn(number, "abandoned while starting");
         }
     }
@@ -177,30 +232,40 @@ impl Shim {
                 continue;
             }
             let exec = self.execs.swap_remove(index);
-            if let Some(outcome) = &exec.outcome {
-                self.answer(exec.peer, outcome, true);
+            if let (Some(peer), Some(outcome)) = (exec.peer, &exec.outcome) {
+                self.answer(peer, outcome, true);
             }
             for killer in &exec.killers {
                 self.answer(*killer, &Event::Done, true);
             }
-            self.lingering.extend(exec.cgroup);
+            self.lingering.extend(exec.place);
             self.sweep_cgroups();
         }
         again
     }
 
-    /// Removes child cgroups in which nothing lives any more. A daemon that an exec left behind keeps its own.
+    /// Removes the cgroups of execs that have ended: there will be no more.
+    pub fn drop_places(&mut self) {
+        for place in self.idle.drain(..).chain(self.lingering.drain(..)) {
+            let _ = place.cgroup.remove(Duration::ZERO);
+        }
+    }
+
+    /// Keeps some of the cgroups in which nothing lives any more, and removes the others. A daemon that an exec left behind keeps
+    /// its own.
     fn sweep_cgroups(&mut self) {
-        let mut removed_kills = 0;
         let v2 = self.layout.mode == Mode::V2;
-        self.lingering.retain(|cgroup| {
+        for place in std::mem::take(&mut self.lingering) {
             // The counters of v1 are local and go with the directory; v2 counts in the parent.
-            let kills = if v2 { 0 } else { cgroup.oom_kills() };
-            let gone = cgroup.remove(Duration::ZERO).is_ok();
-            removed_kills += if gone { kills } else { 0 };
-            !gone
-        });
-        self.removed_oom_kills += removed_kills;
+            let kills = if v2 { 0 } else { place.cgroup.oom_kills() };
+            if kills == 0 && self.idle.len() < IDLE_CGROUPS && place.is_vacant() {
+                self.idle.push(place);
+            } else if place.cgroup.remove(Duration::ZERO).is_ok() {
+                self.removed_oom_kills += kills;
+            } else {
+                self.lingering.push(place);
+            }
+        }
     }
 }
 
@@ -209,7 +274,7 @@ fn kill_tree(exec: &Exec) -> usize {
     if let Some(pid) = exec.pid {
         let _ = monitor::kill(pid, libc::SIGKILL);
     }
-    let in_cgroup = exec.cgroup.as_ref().map_or(0, Cgroup::kill_once);
+    let in_cgroup = exec.place.as_ref().map_or(0, |p| p.cgroup.kill_once());
     in_cgroup.max(usize::from(exec.pid.is_some()))
 }
 
@@ -221,4 +286,14 @@ pub fn read_pid(path: &std::path::Path) -> Result<i32> {
         return Err(Error::internal(format!("read {}: pid {pid}", path.display())));
     }
     Ok(pid)
+}
+
+/// A socket in the container's directory as the OCI runtime, which starts there, is to name it: paths of sockets are short.
+pub fn shown_socket(dir: &std::path::Path, name: &str) -> std::path::PathBuf {
+    let path = dir.join(name);
+    if path.as_os_str().len() < 108 {
+        path
+    } else {
+        name.into()
+    }
 }

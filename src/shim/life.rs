@@ -77,6 +77,7 @@ impl Shim {
             }
         }
         sooner(self.advance_ending(now));
+        sooner(self.advance_attachers(now));
         // Last: the steps before may have started one.
         sooner(self.tasks.iter().map(|t| t.deadline).min());
         again
@@ -188,7 +189,9 @@ impl Shim {
     fn advance_ending(&mut self, now: Instant) -> Option<Instant> {
         if let Some(Ending::Killing(record, until)) = &self.ending {
             // In a PID namespace of its own everything is dead by now; in a shared one it is not.
-            if self.cgroup.kill_once() > 0 && now < *until {
+            // Whoever waits for the end of an exec hears of it before we go.
+            let left = self.cgroup.kill_once() > 0 || !self.execs.is_empty();
+            if left && now < *until {
                 return Some(now + Duration::from_millis(2));
             }
             self.ending = Some(Ending::Draining(record.clone(), now + DRAIN_LIMIT));
@@ -202,6 +205,7 @@ impl Shim {
             // Without the record the daemon still learns the end from the event, or that this shim is gone.
             let _ = record::write(&self.dir, &record);
             self.phase = Phase::Exited;
+            self.ended = Some(record.clone());
             self.tell_watchers(&Event::Exit(record));
             self.delete(None);
         }
@@ -215,6 +219,7 @@ impl Shim {
         if clean && self.forget() {
             return self.deleted();
         }
+        self.drop_places();
         let log = self.dir.join(DELETE_LOG);
         let handler = &self.config.handler;
         let program = oci::program(handler, oci::delete(handler, Some(&log), &self.config.id)).current_dir(&self.dir);
@@ -252,7 +257,9 @@ impl Shim {
                 say(&Answer::Failed { error: Fault::from(error) });
             }
         }
-        self.finished = true;
+        // To the daemon we are gone; attachers that are slow get what is theirs.
+        self.ending = Some(Ending::Delivering);
+        self.drop_watchers();
     }
 }
 

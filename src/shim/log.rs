@@ -1,7 +1,7 @@
 //! The container log in CRI's format: `2026-01-02T03:04:05.000000006Z stdout F text`. Tag P marks a piece of a longer line.
 
 use std::fs::{File, OpenOptions};
-use std::io::{ErrorKind, Read, Write};
+use std::io::{BufRead, ErrorKind, Read, Write};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 use std::time::{SystemTime, UNIX_EPOCH};
@@ -122,8 +122,9 @@ impl<R: Read> Output<R> {
         &self.reader
     }
 
-    /// Moves what is there to the log, with one write per read or so.
-    pub fn pump(&mut self, log: &mut Log) -> Pumped {
+    /// Moves what is there to the log, with one write per read or so. Each piece is also shown to `tap`, which says whether to
+    /// go on now.
+    pub fn pump(&mut self, log: &mut Log, tap: &mut dyn FnMut(&[u8]) -> bool) -> Pumped {
         if self.line.is_empty() {
             self.line = vec![0; LINE_LIMIT + 1];
         }
@@ -136,17 +137,24 @@ impl<R: Read> Output<R> {
                 // A terminal whose last user is gone answers EIO.
                 Err(_) => return Pumped::End,
             };
+            let go_on = tap(&self.line[self.filled..self.filled + n]);
             self.take(n, log);
+            if !go_on {
+                break;
+            }
         }
         Pumped::Idle
     }
 
     /// Takes `n` new bytes behind the filled ones.
     fn take(&mut self, n: usize, log: &mut Log) {
+        if log.file.is_none() {
+            return;
+        }
         log.stamp.now();
         let (mut begin, mut search) = (0, self.filled);
         self.filled += n;
-        while let Some(at) = self.line[search..self.filled].iter().position(|b| *b == b'\n') {
+        while let Some(at) = newline(&self.line[search..self.filled]) {
             log.line(self.tag, true, &self.line[begin..search + at]);
             begin = search + at + 1;
             search = begin;
@@ -169,6 +177,13 @@ impl<R: Read> Output<R> {
             self.filled = 0;
         }
     }
+}
+
+/// Where the first newline is: found by the C library, many bytes at a time.
+fn newline(mut text: &[u8]) -> Option<usize> {
+    let whole = text;
+    let end = text.skip_until(b'\n').unwrap_or_default();
+    (end > 0 && whole[end - 1] == b'\n').then(|| end - 1)
 }
 
 /// The time as text, RFC 3339 with nanoseconds in UTC. The part down to the second is computed once a second.
@@ -265,7 +280,7 @@ mod tests {
         let path = dir.path().join("log");
         let mut log = Log::open(Some(&path)).unwrap();
         let mut output = Output::new(Pieces(pieces.iter(), &[]), "stdout");
-        while output.pump(&mut log) != Pumped::End {}
+        while output.pump(&mut log, &mut |_| true) != Pumped::End {}
         output.finish(&mut log);
         let text = std::fs::read_to_string(&path).unwrap();
         text.split_terminator('\n').map(|l| l[31..].to_owned()).collect()
@@ -306,7 +321,7 @@ mod tests {
     fn without_a_file_output_is_dropped() {
         let mut log = Log::open(None).unwrap();
         let mut output = Output::new(&b"a\nb"[..], "stdout");
-        assert_eq!(output.pump(&mut log), Pumped::End);
+        assert_eq!(output.pump(&mut log, &mut |_| true), Pumped::End);
         assert!(log.batch.is_empty());
     }
 
@@ -315,7 +330,7 @@ mod tests {
         let file = OpenOptions::new().write(true).open("/dev/full").unwrap();
         let mut log = Log { file: Some(file), batch: vec![], stamp: Stamp::default(), torn: false };
         let mut output = Output::new(&b"a\nb\n"[..], "stdout");
-        assert_eq!(output.pump(&mut log), Pumped::End);
+        assert_eq!(output.pump(&mut log, &mut |_| true), Pumped::End);
         assert!(log.batch.is_empty());
     }
 

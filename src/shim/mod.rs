@@ -1,6 +1,7 @@
 //! The monitor of one container: a small process of its own that starts the container, holds its stdio, writes its log, knows
 //! how it ended, and lives on when the daemon does not. Also PID 1 of sandboxes that share a PID namespace.
 
+mod attach;
 /// The daemon's side.
 pub mod client;
 mod exec;

@@ -5,10 +5,13 @@
 //! | `state` | one `state` |
 //! | `kill`, `reopen_log`, `update`, `exec_kill` | one `done` |
 //! | `exec` | `started`, and `exited` when the process has ended; hanging up before kills it and all it started |
+//! | `exec_stream` | the same; hanging up may leave it alone, and it may have a terminal |
+//! | `attach` | `attached`, and `exit` when the container has ended and its output was taken; hanging up detaches. `resize` may follow |
 //! | `watch` | events for as long as the shim lives: `state` first, then `oom`, `exit` |
 //!
 //! Any of them may be answered by `error`. A message of another version is refused, so that a daemon that is newer than a
-//! running shim gets words and not a misunderstanding.
+//! running shim gets words and not a misunderstanding. New requests get names of their own for the same reason: a shim that
+//! does not know one says so.
 
 use std::path::PathBuf;
 
@@ -44,6 +47,9 @@ pub struct ShimConfig {
     /// Keep a stdin open for later attachment.
     #[serde(default)]
     pub stdin: bool,
+    /// Close it when the first attacher that could write has gone.
+    #[serde(default)]
+    pub stdin_once: bool,
     /// Owner of the stdio pipes: the container's root in a user namespace, so that it can open /dev/stderr.
     #[serde(default)]
     pub stdio_uid: Option<u32>,
@@ -109,6 +115,19 @@ pub enum Request {
     },
     /// Beside it: descriptors for stdin, stdout, stderr.
     Exec(ExecRequest),
+    /// As `exec`, with the fields of the request that `exec` of older shims does not know.
+    ExecStream(ExecRequest),
+    /// Beside it: descriptors for those of stdin, stdout, stderr that are wanted, in this order.
+    Attach {
+        stdin: bool,
+        stdout: bool,
+        stderr: bool,
+    },
+    /// The size of the container's terminal in characters, on the connection of an attacher; not answered.
+    Resize {
+        width: u16,
+        height: u16,
+    },
     /// Kills an exec'd process with all it started; done when they are dead and reaped.
     ExecKill {
         id: String,
@@ -129,6 +148,12 @@ pub struct ExecRequest {
     pub id: String,
     /// The OCI process object.
     pub process: serde_json::Value,
+    /// With a terminal: the socket, in the container's directory, on which the client takes it. No descriptors then.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub console: Option<String>,
+    /// Hanging up leaves the process alone once it has started.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub keep: bool,
 }
 
 /// What the shim says.
@@ -147,6 +172,8 @@ pub enum Event {
     Exited {
         code: i32,
     },
+    /// Output from here on is passed on.
+    Attached,
     Done,
     Error(Fault),
 }
@@ -201,6 +228,8 @@ mod tests {
         let envelope: Envelope<Request> = serde_json::from_str(text).unwrap();
         assert_eq!(envelope.body, Request::Kill { signal: 15, all: false });
         assert_eq!(serde_json::to_string(&envelope).unwrap(), text);
+        let exec = Request::Exec(ExecRequest { id: "e".into(), process: serde_json::Value::Null, console: None, keep: false });
+        assert_eq!(serde_json::to_string(&exec).unwrap(), r#"{"exec":{"id":"e","process":null}}"#);
         let watch = r#"{"version":1,"body":"watch"}"#;
         assert_eq!(serde_json::from_str::<Envelope<Request>>(watch).unwrap().body, Request::Watch);
     }

@@ -60,6 +60,7 @@ impl Shim {
         match peer.channel.receive() {
             Ok(Received::Later) => {}
             Ok(Received::Closed) => self.drop_peer(number),
+            Ok(Received::Message(message, _)) if self.attachers.has(number) => self.attacher_said(number, &message),
             Ok(Received::Message(_, _)) if peer.asked => {
                 self.answer_result(number, Err(Error::invalid("one request per connection")));
             }
@@ -79,17 +80,16 @@ impl Shim {
     fn drop_peer(&mut self, number: u32) {
         self.peers.retain(|p| p.number != number);
         self.exec_abandoned(number);
+        self.detach(number);
+    }
+
+    /// Ends the connections that would hear of events.
+    pub fn drop_watchers(&mut self) {
+        self.peers.retain(|p| !p.watches);
     }
 
     fn request(&mut self, number: u32, message: &[u8], fds: Vec<OwnedFd>) -> Result<()> {
-        let envelope: Envelope<serde_json::Value> = serde_json::from_slice(message).context(|| "read request")?;
-        if envelope.version != VERSION {
-            return Err(Error::unimplemented(format!("protocol version {}: this shim speaks {VERSION}", envelope.version)));
-        }
-        let request: Request = serde_json::from_value(envelope.body)
-            .context(|| "read request")
-            .map_err(|e| e.with_code(crate::error::Code::InvalidArgument))?;
-        match request {
+        match read(message)? {
             Request::State => {
                 let state = Event::State(self.state());
                 self.answer(number, &state, true);
@@ -116,9 +116,20 @@ impl Shim {
                 self.answer(number, &state, false);
                 Ok(())
             }
-            Request::Exec(request) => self.exec(number, request, fds),
+            Request::Exec(request) | Request::ExecStream(request) => self.exec(number, request, fds),
+            Request::Attach { stdin, stdout, stderr } => self.attach(number, [stdin, stdout, stderr], fds),
+            Request::Resize { .. } => Err(Error::invalid("resize: not attached")),
             Request::ExecKill { id } => self.exec_kill(number, &id),
             Request::Update { resources } => self.update(number, &resources),
+        }
+    }
+
+    /// What follows on the connection of an attacher.
+    fn attacher_said(&mut self, number: u32, message: &[u8]) {
+        match read(message) {
+            Ok(Request::Resize { width, height }) => self.resize(number, width, height),
+            Ok(_) => self.answer_result(number, Err(Error::invalid("attached: no other request on this connection"))),
+            Err(error) => self.answer_result(number, Err(error)),
         }
     }
 
@@ -181,6 +192,7 @@ impl Shim {
             self.peers.retain(|p| p.number != number);
             if sent.is_err() {
                 self.exec_abandoned(number);
+                self.detach(number);
             }
         }
     }
@@ -205,4 +217,14 @@ impl Shim {
         let state = Event::State(self.state());
         self.tell_watchers(&state);
     }
+}
+
+/// A request of our version.
+fn read(message: &[u8]) -> Result<Request> {
+    let envelope: Envelope<serde_json::Value> = serde_json::from_slice(message).context(|| "read request")?;
+    if envelope.version != VERSION {
+        return Err(Error::unimplemented(format!("protocol version {}: this shim speaks {VERSION}", envelope.version)));
+    }
+    let request = serde_json::from_value(envelope.body).context(|| "read request");
+    request.map_err(|e| e.with_code(crate::error::Code::InvalidArgument))
 }

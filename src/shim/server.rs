@@ -9,7 +9,8 @@ use nix::poll::{PollFd, PollFlags, PollTimeout};
 use nix::sys::signal::Signal;
 use nix::sys::signalfd::SignalFd;
 
-use super::exec::Exec;
+use super::attach::Attachers;
+use super::exec::{Exec, Place};
 use super::log::Log;
 use super::oom::OomWatch;
 use super::protocol::{Answer, ExitRecord, Fault, Phase, ShimConfig, CONFIG_FILE, EXIT_FILE, SOCKET_FILE, VERSION};
@@ -37,11 +38,16 @@ pub struct Shim {
     pub(super) execs: Vec<Exec>,
     pub(super) exec_number: u32,
     /// Cgroups of ended execs in which something still lives.
-    pub(super) lingering: Vec<Cgroup>,
+    pub(super) lingering: Vec<Place>,
+    /// Those in which nothing does, for the next execs.
+    pub(super) idle: Vec<Place>,
     pub(super) removed_oom_kills: u64,
     pub(super) oom: Option<OomWatch>,
     pub(super) peers: Vec<Peer>,
     pub(super) peer_number: u32,
+    pub(super) attachers: Attachers,
+    /// How the container ended, once all its output is read.
+    pub(super) ended: Option<ExitRecord>,
     pub(super) ending: Option<Ending>,
     pub(super) finished: bool,
     signals: SignalFd,
@@ -58,16 +64,24 @@ pub(super) enum Ending {
     Draining(ExitRecord, Instant),
     /// The OCI runtime forgets the container. With the error of a failed start.
     Deleting(Option<Error>),
+    /// Nothing is left but attachers that have not taken all output yet.
+    Delivering,
 }
 
 /// What poll(2) found ready.
-enum Ready {
+pub(super) enum Ready {
     Signals,
     Listener,
     Console,
     Oom,
     Output(usize),
     Peer(u32, PollFlags),
+    /// An attacher takes output again: its connection, and the number of the output.
+    Sink(u32, usize),
+    /// An attacher has written something.
+    Typed(u32),
+    /// The container's stdin takes something again.
+    Input,
 }
 
 /// Runs the shim of the container in `dir` to its end. The first line on stdout is the `Answer`.
@@ -137,10 +151,13 @@ fn prepare(dir: &Path) -> Result<Shim> {
         execs: Vec::new(),
         exec_number: 0,
         lingering: Vec::new(),
+        idle: Vec::new(),
         removed_oom_kills: 0,
         oom: None,
         peers: Vec::new(),
         peer_number: 0,
+        attachers: Attachers::default(),
+        ended: None,
         ending: None,
         finished: false,
         signals,
@@ -178,8 +195,9 @@ impl Shim {
                             oom.notice(Instant::now());
                         }
                     }
-                    Ready::Output(index) => self.stdio.pump(index, &mut self.log),
+                    Ready::Output(index) => self.output(index),
                     Ready::Peer(number, flags) => self.peer_ready(number, flags),
+                    ready => self.attacher_ready(&ready),
                 }
             }
         }
@@ -195,8 +213,10 @@ impl Shim {
         fds.extend(self.oom.as_ref().map(OomWatch::interest).map(|(fd, flags)| (fd, flags, Ready::Oom)));
         // Until the container runs, the pipes hold words of the OCI runtime: they belong in the error.
         if self.phase != Phase::Starting && !matches!(self.ending, Some(Ending::Deleting(_))) {
-            fds.extend(self.stdio.open_outputs().map(|(i, f)| (f.as_fd(), PollFlags::POLLIN, Ready::Output(i))));
+            let open = self.stdio.open_outputs().filter(|(i, _)| self.is_drained() || !self.attachers.are_full(*i));
+            fds.extend(open.map(|(i, f)| (f.as_fd(), PollFlags::POLLIN, Ready::Output(i))));
         }
+        self.attachers.interest(self.stdio.input(), &mut fds);
         fds.extend(self.peers.iter().map(|p| (p.channel.as_fd(), p.interest(), Ready::Peer(p.number, PollFlags::empty()))));
         let mut set: Vec<PollFd> = fds.iter().map(|(fd, flags, _)| PollFd::new(*fd, *flags)).collect();
         let timeout = again.map_or(PollTimeout::NONE, |time| {
@@ -218,6 +238,20 @@ impl Shim {
             }
         }
         ready
+    }
+
+    /// The container has ended: its last output is read as fast as it can be.
+    fn is_drained(&self) -> bool {
+        matches!(self.ending, Some(Ending::Draining(..)))
+    }
+
+    /// Takes what an output of the container has.
+    fn output(&mut self, index: usize) {
+        let (all, attachers) = (self.is_drained(), &mut self.attachers);
+        self.stdio.pump(index, &mut self.log, &mut |piece| attachers.take(index, piece) || all);
+        if !self.stdio.open_outputs().any(|(i, _)| i == index) {
+            self.attachers.end(index);
+        }
     }
 
     /// The next connection, if it is allowed.

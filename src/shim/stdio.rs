@@ -3,34 +3,30 @@
 use std::fs::File;
 use std::io::Read;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 
 use super::log::{Log, Output, Pumped};
 use super::protocol::ShimConfig;
 use crate::error::{Context, Error, Result};
-use crate::sys::{file, monitor, process, socket};
+use crate::sys::console::Console;
+use crate::sys::{monitor, process};
 
 const CONSOLE_FILE: &str = "console.sock";
+/// The default of termios(3)'s VEOF.
+const END_OF_FILE: u8 = 4;
 
 /// Our ends.
 #[derive(Default)]
 pub struct Stdio {
     /// stdout and stderr, or the terminal; None once closed.
     outputs: [Option<Output<File>>; 2],
-    /// Kept open for as long as the container may read it. Attachment will write here.
+    /// The container's stdin, open for as long as it may read it.
     stdin: Option<OwnedFd>,
+    /// Attachers may write to the terminal.
+    typing: bool,
     /// What the OCI runtime itself says when the container has a terminal.
     errors: Option<File>,
     console: Option<Console>,
-}
-
-/// Where the terminal will come from.
-struct Console {
-    listener: UnixListener,
-    path: PathBuf,
-    /// The OCI runtime connects long before it sends.
-    runtime: Option<UnixStream>,
 }
 
 /// The container's ends, for the OCI runtime to inherit.
@@ -53,15 +49,13 @@ impl Stdio {
         };
         let (errors, stderr) = read_end(&owner)?;
         if config.tty {
-            let path = dir.join(CONSOLE_FILE);
-            let listener = socket::listen(&path, 0o600)?;
-            listener.set_nonblocking(true).context(|| "set O_NONBLOCK")?;
-            let shown = if path.as_os_str().len() < 108 { path.clone() } else { PathBuf::from(CONSOLE_FILE) };
+            let shown = super::exec::shown_socket(dir, CONSOLE_FILE);
             let stdio = Stdio {
                 outputs: [None, None],
                 stdin: None,
+                typing: config.stdin,
                 errors: Some(errors),
-                console: Some(Console { listener, path, runtime: None }),
+                console: Some(Console::listen(dir.join(CONSOLE_FILE))?),
             };
             return Ok((stdio, Inherited { stdin: None, stdout: None, stderr, console: Some(shown) }));
         }
@@ -70,12 +64,13 @@ impl Stdio {
             true => {
                 let (read, write) = monitor::pipe()?;
                 owner(&read)?;
+                process::set_nonblocking(&write)?;
                 (Some(read), Some(write))
             }
             false => (None, None),
         };
         let outputs = [Some(Output::new(output, "stdout")), Some(Output::new(errors, "stderr"))];
-        let stdio = Stdio { outputs, stdin: kept, errors: None, console: None };
+        let stdio = Stdio { outputs, stdin: kept, typing: false, errors: None, console: None };
         Ok((stdio, Inherited { stdin, stdout: Some(stdout), stderr, console: None }))
     }
 
@@ -86,40 +81,22 @@ impl Stdio {
 
     /// What to poll until the terminal has come.
     pub fn console(&self) -> Option<BorrowedFd<'_>> {
-        let console = self.console.as_ref()?;
-        Some(console.runtime.as_ref().map_or(console.listener.as_fd(), AsFd::as_fd))
+        self.console.as_ref().map(AsFd::as_fd)
     }
 
     /// Takes what there is of the terminal: first the connection, then the descriptor. True once it is here, or none is to come.
     pub fn take_console(&mut self) -> Result<bool> {
         let Some(console) = &mut self.console else { return Ok(true) };
-        let Some(stream) = &console.runtime else {
-            let (stream, _) = console.listener.accept().context(|| "accept the OCI runtime on the console socket")?;
-            socket::check_peer(&stream)?;
-            stream.set_nonblocking(true).context(|| "set O_NONBLOCK")?;
-            console.runtime = Some(stream);
-            return Ok(false);
-        };
-        let master = match socket::receive_descriptor(stream) {
-            Ok(Some(master)) => master,
-            Ok(None) => return Ok(false),
-            Err(error) => {
-                // Else its end would be ready for ever.
-                console.runtime = None;
-                return Err(error);
-            }
-        };
-        process::set_nonblocking(master.as_fd())?;
+        let Some(master) = console.take()? else { return Ok(false) };
         self.outputs[0] = Some(Output::new(File::from(master), "stdout"));
-        file::remove_file(&console.path)?;
         self.console = None;
         Ok(true)
     }
 
     /// The OCI runtime has ended well: it has sent the terminal, if one was asked for.
     pub fn expect_console(&mut self) -> Result<()> {
-        // The loop may have seen neither the connection nor the descriptor yet.
-        if self.take_console()? || self.take_console()? {
+        // The loop may not have seen it yet.
+        if self.take_console()? {
             return Ok(());
         }
         Err(Error::internal("the OCI runtime sent no terminal"))
@@ -138,10 +115,36 @@ impl Stdio {
         self.errors = None;
     }
 
-    /// Moves what output `index` has into the log.
-    pub fn pump(&mut self, index: usize, log: &mut Log) {
+    /// Where attachers may write: the pipe or the terminal. None when nobody may, or may no more.
+    pub fn input(&self) -> Option<BorrowedFd<'_>> {
+        match (&self.stdin, self.typing) {
+            (Some(pipe), _) => Some(pipe.as_fd()),
+            (None, true) => self.terminal(),
+            (None, false) => None,
+        }
+    }
+
+    /// The container reads the end of its input once it has read what was written; of a terminal this is the end-of-file
+    /// character, for it cannot be half closed.
+    pub fn end_input(&mut self) {
+        if self.typing {
+            if let Some(terminal) = self.terminal() {
+                let _ = rustix::io::write(terminal, &[END_OF_FILE]);
+            }
+        }
+        self.stdin = None;
+    }
+
+    /// The container's terminal, if it has one.
+    pub fn terminal(&self) -> Option<BorrowedFd<'_>> {
+        let reader = self.outputs[0].as_ref()?.reader();
+        rustix::termios::isatty(reader).then(|| reader.as_fd())
+    }
+
+    /// Moves what output `index` has into the log and to `tap`.
+    pub fn pump(&mut self, index: usize, log: &mut Log, tap: &mut dyn FnMut(&[u8]) -> bool) {
         if let Some(output) = &mut self.outputs[index] {
-            if output.pump(log) == Pumped::End {
+            if output.pump(log, tap) == Pumped::End {
                 output.finish(log);
                 self.outputs[index] = None;
             }
@@ -160,9 +163,7 @@ impl Stdio {
         self.outputs = [None, None];
         self.stdin = None;
         self.errors = None;
-        if let Some(console) = self.console.take() {
-            let _ = file::remove_file(&console.path);
-        }
+        self.console = None;
     }
 }
 

@@ -144,6 +144,9 @@ pub struct Rlimit {
 #[derive(Clone, Debug)]
 pub struct HostFacts {
     pub cgroup_v2: bool,
+    /// What an OCI runtime may mount below a container's /sys/fs/cgroup, by name; nothing on v2. Names that it does not mount do
+    /// no harm.
+    pub cgroup_mounts: Vec<String>,
     /// The daemon's bounding set: no container can have more.
     pub bounding: Capabilities,
     /// A name of `std::env::consts::ARCH`.

@@ -2,7 +2,7 @@
 
 use std::path::{Component, Path, PathBuf};
 
-use oci_spec::runtime::{PosixRlimit, PosixRlimitBuilder, Process, Spec, User};
+use oci_spec::runtime::{PosixRlimit, PosixRlimitBuilder, Process, User};
 
 use super::{security, HostFacts, Inputs, Rlimit};
 use crate::error::{Context, Error, Result};
@@ -32,9 +32,8 @@ pub(super) fn process(inputs: &Inputs, warnings: &mut Vec<String>) -> Result<Pro
     Ok(process)
 }
 
-/// The process of an exec in the container of `spec`: its user, environment, directory, capabilities and limits.
-pub fn exec_process(spec: &Spec, cmd: &[String], tty: bool) -> Process {
-    let mut process = spec.process().clone().unwrap_or_default();
+/// The process of an exec, made from the container's own: its user, environment, directory, capabilities and limits.
+pub fn exec_process(mut process: Process, cmd: &[String], tty: bool) -> Process {
     process.set_args(Some(cmd.to_vec())).set_terminal(Some(tty));
     if tty {
         let env = process.env_mut().get_or_insert_with(Vec::new);
@@ -318,12 +317,12 @@ mod tests {
         let mut fixture = Fixture::new();
         fixture.user = super::super::ResolvedUser { uid: 7, gid: 8, additional_gids: vec![8, 9], ..Default::default() };
         let spec = fixture.build().0;
-        let exec = exec_process(&spec, &["ls".into()], true);
+        let exec = exec_process(spec.process().clone().unwrap(), &["ls".into()], true);
         assert_eq!((exec.args().as_ref().unwrap().join(" "), exec.terminal()), ("ls".into(), Some(true)));
         assert!(exec.env().as_ref().unwrap().contains(&"TERM=xterm".to_string()));
         assert_eq!((exec.user().uid(), exec.user().additional_gids().clone()), (7, Some(vec![8, 9])));
         assert_eq!(exec.capabilities(), spec.process().as_ref().unwrap().capabilities());
-        let plain = exec_process(&spec, &["ls".into()], false);
+        let plain = exec_process(spec.process().clone().unwrap(), &["ls".into()], false);
         assert_eq!(plain.env(), spec.process().as_ref().unwrap().env());
     }
 }

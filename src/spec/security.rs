@@ -1,6 +1,6 @@
 //! Capabilities, seccomp, masked and read-only paths.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use oci_spec::runtime::{Capabilities, Capability, LinuxCapabilities, LinuxSeccomp};
 
@@ -181,16 +181,28 @@ pub(super) fn masked_paths(security: &LinuxContainerSecurityContext) -> Result<O
     paths("masked_paths", &security.masked_paths, security.privileged)
 }
 
-/// Exactly the list given; none for a privileged container.
-/// The request's list, and /sys unless the container is privileged or brings a /sys of its own.
+/// None for a privileged container. Else the request's list, /sys unless the container brings one of its own, and every
+/// mount below these that must not be written to: crun copies what is mounted below such a path before it makes those
+/// mounts read-only, and what the container then sees is the writable copy. With v1's devices.allow in it that would be a way out.
 pub(super) fn readonly_paths(inputs: &Inputs) -> Result<Option<Vec<String>>> {
     let security = inputs.security();
-    let mut list = paths("readonly_paths", &security.readonly_paths, security.privileged)?.unwrap_or_default();
-    let sys = Path::new("/sys");
-    let ours = !inputs.mounts.iter().any(|m| m.container_path == sys);
-    if !security.privileged && ours && !list.iter().any(|p| Path::new(p) == sys) {
-        list.push("/sys".to_owned());
+    if security.privileged {
+        return Ok(None);
     }
+    let mut list = paths("readonly_paths", &security.readonly_paths, false)?.unwrap_or_default();
+    let ours = |path: &Path| !inputs.mounts.iter().any(|mount| mount.container_path == path);
+    let (sys, cgroup) = (Path::new("/sys"), Path::new("/sys/fs/cgroup"));
+    if ours(sys) && !list.iter().any(|path| Path::new(path) == sys) {
+        list.push(sys.display().to_string());
+    }
+    let mut below: Vec<PathBuf> = Vec::new();
+    if ours(cgroup) {
+        below.push(cgroup.to_owned());
+        below.extend(inputs.host.cgroup_mounts.iter().map(|name| cgroup.join(name)));
+    }
+    below.extend(inputs.mounts.iter().filter(|mount| mount.readonly).map(|mount| mount.container_path.clone()));
+    below.retain(|inner| list.iter().any(|path| inner.starts_with(path)) && !list.iter().any(|path| inner == Path::new(path)));
+    list.extend(below.into_iter().map(|path| path.display().to_string()));
     Ok((!list.is_empty()).then_some(list))
 }
 
@@ -321,12 +333,30 @@ mod tests {
         fixture.security().readonly_paths = vec!["/proc/sys".into(), "/proc/bus".into()];
         let linux = fixture.build().0.linux().clone().unwrap();
         assert_eq!(linux.masked_paths().as_ref().unwrap(), &["/proc/kcore"]);
-        assert_eq!(linux.readonly_paths().as_ref().unwrap(), &["/proc/sys", "/proc/bus", "/sys"]);
+        let cgroup = ["/sys/fs/cgroup", "/sys/fs/cgroup/cpu", "/sys/fs/cgroup/memory"];
+        assert_eq!(linux.readonly_paths().as_ref().unwrap(), &[&["/proc/sys", "/proc/bus", "/sys"][..], &cgroup].concat());
         fixture.set_privileged();
         let linux = fixture.build().0.linux().clone().unwrap();
         assert_eq!((linux.masked_paths(), linux.readonly_paths()), (&None, &None));
         fixture.security().privileged = false;
         fixture.security().masked_paths = vec!["proc".into()];
         assert_eq!(fixture.error().code(), Code::InvalidArgument);
+    }
+
+    #[test]
+    fn mounts_below_readonly_paths_are_listed_if_they_are_readonly() {
+        let listed = |fixture: &mut Fixture| fixture.build().0.linux().as_ref().unwrap().readonly_paths().clone().unwrap();
+        let mut fixture = Fixture::new();
+        fixture.host.cgroup_mounts.clear();
+        fixture.mount("/data", "/data").readonly = true;
+        fixture.mount("/sys/fs/bpf", "/sys/fs/bpf").readonly = true;
+        fixture.mount("/sys/firmware", "/sys/firmware");
+        assert_eq!(listed(&mut fixture), ["/sys", "/sys/fs/cgroup", "/sys/fs/bpf"]);
+        // Its own cgroups are as it asked; a /sys of its own is no path of ours.
+        fixture.mount("/sys/fs/cgroup", "/sys/fs/cgroup");
+        assert_eq!(listed(&mut fixture), ["/sys", "/sys/fs/bpf"]);
+        fixture.mount("/sys", "/sys").readonly = true;
+        fixture.security().readonly_paths = vec!["/proc/sys".into()];
+        assert_eq!(listed(&mut fixture), ["/proc/sys"]);
     }
 }

@@ -46,6 +46,13 @@ impl<T> Tokens<T> {
         Ok(token)
     }
 
+    /// Whether `take` would give something.
+    pub fn is_known(&self, token: &str) -> bool {
+        let mut table = self.table.lock();
+        table.expire(self.life);
+        table.values.contains_key(token)
+    }
+
     /// The value of a token, once; None when it is unknown, used or too old.
     pub fn take(&self, token: &str) -> Option<T> {
         let mut table = self.table.lock();

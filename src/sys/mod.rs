@@ -6,9 +6,14 @@ pub mod cancel;
 pub mod channel;
 /// Giving up power: capabilities, system calls.
 pub mod confine;
+/// Where an OCI runtime sends a terminal.
+pub mod console;
 /// Crash points of debug builds.
 #[cfg(feature = "engine")]
 pub mod crash;
+/// CPU time of processes.
+#[cfg(feature = "daemon")]
+pub mod cputime;
 /// Files: atomic writes, bounded reads, removal of trees.
 pub mod file;
 /// Paths inside a root filesystem, as a process in it would see them.

@@ -243,6 +243,15 @@ pub fn set_nonblocking(fd: impl AsFd) -> Result<()> {
     rustix::fs::fcntl_setfl(&fd, flags | rustix::fs::OFlags::NONBLOCK).context(|| "set O_NONBLOCK")
 }
 
+/// The soft limit of open files of a process; `u64::MAX`: none. None: there is no such process.
+#[cfg(feature = "engine")]
+pub fn open_files_limit(pid: i32) -> Option<u64> {
+    let mut limit = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
+    // SAFETY: nothing is set, and the kernel writes one struct rlimit.
+    let r = unsafe { libc::prlimit(pid, libc::RLIMIT_NOFILE, std::ptr::null(), &mut limit) };
+    (r == 0 && pid > 0).then_some(limit.rlim_cur)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

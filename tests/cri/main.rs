@@ -50,5 +50,10 @@ mod stats;
 mod stream_lists;
 /// Streams of messages that a test can leave, or not read.
 mod subscriber;
+/// The client's side of SPDY.
+#[path = "../host/spdy.rs"]
+mod spdy;
+/// Exec over SPDY: tokens, refusals, TLS, bounds.
+mod streaming;
 /// Many things at once.
 mod together;

@@ -32,6 +32,8 @@ pub struct Options {
     pub top: String,
     pub limits: String,
     pub cni: String,
+    /// Further tables.
+    pub tables: String,
     /// Instead of the one that cargo has built.
     pub shim: Option<PathBuf>,
 }
@@ -461,7 +463,7 @@ fn configuration(dir: &Path, options: &Options) -> String {
     text += &options.cni;
     text += &format!("\n[images]\nregistry_dir = {}\npreload_dir = {}\n", path("certs"), path("preload"));
     text += &format!("[limits]\n{}\n", options.limits);
-    text
+    text + &options.tables
 }
 
 fn write_switch(path: &Path, text: &str) {

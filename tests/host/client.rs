@@ -34,6 +34,9 @@ calls! {
     runtime ContainerStatusRequest ContainerStatusResponse;
     runtime ListContainersRequest ListContainersResponse;
     runtime ExecSyncRequest ExecSyncResponse;
+    runtime ExecRequest ExecResponse;
+    runtime AttachRequest AttachResponse;
+    runtime PortForwardRequest PortForwardResponse;
     runtime UpdateContainerResourcesRequest UpdateContainerResourcesResponse;
     runtime ContainerStatsRequest ContainerStatsResponse;
     runtime ListContainerStatsRequest ListContainerStatsResponse;

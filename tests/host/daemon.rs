@@ -26,13 +26,18 @@ const STOP_TIMEOUT: Duration = Duration::from_secs(20);
 pub const BUSYBOX: &str = "localhost/busybox:latest";
 pub const PAUSE: &str = "localhost/pause:latest";
 
-/// A limit of time on this machine: CRISP_TEST_PATIENCE times `limit`, for machines that are emulated.
-pub fn patience(limit: Duration) -> Duration {
+/// How many times slower than real this machine is: CRISP_TEST_PATIENCE, for machines that are emulated.
+pub fn slowness() -> u32 {
     static FACTOR: LazyLock<u32> = LazyLock::new(|| match std::env::var("CRISP_TEST_PATIENCE") {
         Ok(text) => text.parse().expect("CRISP_TEST_PATIENCE is a whole number"),
         Err(_) => 1,
     });
-    limit * *FACTOR
+    *FACTOR
+}
+
+/// A limit of time on this machine.
+pub fn patience(limit: Duration) -> Duration {
+    limit * slowness()
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

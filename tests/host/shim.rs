@@ -29,14 +29,14 @@ fn shim_binary() -> PathBuf {
 }
 
 /// A place for containers of one OCI runtime.
-struct Fixture {
-    dir: tempfile::TempDir,
-    handler: Handler,
-    parent: String,
+pub struct Fixture {
+    pub dir: tempfile::TempDir,
+    pub handler: Handler,
+    pub parent: String,
 }
 
 /// The cgroup above all containers of a fixture.
-struct Parent(Cgroup);
+pub struct Parent(pub Cgroup);
 
 impl Drop for Parent {
     fn drop(&mut self) {
@@ -45,14 +45,14 @@ impl Drop for Parent {
 }
 
 /// One container.
-struct Container {
-    dir: PathBuf,
-    config: ShimConfig,
-    spec: Value,
+pub struct Container {
+    pub dir: PathBuf,
+    pub config: ShimConfig,
+    pub spec: Value,
 }
 
 impl Fixture {
-    fn new(kind: Kind, program: &str) -> Fixture {
+    pub fn new(kind: Kind, program: &str) -> Fixture {
         let dir = tempfile::Builder::new().prefix("crisp-shim-").tempdir().unwrap();
         let handler = Handler { name: program.into(), path: program.into(), root: dir.path().join("oci"), kind, systemd_cgroup: false };
         let bin = dir.path().join("rootfs/bin");
@@ -60,13 +60,13 @@ impl Fixture {
             std::fs::create_dir_all(dir.path().join(sub)).unwrap();
         }
         std::fs::copy("/bin/busybox", bin.join("busybox")).unwrap();
-        for applet in ["sh", "sleep", "cat", "head", "tr", "setsid", "true", "kill", "ps", "dd", "tail"] {
+        for applet in ["sh", "sleep", "cat", "head", "tr", "setsid", "true", "kill", "ps", "dd", "tail", "stty", "yes", "touch", "tee"] {
             std::os::unix::fs::symlink("busybox", bin.join(applet)).unwrap();
         }
         Fixture { dir, handler, parent: format!("/crisp-shim-test-{}-{kind:?}", std::process::id()) }
     }
 
-    fn container(&self, id: &str, script: &str) -> Container {
+    pub fn container(&self, id: &str, script: &str) -> Container {
         let dir = self.dir.path().join("containers").join(id);
         std::fs::create_dir_all(&dir).unwrap();
         let cgroup = format!("{}/{id}", self.parent);
@@ -92,6 +92,7 @@ impl Fixture {
             log_path: Some(dir.join("log")),
             tty: false,
             stdin: false,
+            stdin_once: false,
             stdio_uid: None,
             stdio_gid: None,
             runtime_timeout_ms: 20_000,
@@ -100,7 +101,7 @@ impl Fixture {
     }
 }
 
-fn process_of(args: &[&str]) -> Value {
+pub fn process_of(args: &[&str]) -> Value {
     json!({"cwd": "/", "user": {"uid": 0, "gid": 0}, "args": args, "env": ["PATH=/bin"], "terminal": false})
 }
 
@@ -110,32 +111,32 @@ impl Container {
         client::start(&shim_binary(), &self.dir, &self.config, &Cancel::never(), *LIMIT)
     }
 
-    fn start(&self) -> Started {
+    pub fn start(&self) -> Started {
         self.try_start().unwrap()
     }
 
-    fn client(&self) -> Client {
+    pub fn client(&self) -> Client {
         Client::new(&self.dir)
     }
 
     /// Waits for the end of the shim, after which everything but record and log is gone.
-    fn finish(&self) -> ExitRecord {
+    pub fn finish(&self) -> ExitRecord {
         eventually("the shim ends", || !self.dir.join("shim.sock").exists() && client::exit_record(&self.dir).unwrap().is_some());
         assert!(!self.cgroup().exists(), "cgroups of {} are left", self.config.id);
         client::exit_record(&self.dir).unwrap().unwrap()
     }
 
-    fn cgroup(&self) -> Cgroup {
+    pub fn cgroup(&self) -> Cgroup {
         Cgroup::at(&Layout::detect().unwrap(), &self.config.cgroup).unwrap()
     }
 
     /// Texts of the log with stream and tag.
-    fn log(&self) -> Vec<String> {
+    pub fn log(&self) -> Vec<String> {
         let text = std::fs::read_to_string(self.dir.join("log")).unwrap();
         text.lines().map(|l| l.split_once(' ').unwrap().1.to_owned()).collect()
     }
 
-    fn wait_for_line(&self, line: &str) {
+    pub fn wait_for_line(&self, line: &str) {
         eventually(line, || self.log().iter().any(|l| l == line));
     }
 
@@ -146,7 +147,7 @@ impl Container {
     fn exec_process(&self, id: &str, process: Value) -> crisp::error::Result<(client::RunningExec, File)> {
         let (output, end): (OwnedFd, OwnedFd) = monitor::pipe().unwrap();
         let null = File::options().read(true).write(true).open("/dev/null").unwrap();
-        let request = ExecRequest { id: id.into(), process };
+        let request = ExecRequest { id: id.into(), process, console: None, keep: false };
         let exec = self.client().exec(&request, [null.as_fd(), end.as_fd(), null.as_fd()], &Cancel::never().within(*LIMIT))?;
         Ok((exec, File::from(output)))
     }
@@ -163,7 +164,7 @@ impl Drop for Container {
     }
 }
 
-fn eventually(what: &str, mut done: impl FnMut() -> bool) {
+pub fn eventually(what: &str, mut done: impl FnMut() -> bool) {
     let end = Instant::now() + *LIMIT;
     while !done() {
         assert!(Instant::now() < end, "never: {what}");
@@ -171,7 +172,7 @@ fn eventually(what: &str, mut done: impl FnMut() -> bool) {
     }
 }
 
-fn lives(pid: i32) -> bool {
+pub fn lives(pid: i32) -> bool {
     let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
     stat.rsplit_once(')').is_some_and(|(_, rest)| !rest.trim_start().starts_with('Z'))
 }
@@ -378,7 +379,7 @@ fn execs(f: &Fixture) {
 }
 
 /// Living processes of the container whose command line has the word.
-fn in_container(c: &Container, word: &str) -> usize {
+pub fn in_container(c: &Container, word: &str) -> usize {
     let of = |pid: &i32| std::fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
     let is = |pid: &i32| of(pid).split(|b| *b == 0).any(|w| w == word.as_bytes());
     c.cgroup().procs().iter().filter(|p| lives(**p) && is(p)).count()
@@ -502,7 +503,7 @@ fn small(f: &Fixture) {
 }
 
 /// Name and body.
-type Scenario = (&'static str, fn(&Fixture));
+pub type Scenario = (&'static str, fn(&Fixture));
 
 fn all(kind: Kind, program: &str) {
     let f = Fixture::new(kind, program);
@@ -525,10 +526,15 @@ fn all(kind: Kind, program: &str) {
         ("deaf_to_signals", deaf_to_signals),
         ("small", small),
     ];
+    run_all(&f, program, &scenarios);
+}
+
+/// Runs scenarios one after the other; nothing of them may be left.
+pub fn run_all(f: &Fixture, program: &str, scenarios: &[Scenario]) {
     let _parent = Parent(Cgroup::at(&Layout::detect().unwrap(), &f.parent).unwrap());
     for (name, scenario) in scenarios {
         let begin = Instant::now();
-        scenario(&f);
+        scenario(f);
         println!("{program} {name}: {} ms", begin.elapsed().as_millis());
     }
     let parent = Cgroup::at(&Layout::detect().unwrap(), &f.parent).unwrap();
@@ -544,7 +550,7 @@ fn all(kind: Kind, program: &str) {
 }
 
 /// Whether `program` is to be tested and there.
-fn installed(program: &str) -> bool {
+pub fn installed(program: &str) -> bool {
     if !wanted_runtimes().contains(&program) {
         return false;
     }
@@ -556,10 +562,10 @@ fn installed(program: &str) -> bool {
 }
 
 /// crun 1.8 wants hugetlb as a v1 hierarchy where there is v1 at all.
-struct Hugetlb(Option<&'static Path>);
+pub struct Hugetlb(Option<&'static Path>);
 
 impl Hugetlb {
-    fn mounted() -> Hugetlb {
+    pub fn mounted() -> Hugetlb {
         let layout = Layout::detect().unwrap();
         let place = Path::new("/sys/fs/cgroup/hugetlb");
         if layout.mode == crisp::cgroup::Mode::V2 || layout.v1("hugetlb").is_some() {

@@ -175,7 +175,8 @@ impl Case {
 #[test]
 fn ordinary_container() {
     let script = "id; pwd; env; cat /proc/self/status | grep Cap; ls /dev; touch /tmp/x && echo writable; \
-                  touch /sys/x 2>/dev/null || echo sys readonly; [ $$ = 1 ] && echo pid one; \
+                  touch /sys/x 2>/dev/null || echo sys readonly; \
+                  for d in /sys/fs/cgroup /sys/fs/cgroup/*/; do busybox mkdir $d/x 2>/dev/null && echo $d is not; done; [ $$ = 1 ] && echo pid one; \
                   head -c 1 /dev/zero | wc -c; cat /dev/kmsg 2>&1 | head -1; cat /proc/self/oom_score_adj";
     let mut case = Case::new(script);
     case.config.envs = vec![KeyValue { key: "A".into(), value: "one two".into(), ..Default::default() }];
@@ -185,6 +186,7 @@ fn ordinary_container() {
         {
             assert!(text.contains(line), "{line}: {text}");
         }
+        assert!(!text.contains("is not"), "{text}");
         for line in ["CapBnd:\t00000000a80425fb", "CapEff:\t00000000a80425fb", "CapInh:\t0000000000000000", "\nfull\n", "\n0\n"] {
             assert!(text.contains(line), "{line}: {text}");
         }
@@ -366,7 +368,7 @@ fn exec_and_update() {
                 false => "memory/memory.limit_in_bytes memory/memory.memsw.limit_in_bytes cpu/cpu.cfs_quota_us",
             };
             let script = format!("id -u; cd /sys/fs/cgroup && cat {files}");
-            let process = spec::exec_process(&spec, &["/bin/sh".into(), "-c".into(), script], false);
+            let process = spec::exec_process(spec.process().clone().unwrap(), &["/bin/sh".into(), "-c".into(), script], false);
             let path = case.dir.path().join("process.json");
             std::fs::write(&path, serde_json::to_vec(&process).unwrap()).unwrap();
             let output = command("exec").arg("--process").arg(&path).arg(&id).run_ok(&Cancel::never(), *LIMIT).unwrap();

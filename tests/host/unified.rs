@@ -151,15 +151,17 @@ fn a_container_sees_its_own_cgroup_as_the_root() {
         host.start_container(&container);
         container.log.wait_for("readonly");
         assert_eq!(container.log.text("stdout"), "0::/\n55\nreadonly\n", "{handler}");
-        // An exec has a cgroup of its own below, which goes with it, or with the last that it leaves behind.
+        // An exec has a cgroup of its own below, which goes with it, or with the last that it leaves behind. A few are kept.
         let (_, text, _) = host.exec(&container, &["cat", "/proc/self/cgroup"]);
         assert!(text.starts_with("0::/crisp-exec-"), "{handler}: {text}");
-        assert_eq!(host.exec(&container, &["sh", "-c", "sleep 2 & exit 3"]).0, 3);
+        for _ in 0..4 {
+            assert_eq!(host.exec(&container, &["sh", "-c", "sleep 3 & exit 3"]).0, 3);
+        }
         let dir = cgroup(&host, &container);
         let begin = Instant::now();
         loop {
             let children = std::fs::read_dir(&dir).expect("list the cgroup").flatten().filter(|e| e.path().is_dir()).count();
-            if children == 0 {
+            if children <= 2 {
                 break;
             }
             // Execs sweep what earlier ones have left.

@@ -82,12 +82,12 @@ mod tests {
 
     #[test]
     fn both_versions_say_the_same() {
-        let expected = Device { major: 254, minor: 16, read_bytes: 4096, write_bytes: 8192, reads: 1, writes: 2, ..Device::default() };
+        let expected = [Device { major: 254, minor: 16, read_bytes: 4096, write_bytes: 8192, reads: 1, writes: 2, ..Device::default() }];
         let bytes =
             "254:16 Read 4096\n254:16 Write 8192\n254:16 Sync 12288\n254:16 Async 0\n254:16 Discard 0\n254:16 Total 12288\nTotal 12288\n";
         let operations = "254:16 Read 1\n254:16 Write 2\n254:16 Sync 3\n254:16 Async 0\n254:16 Discard 0\n254:16 Total 3\nTotal 3\n";
-        assert_eq!(v1(bytes, operations), [expected.clone()]);
-        assert_eq!(v2("254:16 rbytes=4096 wbytes=8192 rios=1 wios=2 dbytes=0 dios=0\n"), [expected]);
+        assert_eq!(v1(bytes, operations), expected);
+        assert_eq!(v2("254:16 rbytes=4096 wbytes=8192 rios=1 wios=2 dbytes=0 dios=0\n"), expected);
     }
 
     #[test]

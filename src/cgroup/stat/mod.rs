@@ -3,6 +3,8 @@
 
 /// CPU time.
 pub mod cpu;
+/// The files that metrics need.
+mod detail;
 /// Huge pages.
 pub mod hugetlb;
 /// Block I/O.
@@ -49,6 +51,8 @@ pub struct Detail {
     pub pids: pids::Pids,
     /// Processes in it and below.
     pub processes: u64,
+    /// Their ids, but for those of another PID namespace.
+    pub process_ids: Vec<i32>,
     /// Devices that were used; empty without the controller.
     pub io: Vec<io::Device>,
     /// One for each size of the host; empty without the controller.

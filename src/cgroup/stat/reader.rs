@@ -11,8 +11,9 @@ use std::time::{Instant, SystemTime, UNIX_EPOCH};
 
 use rustix::io::Errno;
 
+use super::detail::Files;
 use super::memory::Memory;
-use super::{cpu, hugetlb, io, memory, pids, pressure, Detail, Limits, Sample};
+use super::{cpu, memory, pressure, Detail, Limits, Sample};
 use crate::cgroup::Cgroup;
 
 /// Longest content looked at of a kept file: memory.stat has 2 KiB.
@@ -37,8 +38,13 @@ pub fn kept() -> usize {
     KEPT.load(Ordering::Relaxed)
 }
 
+/// Whether so many more descriptors may be kept.
+pub(super) fn may_keep(more: usize) -> bool {
+    kept() + more <= bound()
+}
+
 /// A file that the kernel may not have.
-enum Slot {
+pub(super) enum Slot {
     /// This host or this cgroup does not have it.
     None,
     Open(File),
@@ -47,7 +53,7 @@ enum Slot {
 }
 
 impl Slot {
-    fn new(dir: Option<&Path>, name: &str, keep: bool) -> Slot {
+    pub(super) fn new(dir: Option<&Path>, name: &str, keep: bool) -> Slot {
         let Some(path) = dir.map(|d| d.join(name)) else { return Slot::None };
         match File::open(&path) {
             Ok(_) if !keep => Slot::Path(path),
@@ -64,7 +70,7 @@ impl Slot {
     }
 
     /// The content in `buffer`; "" for whatever cannot be read. `gone` is set when the cgroup is not there any more.
-    fn read<'b>(&self, buffer: &'b mut [u8], gone: &mut bool) -> &'b str {
+    pub(super) fn read<'b>(&self, buffer: &'b mut [u8], gone: &mut bool) -> &'b str {
         let read = match self {
             Slot::None => return "",
             Slot::Open(file) => pread(file, buffer),
@@ -115,9 +121,9 @@ fn read(dir: Option<&Path>, name: &str) -> String {
 
 /// Where one controller's files are.
 #[derive(Clone, Copy)]
-struct Place<'a> {
-    dir: Option<&'a Path>,
-    unified: bool,
+pub(super) struct Place<'a> {
+    pub(super) dir: Option<&'a Path>,
+    pub(super) unified: bool,
 }
 
 impl Place<'_> {
@@ -142,13 +148,14 @@ pub struct Reader {
     cpu_pressure: Slot,
     memory_pressure: Slot,
     io_pressure: Slot,
+    files: OnceLock<Files>,
 }
 
 impl Reader {
     /// Opens the files of samples; None when the cgroup is not there.
     pub fn open(cgroup: Cgroup) -> Option<Reader> {
         const MOST: usize = 9;
-        let keep = kept() + MOST <= bound();
+        let keep = may_keep(MOST);
         let (cpu, memory) = (place(&cgroup, "cpuacct"), place(&cgroup, "memory"));
         let names = |v1, v2, unified: bool| if unified { v2 } else { v1 };
         let v2_memory = memory.dir.filter(|_| memory.unified);
@@ -163,6 +170,7 @@ impl Reader {
             cpu_pressure: Slot::new(unified, "cpu.pressure", keep),
             memory_pressure: Slot::new(unified, "memory.pressure", keep),
             io_pressure: Slot::new(unified, "io.pressure", keep),
+            files: OnceLock::new(),
             cpu_unified: cpu.unified,
             memory_unified: memory.unified,
             cgroup,
@@ -203,69 +211,14 @@ impl Reader {
         Memory::v2(usage, self.stat.read(buffer, gone), max, swap, swap_max)
     }
 
-    /// Reads what metrics need beside a sample. `sizes`: huge pages of the host.
+    /// Reads what metrics need beside a sample. `sizes`: huge pages of the host, the same each time.
     pub fn detail(&self, sizes: &[String]) -> Detail {
-        let (cpuacct, cpu, memory) = (self.place("cpuacct"), self.place("cpu"), self.place("memory"));
-        let times = match cpu.unified {
-            true => cpu::times_v2(&read(cpu.dir, "cpu.stat")),
-            false => cpu::times_v1(&read(cpuacct.dir, "cpuacct.stat"), &read(cpu.dir, "cpu.stat"), rustix::param::clock_ticks_per_second()),
-        };
-        let more = match memory.unified {
-            true => memory::more_v2(&read(memory.dir, "memory.peak"), &read(memory.dir, "memory.events"), &read(memory.dir, "memory.stat")),
-            false => memory::more_v1(
-                &read(memory.dir, "memory.max_usage_in_bytes"),
-                &read(memory.dir, "memory.failcnt"),
-                &read(memory.dir, "memory.kmem.usage_in_bytes"),
-                &read(memory.dir, "memory.oom_control"),
-            ),
-        };
-        let pids = self.place("pids");
-        Detail {
-            times,
-            memory: more,
-            pids: pids::parse(&read(pids.dir, "pids.current"), &read(pids.dir, "pids.max")),
-            processes: self.processes(),
-            io: self.io(),
-            hugetlb: self.hugetlb(sizes),
-        }
+        self.files.get_or_init(|| Files::open(&self.cgroup, sizes)).read(&self.cgroup)
     }
 
     /// Processes in it and below.
     pub fn processes(&self) -> u64 {
         self.cgroup.process_count()
-    }
-
-    /// The same, one by one.
-    pub fn process_ids(&self) -> Vec<i32> {
-        self.cgroup.process_ids()
-    }
-
-    fn io(&self) -> Vec<io::Device> {
-        let place = self.place("blkio");
-        if place.unified {
-            return io::v2(&read(place.dir, "io.stat"));
-        }
-        let of = |policy: &str| {
-            let file = |what: &str| read(place.dir, &format!("blkio.{policy}.{what}_recursive"));
-            io::v1(&file("io_service_bytes"), &file("io_serviced"))
-        };
-        // Since Linux 6.10 the throttling policy counts only where something is throttled; the BFQ scheduler always does.
-        match of("throttle") {
-            devices if devices.is_empty() => of("bfq"),
-            devices => devices,
-        }
-    }
-
-    fn hugetlb(&self, sizes: &[String]) -> Vec<hugetlb::Pages> {
-        let place = self.place("hugetlb");
-        let all = sizes.iter().map(|size| {
-            let file = |what: &str| read(place.dir, &format!("hugetlb.{size}.{what}"));
-            match place.unified {
-                true => hugetlb::v2(size, &file("current"), &file("events")),
-                false => hugetlb::v1(size, &file("usage_in_bytes"), &file("max_usage_in_bytes"), &file("failcnt")),
-            }
-        });
-        all.filter(|pages| pages.usage.is_some()).collect()
     }
 
     /// What is set on this cgroup.
@@ -300,7 +253,7 @@ impl Reader {
 }
 
 /// The v1 hierarchy of the controller, else the v2 one.
-fn place<'a>(cgroup: &'a Cgroup, controller: &str) -> Place<'a> {
+pub(super) fn place<'a>(cgroup: &'a Cgroup, controller: &str) -> Place<'a> {
     let v1 = cgroup.dirs().iter().find(|d| d.controllers.iter().any(|c| c == controller));
     let dir = v1.or_else(|| cgroup.dirs().iter().find(|d| d.unified));
     Place { dir: dir.map(|d| d.path.as_path()), unified: dir.is_some_and(|d| d.unified) }

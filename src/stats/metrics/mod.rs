@@ -75,8 +75,8 @@ impl Metrics {
         sink.filesystem(self.disk.usage(subject.labels.id), space);
         sink.io(&detail, space);
         if self.plan.wants_group(MetricsGroup::Processes) {
-            let ask = || tasks::ask(&reader.process_ids(), subject.pid);
-            sink.tasks(&self.tasks.get(subject.labels.id, ask));
+            let ask = || tasks::ask(&detail.process_ids, subject.pid);
+            sink.tasks(detail.processes, &self.tasks.get(subject.labels.id, ask));
         }
         sink.spec(&subject.spec);
         sink.finish()

@@ -1,9 +1,12 @@
-//! What /proc tells of a container's processes: descriptors, sockets, states of threads, limits. It costs a few calls for
+//! What /proc tells of a container's descriptors: descriptors, sockets, states of threads, limits. It costs a few calls for
 //! each of them, so what was dear is asked for less often.
 
 use std::collections::HashMap;
+use std::os::fd::AsFd;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
+
+use rustix::fs::{Mode, OFlags, RawDir, CWD};
 
 use crate::sys::lock::{Rank, SharedLock};
 
@@ -15,7 +18,6 @@ const CHEAP: Duration = Duration::from_millis(1);
 /// Sums over the processes of one container.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Tasks {
-    pub processes: u64,
     pub descriptors: u64,
     pub sockets: u64,
     pub states: States,
@@ -86,16 +88,18 @@ impl Kept {
 pub fn ask(pids: &[i32], first: i32) -> Tasks {
     let mut tasks = Tasks::default();
     for pid in pids {
-        tasks.processes += 1;
         count_descriptors(*pid, &mut tasks);
-        for_each_name(&format!("/proc/{pid}/task"), |dir, name| {
-            let path = [name.to_bytes(), b"/stat"].concat();
-            if let Some(state) = state(dir, &path) {
-                tasks.states.add(state);
-            }
-        });
+        match stat(CWD, format!("/proc/{pid}/stat").as_bytes()) {
+            Some((state, 1)) => tasks.states.add(state),
+            Some(_) => for_each_name(&format!("/proc/{pid}/task"), |dir, name| {
+                if let Some((state, _)) = stat(dir, &[name.to_bytes(), b"/stat"].concat()) {
+                    tasks.states.add(state);
+                }
+            }),
+            None => {}
+        }
     }
-    tasks.open_files = open_files(&std::fs::read_to_string(format!("/proc/{first}/limits")).unwrap_or_default());
+    tasks.open_files = crate::sys::process::open_files_limit(first);
     tasks
 }
 
@@ -113,7 +117,6 @@ fn count_descriptors(pid: i32, tasks: &mut Tasks) {
 }
 
 fn for_each_name(path: &str, mut each: impl FnMut(&std::os::fd::OwnedFd, &std::ffi::CStr)) {
-    use rustix::fs::{Mode, OFlags, RawDir};
     let Ok(dir) = rustix::fs::open(path, OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty()) else { return };
     let mut buffer = [std::mem::MaybeUninit::uninit(); 4096];
     let mut entries = RawDir::new(&dir, &mut buffer);
@@ -125,24 +128,16 @@ fn for_each_name(path: &str, mut each: impl FnMut(&std::os::fd::OwnedFd, &std::f
     }
 }
 
-/// Field 3 of a stat file: behind the name, which may have parentheses in it.
-fn state(dir: &std::os::fd::OwnedFd, path: &[u8]) -> Option<u8> {
-    use rustix::fs::{Mode, OFlags};
+/// State and number of threads, fields 3 and 20 of a stat file (proc(5)), counted behind the name, which may have anything
+/// in it.
+fn stat(dir: impl AsFd, path: &[u8]) -> Option<(u8, u64)> {
     let file = rustix::fs::openat(dir, path, OFlags::CLOEXEC, Mode::empty()).ok()?;
-    let mut buffer = [0u8; 128];
+    let mut buffer = [0u8; 512];
     let n = rustix::io::read(&file, &mut buffer).ok()?;
-    let text = &buffer[..n];
-    let end = text.iter().rposition(|b| *b == b')')?;
-    text.get(end + 2).copied()
-}
-
-/// The soft limit in the line of open files.
-fn open_files(limits: &str) -> Option<u64> {
-    let line = limits.lines().find_map(|line| line.strip_prefix("Max open files"))?;
-    match line.split_ascii_whitespace().next()? {
-        "unlimited" => Some(u64::MAX),
-        number => number.parse().ok(),
-    }
+    let end = buffer[..n].iter().rposition(|b| *b == b')')?;
+    let mut fields = std::str::from_utf8(&buffer[end + 1..n]).ok()?.split_ascii_whitespace();
+    let state = *fields.next()?.as_bytes().first()?;
+    Some((state, fields.nth(16)?.parse().ok()?))
 }
 
 #[cfg(test)]
@@ -155,7 +150,6 @@ mod tests {
         let before = ask(&[pid], pid);
         let _socket = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
         let after = ask(&[pid, i32::MAX], pid);
-        assert_eq!(after.processes, 2);
         // Other tests open and close things meanwhile.
         assert!(after.descriptors > 3 && after.sockets >= 1 && before.descriptors > 2, "{after:?}");
         assert!(after.states.running >= 1, "{after:?}");
@@ -165,24 +159,15 @@ mod tests {
     }
 
     #[test]
-    fn limits() {
-        let text = "Limit                     Soft Limit           Hard Limit           Units\n\
-            Max open files            1024                 4096                 files\n";
-        assert_eq!(open_files(text), Some(1024));
-        assert_eq!(open_files("Max open files            unlimited            unlimited            files\n"), Some(u64::MAX));
-        assert_eq!(open_files(""), None);
-    }
-
-    #[test]
     fn dear_answers_are_kept_and_cheap_ones_are_not() {
         let kept = Kept::default();
         let dear = || {
             std::thread::sleep(Duration::from_millis(20));
-            Tasks { processes: 1, ..Tasks::default() }
+            Tasks { descriptors: 1, ..Tasks::default() }
         };
-        assert_eq!(kept.get("a", dear).processes, 1);
-        assert_eq!(kept.get("a", || Tasks { processes: 2, ..Tasks::default() }).processes, 1);
-        assert_eq!(kept.get("b", || Tasks { processes: 3, ..Tasks::default() }).processes, 3);
+        assert_eq!(kept.get("a", dear).descriptors, 1);
+        assert_eq!(kept.get("a", || Tasks { descriptors: 2, ..Tasks::default() }).descriptors, 1);
+        assert_eq!(kept.get("b", || Tasks { descriptors: 3, ..Tasks::default() }).descriptors, 3);
         kept.clean();
         assert_eq!(kept.kept.read().len(), 1);
     }

@@ -214,8 +214,8 @@ impl<'a> Sink<'a> {
     }
 
     /// What /proc says.
-    pub fn tasks(&mut self, tasks: &Tasks) {
-        self.put(Id::Processes, &[], tasks.processes);
+    pub fn tasks(&mut self, processes: u64, tasks: &Tasks) {
+        self.put(Id::Processes, &[], processes);
         self.put(Id::FileDescriptors, &[], tasks.descriptors);
         self.put(Id::Sockets, &[], tasks.sockets);
         if let Some(limit) = tasks.open_files {
@@ -307,6 +307,7 @@ mod tests {
             memory: memory::more_v1("2000\n", "1\n", "300\n", "oom_kill_disable 0\nunder_oom 0\noom_kill 6\n"),
             pids: pids::parse("4\n", "max\n"),
             processes: 2,
+            process_ids: Vec::new(),
             io: Vec::new(),
             hugetlb: vec![hugetlb::v1("2MB", "0\n", "2097152\n", "0\n")],
         };
@@ -325,7 +326,7 @@ mod tests {
         sink.cgroup(&sample, &detail);
         sink.io(&detail, &space);
         sink.filesystem(Some(Usage { bytes: 4096, inodes: 1, taken_at: 60 * SECOND as i64 }), &space);
-        sink.tasks(&Tasks { processes: 2, open_files: Some(1024), ..Tasks::default() });
+        sink.tasks(2, &Tasks { open_files: Some(1024), ..Tasks::default() });
         sink.spec(&spec);
         sink.network(&[Traffic { interface: "eth0", rx: Direction { bytes: 9, ..Direction::default() }, tx: Direction::default() }]);
         sink.finish()

@@ -64,10 +64,9 @@ struct Stream {
 }
 
 impl<T: Transport> Spdy<T> {
-    /// `answer` goes out first: the 101 that made it SPDY. The session's window opens as far as may be unread, because a stream whose
-    /// bytes nobody uses would close the window of all others with its own.
-    pub fn new(transport: T, mut answer: Vec<u8>) -> Spdy<T> {
-        answer.extend_from_slice(&frame::window_update(0, (UNREAD_LIMIT as i64 - WINDOW) as u32));
+    /// `answer` goes out first: the 101 that made it SPDY. Nothing else does before the client's first frame: Go's clients read the answer
+    /// with a buffer that they drop.
+    pub fn new(transport: T, answer: Vec<u8>) -> Spdy<T> {
         Spdy {
             transport,
             decoder: Decoder::default(),
@@ -225,6 +224,10 @@ impl<T: Transport> Spdy<T> {
     fn open(&mut self, stream: StreamId, fin: bool, headers: Vec<(String, String)>) {
         if stream % 2 == 0 || stream <= self.last_stream {
             return self.queue(&frame::reset(stream, frame::PROTOCOL_ERROR));
+        }
+        if self.last_stream == 0 {
+            // As far as may be unread: a stream whose bytes nobody uses would close the window of all others with its own.
+            self.queue(&frame::window_update(0, (UNREAD_LIMIT as i64 - WINDOW) as u32));
         }
         self.last_stream = stream;
         if self.streams.len() >= STREAMS || self.said_goodbye {

@@ -306,6 +306,34 @@ mod tests {
         assert_eq!(got, frames);
     }
 
+    /// The kind of stream in a SYN_STREAM.
+    fn kind(frame: &Frame) -> Option<(u32, &str)> {
+        match frame {
+            Frame::SynStream { stream, headers, .. } => {
+                let value = |name| headers.iter().find(|(n, _)| n == name).map(|(_, value)| value.as_str());
+                Some((*stream, value("streamtype")?))
+            }
+            _ => None,
+        }
+    }
+
+    #[test]
+    fn frames_of_kubectl() {
+        let frames = all(&mut Decoder::default(), include_bytes!("../../../tests/fixtures/spdy/exec-tty.bin")).unwrap();
+        let kinds: Vec<_> = frames.iter().filter_map(kind).collect();
+        assert_eq!(kinds, [(1, "error"), (3, "stdin"), (5, "stdout"), (7, "resize")]);
+        let data = |stream, bytes: &[u8], fin| Frame::Data { stream, bytes: bytes.to_vec(), fin };
+        let size = b"{\"Width\":91,\"Height\":17}\n";
+        assert_eq!(frames[4..7], [data(7, size, false), data(3, b"exit 3\n", false), data(3, b"", true)]);
+        let frames = all(&mut Decoder::default(), include_bytes!("../../../tests/fixtures/spdy/port-forward.bin")).unwrap();
+        let kinds: Vec<_> = frames.iter().filter_map(kind).collect();
+        assert_eq!(kinds, [(1, "error"), (3, "data"), (5, "error"), (7, "data")]);
+        let Frame::SynStream { headers, .. } = &frames[0] else { panic!("{:?}", frames[0]) };
+        for (name, value) in [("port", "18091"), ("requestid", "0")] {
+            assert!(headers.contains(&(name.to_owned(), value.to_owned())), "{headers:?}");
+        }
+    }
+
     #[test]
     fn hostile_frames_are_errors() {
         let mut wrong_version = ping(1);

@@ -119,7 +119,7 @@ impl Writer {
             block.extend_from_slice(&(text.len() as u32).to_be_bytes());
             block.extend_from_slice(text.as_bytes());
         }
-        let mut out = Vec::with_capacity(block.len() + 11);
+        let mut out = Vec::with_capacity(block.len() + 16);
         if !self.begun {
             // CMF: deflate with a window of 32 KiB. FLG: FDICT and the check bits (RFC 1950).
             out.extend_from_slice(&[0x78, 0x20 + 31 - ((0x7820u32 % 31) as u8)]);
@@ -132,6 +132,8 @@ impl Writer {
         out.extend_from_slice(&length.to_le_bytes());
         out.extend_from_slice(&(!length).to_le_bytes());
         out.extend_from_slice(&block[..usize::from(length)]);
+        // An empty one, as zlib's sync flush ends: Go's inflate hands out what it has only there.
+        out.extend_from_slice(&[0, 0, 0, 0xff, 0xff]);
         out
     }
 }

@@ -25,6 +25,9 @@ const MESSAGE: usize = 64 * 1024;
 /// Channel of v5 whose messages end another channel.
 const CLOSE: u8 = 255;
 
+/// Most ports of one connection: their channels have one byte, and 255 is taken.
+pub const PORTS: usize = 120;
+
 /// Which channels there are.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Channels {
@@ -84,7 +87,7 @@ pub fn open<T: Transport + 'static>(transport: T, upgrade: &Upgrade, channels: &
     };
     match channels {
         Channels::Remote { stdin, stdout, stderr, resize } => session.open_remote([*stdin, *stdout, *stderr, true, *resize])?,
-        Channels::Ports(ports) if ports.len() > 120 => return Err(Error::invalid(format!("{} ports: at most 120", ports.len()))),
+        Channels::Ports(ports) if ports.len() > PORTS => return Err(Error::invalid(format!("{} ports: at most {PORTS}", ports.len()))),
         Channels::Ports(ports) => session.open_ports(ports)?,
     }
     session.socket.flush()?;
@@ -234,11 +237,15 @@ impl<T: Transport> Wire for Session<T> {
         flags
     }
 
-    fn ready(&mut self, _flags: PollFlags) -> Result<()> {
+    fn ready(&mut self, flags: PollFlags) -> Result<()> {
         if self.socket.is_gone() && self.inputs.is_empty() {
             return Err(Error::cancelled("the client has gone"));
         }
         self.socket.flush()?;
+        // Reported again and again, to a session that reads nothing now.
+        if flags.intersects(PollFlags::POLLHUP | PollFlags::POLLERR) && !self.may_read() {
+            return Err(Error::cancelled("the client has hung up"));
+        }
         self.read()
     }
 

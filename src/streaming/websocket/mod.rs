@@ -11,7 +11,7 @@ mod handshake;
 /// A non-blocking connection that speaks frames.
 mod socket;
 
-pub use channels::{open, Channels};
+pub use channels::{open, Channels, PORTS};
 pub use handshake::{upgrade, Protocol, Refusal, Upgrade, Verb};
 pub(super) use socket::{Arrived, Socket};
 
