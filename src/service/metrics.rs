@@ -5,6 +5,7 @@ use std::sync::Arc;
 
 use protobuf::Message;
 
+use super::stats::in_batches;
 use super::Service;
 use crate::api::runtime::{
     ContainerMetrics, LinuxContainerResources, ListMetricDescriptorsResponse, ListPodSandboxMetricsResponse, Metric, PodSandboxMetrics,
@@ -31,11 +32,16 @@ impl Service {
     /// The metrics of all sandboxes that are ready, with those of their containers that run, in the order of ids. What ends
     /// meanwhile is not in it.
     pub(super) fn sandbox_metrics_list(&self) -> Result<Vec<PodSandboxMetrics>> {
+        Ok(self.sandbox_metrics_by(usize::MAX).collect())
+    }
+
+    /// The same, `batch` sandboxes measured at a time, when they are asked for.
+    pub(super) fn sandbox_metrics_by(&self, batch: usize) -> impl Iterator<Item = PodSandboxMetrics> + use<'_> {
         let mut containers = self.containers.all();
         containers.retain(|c| c.is_running());
         containers.sort_by(|a, b| a.meta.sandbox_id.cmp(&b.meta.sandbox_id));
         let space = self.metrics.space();
-        let measure = |sandbox: &Arc<Sandbox>| {
+        let measure = move |sandbox: &Arc<Sandbox>| {
             let id = sandbox.id();
             if !sandbox.status().is_ready() {
                 return None;
@@ -46,7 +52,7 @@ impl Service {
             let metrics = self.network_metrics(sandbox);
             Some(PodSandboxMetrics { pod_sandbox_id: id.to_owned(), metrics, container_metrics, ..Default::default() })
         };
-        Ok(self.sampler.each(&self.sandboxes.all(), measure).into_iter().flatten().collect())
+        in_batches(self.sandboxes.all(), batch, move |some| self.sampler.each(some, &measure))
     }
 
     fn container_metrics(&self, sandbox: &Sandbox, container: &Container, space: &Space) -> Option<ContainerMetrics> {

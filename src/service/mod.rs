@@ -29,11 +29,11 @@ mod sandbox_status;
 mod stats;
 /// The lists in pieces.
 mod stream_lists;
+/// Exec, Attach, PortForward.
+mod streaming;
 
 pub use events::Fact;
 pub use stream_lists::Seats;
-/// Exec, Attach, PortForward.
-mod streaming;
 
 use std::cell::RefCell;
 use std::path::PathBuf;
@@ -296,6 +296,33 @@ impl RuntimeService for Service {
         send: &mut dyn FnMut(runtime::StreamPodSandboxesResponse) -> Result<()>,
     ) -> Result<()> {
         self.stream_sandboxes(&request.filter, call, send)
+    }
+
+    fn stream_container_stats(
+        &self,
+        request: runtime::StreamContainerStatsRequest,
+        call: &Call,
+        send: &mut dyn FnMut(runtime::StreamContainerStatsResponse) -> Result<()>,
+    ) -> Result<()> {
+        self.stream_stats_of_containers(request.filter.as_ref(), call, send)
+    }
+
+    fn stream_pod_sandbox_stats(
+        &self,
+        request: runtime::StreamPodSandboxStatsRequest,
+        call: &Call,
+        send: &mut dyn FnMut(runtime::StreamPodSandboxStatsResponse) -> Result<()>,
+    ) -> Result<()> {
+        self.stream_stats_of_sandboxes(request.filter.as_ref(), call, send)
+    }
+
+    fn stream_pod_sandbox_metrics(
+        &self,
+        _: runtime::StreamPodSandboxMetricsRequest,
+        call: &Call,
+        send: &mut dyn FnMut(runtime::StreamPodSandboxMetricsResponse) -> Result<()>,
+    ) -> Result<()> {
+        self.stream_metrics(call, send)
     }
 
     fn stream_containers(

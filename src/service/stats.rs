@@ -158,6 +158,18 @@ fn together(containers: &[ContainerStats], timestamp: i64) -> (CpuUsage, MemoryU
     (cpu, memory)
 }
 
+/// The results of `work` for `size` items at a time; what has none is left out.
+pub(super) fn in_batches<T, R>(items: Vec<T>, size: usize, mut work: impl FnMut(&[T]) -> Vec<Option<R>>) -> impl Iterator<Item = R> {
+    let mut at = 0usize;
+    let batches = std::iter::from_fn(move || {
+        let end = at.saturating_add(size.max(1)).min(items.len());
+        let some = (at < end).then(|| work(&items[at..end]));
+        at = end;
+        some
+    });
+    batches.flatten().flatten()
+}
+
 impl Service {
     pub(super) fn stats_of_container(&self, request: &ContainerStatsRequest, call: &Call) -> Result<ContainerStatsResponse> {
         call.about(&request.container_id);
@@ -183,12 +195,29 @@ impl Service {
 
     /// The running containers that the filter selects, in the order of ListContainers.
     pub(super) fn container_stats_list(&self, filter: Option<&ContainerStatsFilter>) -> Result<Vec<ContainerStats>> {
-        let containers = self.select_containers(filter);
-        Ok(self.sampler.each(&containers, |c| self.measure_container(c)).into_iter().flatten().collect())
+        Ok(self.container_stats_by(usize::MAX, filter).collect())
+    }
+
+    /// The same, `batch` containers measured at a time, when they are asked for.
+    pub(super) fn container_stats_by(
+        &self,
+        batch: usize,
+        filter: Option<&ContainerStatsFilter>,
+    ) -> impl Iterator<Item = ContainerStats> + use<'_> {
+        in_batches(self.select_containers(filter), batch, |some| self.sampler.each(some, |c| self.measure_container(c)))
     }
 
     /// The ready sandboxes that the filter selects, in the order of ListPodSandbox.
     pub(super) fn sandbox_stats_list(&self, filter: Option<&PodSandboxStatsFilter>) -> Result<Vec<PodSandboxStats>> {
+        Ok(self.sandbox_stats_by(usize::MAX, filter).collect())
+    }
+
+    /// The same, `batch` sandboxes measured at a time, when they are asked for.
+    pub(super) fn sandbox_stats_by(
+        &self,
+        batch: usize,
+        filter: Option<&PodSandboxStatsFilter>,
+    ) -> impl Iterator<Item = PodSandboxStats> + use<'_> {
         let mut sandboxes = match filter.map_or("", |f| f.id.as_str()) {
             "" => self.sandboxes.all(),
             // An unknown or ambiguous id in a filter selects nothing.
@@ -201,13 +230,13 @@ impl Service {
         let mut containers = self.containers.all();
         containers.retain(|c| c.is_running());
         containers.sort_by(|a, b| a.meta.sandbox_id.cmp(&b.meta.sandbox_id));
-        let of = |id: &str| {
+        let measure = move |sandbox: &Arc<Sandbox>| {
+            let id = sandbox.id();
             let begin = containers.partition_point(|c| c.meta.sandbox_id.as_str() < id);
             let end = begin + containers[begin..].partition_point(|c| c.meta.sandbox_id == id);
-            &containers[begin..end]
+            sandbox.status().is_ready().then(|| self.measure_sandbox(sandbox, &containers[begin..end]))
         };
-        let measured = self.sampler.each(&sandboxes, |s| s.status().is_ready().then(|| self.measure_sandbox(s, of(s.id()))));
-        Ok(measured.into_iter().flatten().collect())
+        in_batches(sandboxes, batch, move |some| self.sampler.each(some, &measure))
     }
 
     fn select_containers(&self, filter: Option<&ContainerStatsFilter>) -> Vec<Arc<Container>> {

@@ -6,7 +6,9 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 
 use super::{Call, Service};
 use crate::api::runtime::{
-    ContainerFilter, ImageFilter, PodSandboxFilter, StreamContainersResponse, StreamImagesResponse, StreamPodSandboxesResponse,
+    ContainerFilter, ContainerStatsFilter, ImageFilter, PodSandboxFilter, PodSandboxStatsFilter, StreamContainerStatsResponse,
+    StreamContainersResponse, StreamImagesResponse, StreamPodSandboxMetricsResponse, StreamPodSandboxStatsResponse,
+    StreamPodSandboxesResponse,
 };
 use crate::error::{Code, Error, Result};
 use protobuf::Message;
@@ -14,6 +16,8 @@ use protobuf::Message;
 /// Encoded bytes of the items of one message; a single item may be larger. Clients take 4 MiB at least, and less memory is held
 /// at a time.
 const PIECE: u64 = 256 << 10;
+/// Objects measured at a time for stats and metrics: enough to keep all threads at work.
+const BATCH: usize = 64;
 /// Bytes in front of an item: tag and length.
 const FRAME: u64 = 6;
 
@@ -87,6 +91,34 @@ impl Service {
         let _seat = self.lists.take()?;
         let wrap = |containers| StreamContainersResponse { containers, ..Default::default() };
         in_pieces(self.selected_containers(filter)?, call, wrap, send)
+    }
+
+    pub(super) fn stream_stats_of_containers(
+        &self,
+        filter: Option<&ContainerStatsFilter>,
+        call: &Call,
+        send: &mut dyn FnMut(StreamContainerStatsResponse) -> Result<()>,
+    ) -> Result<()> {
+        let _seat = self.lists.take()?;
+        let wrap = |container_stats| StreamContainerStatsResponse { container_stats, ..Default::default() };
+        in_pieces(self.container_stats_by(BATCH, filter), call, wrap, send)
+    }
+
+    pub(super) fn stream_stats_of_sandboxes(
+        &self,
+        filter: Option<&PodSandboxStatsFilter>,
+        call: &Call,
+        send: &mut dyn FnMut(StreamPodSandboxStatsResponse) -> Result<()>,
+    ) -> Result<()> {
+        let _seat = self.lists.take()?;
+        let wrap = |pod_sandbox_stats| StreamPodSandboxStatsResponse { pod_sandbox_stats, ..Default::default() };
+        in_pieces(self.sandbox_stats_by(BATCH, filter), call, wrap, send)
+    }
+
+    pub(super) fn stream_metrics(&self, call: &Call, send: &mut dyn FnMut(StreamPodSandboxMetricsResponse) -> Result<()>) -> Result<()> {
+        let _seat = self.lists.take()?;
+        let wrap = |pod_sandbox_metrics| StreamPodSandboxMetricsResponse { pod_sandbox_metrics, ..Default::default() };
+        in_pieces(self.sandbox_metrics_by(BATCH), call, wrap, send)
     }
 
     pub(super) fn stream_images_list(

@@ -5,8 +5,8 @@
 
 mod client;
 mod daemon;
-mod exposition;
 mod events;
+mod exposition;
 mod harness;
 mod images;
 mod lifecycle;
