@@ -8,7 +8,7 @@ use crate::node::{refused, run_request, Node};
 use crate::raw::Raw;
 
 /// Methods of this version that answer UNIMPLEMENTED with their name.
-const NOT_BUILT: [&str; 16] = [
+const NOT_BUILT: [&str; 14] = [
     "StreamPodSandboxes",
     "StreamContainers",
     "StreamImages",
@@ -21,14 +21,12 @@ const NOT_BUILT: [&str; 16] = [
     "CheckpointPod",
     "RestorePod",
     "GetContainerEvents",
-    "ListMetricDescriptors",
-    "ListPodSandboxMetrics",
     "StreamPodSandboxMetrics",
     "UpdatePodSandboxResources",
 ];
 
 /// Methods for which an empty request is a question like any other.
-const EMPTY_IS_FINE: [&str; 10] = [
+const EMPTY_IS_FINE: [&str; 12] = [
     "Version",
     "Status",
     "RuntimeConfig",
@@ -37,6 +35,8 @@ const EMPTY_IS_FINE: [&str; 10] = [
     "ListContainers",
     "ListContainerStats",
     "ListPodSandboxStats",
+    "ListMetricDescriptors",
+    "ListPodSandboxMetrics",
     "ListImages",
     "ImageFsInfo",
 ];
