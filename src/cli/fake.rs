@@ -10,11 +10,13 @@ use grpcio::{
 };
 use nix::sys::signal::Signal;
 
+use super::args::stream::Exec;
 use super::args::Run;
+use super::bench::workload::Workload;
 use super::client::{Client, SHORT};
 use super::failure::{Failure, Outcome};
 use super::request::LOG_FILE;
-use super::{image, pull, run};
+use super::{image, pull, run, stream};
 use crate::api::admin::{ImportImageRequest, ImportImageResponse, ImportedImage, LayerProgress, PullProgress, PullRequest};
 use crate::api::runtime::*;
 
@@ -101,12 +103,22 @@ impl Fake {
             answer
         });
         builder = unary(builder, &script, "/runtime.v1.RuntimeService/ListPodSandbox", |script, request: ListPodSandboxRequest| {
-            assert_eq!(request.filter.label_selector.len(), 1);
+            // Whoever is about to remove asks for what is its own.
+            assert!(request.filter.is_none() || request.filter.label_selector.len() == 1);
             let mut answer = ListPodSandboxResponse::new();
             if script.sandbox {
                 answer.items.push(PodSandbox { id: "s1".into(), ..Default::default() });
             }
             answer
+        });
+        builder = unary(builder, &script, "/runtime.v1.RuntimeService/ListContainers", |_, _: ListContainersRequest| {
+            let mut answer = ListContainersResponse::new();
+            answer.containers.push(Container { id: "c1".into(), pod_sandbox_id: "s1".into(), ..Default::default() });
+            answer
+        });
+        builder = unary(builder, &script, "/runtime.v1.RuntimeService/ExecSync", |_, request: ExecSyncRequest| {
+            assert_eq!((request.container_id.as_str(), request.cmd.as_slice()), ("c1", &["ls".to_owned()][..]));
+            ExecSyncResponse { exit_code: 7, ..Default::default() }
         });
         builder = unary(builder, &script, "/runtime.v1.RuntimeService/StopPodSandbox", |_, _: StopPodSandboxRequest| {
             StopPodSandboxResponse::new()
@@ -231,6 +243,38 @@ fn imports_name_the_whole_path() {
     assert_eq!(out, format!("sha256:1 {} name\n", path.display()));
     let missing = image::import(&fake.client, &["/nonexistent.tar".to_owned()], None, false);
     assert!(text(missing).starts_with("import /nonexistent.tar: No such file"));
+}
+
+#[test]
+fn an_exec_needs_no_streams_unless_it_asks_for_them() {
+    let fake = Fake::start("", |_, _, _| {});
+    let mut wanted = Exec { container: "c".into(), command: vec!["ls".into()], ..Exec::default() };
+    assert_eq!(text(stream::exec(&fake.client, &wanted, None)), "Ok(7)");
+    assert_eq!(fake.calls(), ["ListPodSandbox", "ListContainers", "ExecSync"]);
+    wanted.stdin = true;
+    assert!(text(stream::exec(&fake.client, &wanted, None)).contains("Exec is not implemented"));
+}
+
+#[test]
+fn a_benchmark_removes_what_carries_its_label() {
+    let logs = tempfile::tempdir().unwrap();
+    let workload = Workload {
+        socket: PathBuf::from("/nonexistent"),
+        handler: String::new(),
+        image: "here".into(),
+        command: Vec::new(),
+        host_network: false,
+        cgroup_parent: String::new(),
+        logs: logs.path().to_owned(),
+        token: "0123456789abcdef".into(),
+    };
+    let fake = Fake::start("", |_, _, _| unreachable!("the image is here"));
+    workload.prepare(&fake.client).unwrap();
+    let (pair, _) = workload.up(&fake.client, "one").unwrap();
+    assert_eq!((pair.sandbox.as_str(), pair.container.as_str()), ("s1", "c1"));
+    workload.clean(&fake.client).unwrap();
+    let calls = fake.calls();
+    assert_eq!(calls[calls.len() - 3..], ["ListPodSandbox", "StopPodSandbox", "RemovePodSandbox"]);
 }
 
 #[test]
