@@ -273,8 +273,8 @@ mod tests {
     fn a_waiter_is_woken_by_an_event_by_its_cancellation_and_by_the_end() {
         let bus: Arc<Bus<u32>> = Bus::new(8, 4);
         let cancel = Cancel::never();
+        let (a, b, c) = (bus.subscribe().unwrap(), bus.subscribe().unwrap(), bus.subscribe().unwrap());
         std::thread::scope(|scope| {
-            let (a, b, c) = (bus.subscribe().unwrap(), bus.subscribe().unwrap(), bus.subscribe().unwrap());
             let cancelled = scope.spawn(|| a.next(&cancel).err().map(|e| e.code()));
             let heard = scope.spawn(|| b.next(&Cancel::never()).map(|event| event.change));
             cancel.set();

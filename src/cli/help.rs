@@ -31,7 +31,7 @@ Flags of every command:
   -V, --version       the version of this program
 
 Containers and sandboxes are named by their id, the start of it, or their name.
-Exit codes: 0 fine, 1 it did not work, 2 wrong usage; run and exec end with the code of what they ran.
+Exit codes: 0 fine, 1 it did not work, 2 wrong usage; run, exec and attach end with the code of what they ran.
 ";
 
 const IDS: &str = "

@@ -1,4 +1,4 @@
-//! What is done to containers and sandboxes that exist: `stop`, `rm`, `exec`, `logs`, `inspect`.
+//! What is done to containers and sandboxes that exist: `stop`, `rm`, `exec --sync`, `logs`, `inspect`.
 
 use std::io::Write;
 use std::path::Path;

@@ -111,11 +111,11 @@ impl Session {
     /// Starts the thread `stream-N`.
     pub fn start(self: Box<Session>, transport: Box<dyn Transport>) -> Result<()> {
         let number = self.shared.next_number();
-        thread::spawn(&format!("stream-{number}"), move || self.run(number, transport)).map(drop)
+        thread::spawn(&format!("stream-{number}"), move || (*self).run(number, transport)).map(drop)
     }
 
-    fn run(self: Box<Session>, number: u64, transport: Box<dyn Transport>) {
-        let Session { shared, slot, request, chosen } = *self;
+    fn run(self, number: u64, transport: Box<dyn Transport>) {
+        let Session { shared, slot, request, chosen } = self;
         let verb = request.verb();
         let result = chosen.open(transport, &request).and_then(|(wire, protocol)| serve(&shared, wire, request, protocol));
         drop(slot);

@@ -31,6 +31,8 @@ pub mod report;
 pub mod samples;
 /// Calls that read statistics.
 pub mod stats;
+/// Streams.
+pub mod streaming;
 /// Pictures.
 pub mod svg;
 /// What is made to be measured.
