@@ -16,8 +16,11 @@ use crate::streaming::websocket::frame as websocket;
 use crate::streaming::{http, token, websocket::Verb};
 use crate::sys::mount;
 
+/// A function that must not panic on any bytes, and its name.
+pub type Target = (&'static str, fn(&[u8]));
+
 /// Name and function of every target; the name is its directory in corpus/ too.
-pub const TARGETS: [(&str, fn(&[u8])); 10] = [
+pub const TARGETS: [Target; 10] = [
     ("spdy_frames", spdy_frames),
     ("spdy_headers", spdy_headers),
     ("websocket_frames", websocket_frames),
