@@ -6,7 +6,7 @@
 
 use std::collections::VecDeque;
 use std::os::fd::{AsFd, OwnedFd};
-use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -61,7 +61,6 @@ pub struct Bus<E> {
     /// Subscribers at a time.
     seats: usize,
     taken: AtomicUsize,
-    dropped: AtomicU64,
     state: Lock<State<E>>,
 }
 
@@ -92,13 +91,7 @@ impl<E> Bus<E> {
     /// A bus of at most `seats` subscribers, for each of which at most `capacity` events wait.
     pub fn new(capacity: usize, seats: usize) -> Arc<Bus<E>> {
         let state = State { last: 0, closed: false, serial: 0, queues: Vec::new() };
-        Arc::new(Bus {
-            capacity: capacity.max(1),
-            seats,
-            taken: AtomicUsize::new(0),
-            dropped: AtomicU64::new(0),
-            state: Lock::new(Rank::Leaf, state),
-        })
+        Arc::new(Bus { capacity: capacity.max(1), seats, taken: AtomicUsize::new(0), state: Lock::new(Rank::Leaf, state) })
     }
 
     /// Gives the change to every subscriber. Never waits for one.
@@ -113,7 +106,7 @@ impl<E> Bus<E> {
             if queue.events.len() == self.capacity {
                 queue.events.pop_front();
                 queue.dropped += 1;
-                self.dropped.fetch_add(1, Ordering::Relaxed);
+                crate::telemetry::events_dropped(1);
                 if queue.warned.is_none_or(|then| then.elapsed() >= WARN_PERIOD) {
                     queue.warned = Some(Instant::now());
                     slow.push((queue.id, queue.dropped));
@@ -158,11 +151,6 @@ impl<E> Bus<E> {
     /// How many subscribers there are.
     pub fn subscribers(&self) -> usize {
         self.taken.load(Ordering::SeqCst)
-    }
-
-    /// Events that subscribers have lost since the start.
-    pub fn dropped(&self) -> u64 {
-        self.dropped.load(Ordering::Relaxed)
     }
 }
 
@@ -262,7 +250,7 @@ mod tests {
             bus.publish(n);
             assert_eq!(values(&quick, 1), [n]);
         }
-        assert_eq!((slow.dropped(), quick.dropped(), bus.dropped()), (7, 0, 7));
+        assert_eq!((slow.dropped(), quick.dropped()), (7, 0));
         let mut waiting = Vec::new();
         slow.look_back(|n| waiting.push(*n));
         assert_eq!(waiting, [9, 8, 7]);

@@ -26,6 +26,7 @@ impl Service {
         for (state, count) in [("ready", ready), ("notready", sandboxes.len() - ready)] {
             gauges.set("crisp_sandboxes", "Sandboxes by state.", &[("state", state)], count as f64);
         }
+        gauges.set("crisp_event_subscribers", "Clients of GetContainerEvents.", &[], self.events.subscribers() as f64);
         gauges.set("crisp_shims", "Shims that are alive.", &[], f64::from(shims));
     }
 }

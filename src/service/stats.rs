@@ -359,4 +359,20 @@ mod tests {
         let (cpu, memory) = together(&[], 1);
         assert!(cpu.usage_core_nano_seconds.is_some() && memory.working_set_bytes.is_some() && cpu.usage_nano_cores.is_none());
     }
+
+    #[test]
+    fn batches_are_whole_and_made_when_they_are_asked_for() {
+        let sizes = std::cell::RefCell::new(Vec::new());
+        let odd = |some: &[u32]| {
+            sizes.borrow_mut().push(some.len());
+            some.iter().map(|n| (n % 2 == 1).then_some(*n)).collect()
+        };
+        let mut items = in_batches((0..10).collect(), 4, odd);
+        assert_eq!(items.next(), Some(1));
+        assert_eq!(*sizes.borrow(), [4]);
+        assert_eq!(items.collect::<Vec<_>>(), [3, 5, 7, 9]);
+        assert_eq!(*sizes.borrow(), [4, 4, 2]);
+        assert_eq!(in_batches((0..10).collect(), usize::MAX, odd).count(), 5);
+        assert_eq!(in_batches(Vec::new(), 4, odd).next(), None);
+    }
 }

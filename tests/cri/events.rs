@@ -1,6 +1,8 @@
 //! GetContainerEvents: order, statuses as of each event, slow and gone subscribers; and the evented fields of PodSandboxStatus.
 
 use std::collections::BTreeMap;
+use std::io::{Read, Write};
+use std::net::{TcpListener, TcpStream};
 use std::time::{Duration, Instant};
 
 use crisp::api::runtime::*;
@@ -140,16 +142,30 @@ fn assert_statuses_are_of_this_daemon(events: &[ContainerEventResponse], sandbox
     assert_eq!((last.container_id.as_str(), kind(last), last.containers_statuses.len()), (sandbox, DELETED, 0));
 }
 
+/// A value that the daemon tells of itself.
+fn metric(port: u16, name: &str) -> usize {
+    let mut stream = TcpStream::connect(("127.0.0.1", port)).expect("connect to the metrics");
+    stream.write_all(b"GET /metrics HTTP/1.1\r\nHost: test\r\nConnection: close\r\n\r\n").expect("ask");
+    let mut text = String::new();
+    stream.read_to_string(&mut text).expect("an answer");
+    let value = text.lines().find_map(|line| line.strip_prefix(name)?.trim().parse().ok());
+    value.unwrap_or_else(|| panic!("{name} is not in:\n{text}"))
+}
+
 #[test]
 fn a_slow_subscriber_loses_its_oldest_and_holds_up_nobody() {
-    let node = Node::with(Options { limits: "event_queue = 16".into(), ..Default::default() });
+    let port = TcpListener::bind("127.0.0.1:0").and_then(|socket| socket.local_addr()).expect("find a port").port();
+    let limits = format!("event_queue = 16\n[metrics]\naddress = \"127.0.0.1:{port}\"");
+    let node = Node::with(Options { limits, ..Default::default() });
     let quick = Subscriber::start(&node);
     let mut slow: Unread<ContainerEventResponse> = open(&node.config().socket, EVENTS, &GetEventsRequest::default());
     let probe = |name: String| node.remove_sandbox(&node.sandbox(&name)).expect("remove");
-    std::thread::scope(|scope| {
-        let heard = scope.spawn(|| drop(slow.read()));
+    let since = std::thread::scope(|scope| {
+        let heard = scope.spawn(|| slow.read());
         (0..).take_while(|_| !heard.is_finished()).for_each(|n| probe(format!("slow-{n}")));
+        heard.join().expect("an event").created_at
     });
+    let dropped = metric(port, "crisp_events_dropped_total");
     // Large events: the connection's own buffers are soon full.
     let mut config = node.sandbox_config("large");
     config.annotations.insert("large".into(), "x".repeat(200_000));
@@ -177,6 +193,9 @@ fn a_slow_subscriber_loses_its_oldest_and_holds_up_nobody() {
     let all = quick.events().iter().filter(|e| containers.contains(&e.container_id)).count();
     let ours = seen.iter().filter(|(id, ..)| containers.contains(id)).count();
     assert!((16..all).contains(&ours), "{ours} of {all}");
+    assert_eq!(metric(port, "crisp_event_subscribers"), 2);
+    let missed = quick.events().iter().filter(|e| e.created_at > since).count() - seen.len();
+    assert_eq!(metric(port, "crisp_events_dropped_total") - dropped, missed, "what is lost is counted");
     // The newest sixteen are whole.
     let tail: Vec<_> = seen[seen.len() - 16..].iter().map(|(id, kind, _)| (id.clone(), *kind)).collect();
     let expected: Vec<_> = containers[32..].iter().flat_map(|id| [(id.clone(), CREATED), (id.clone(), DELETED)]).collect();

@@ -14,10 +14,10 @@ use crate::node::{eventually, refused, Answer, Node};
 const FOREVER: &str = "while :; do sleep 1000; done";
 
 /// The container's cgroup in the hierarchies that stats come from.
-struct Dirs(Vec<PathBuf>);
+pub struct Dirs(Vec<PathBuf>);
 
 impl Dirs {
-    fn make(sandbox: &str, container: &str) -> Dirs {
+    pub fn make(sandbox: &str, container: &str) -> Dirs {
         let layout = Layout::host().expect("this host has cgroups");
         let cgroup = Cgroup::at(layout, &format!("/crisp-{sandbox}/{container}")).expect("a path");
         let dirs = ["cpuacct", "memory"].map(|c| cgroup.dir(c).expect("a hierarchy").to_owned());

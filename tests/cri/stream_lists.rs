@@ -9,6 +9,7 @@ use grpcio::RpcStatusCode as Code;
 use protobuf::{EnumOrUnknown, Message, MessageField};
 
 use crate::node::{eventually, refused, Answer, Node, Options};
+use crate::stats::Dirs;
 use crate::subscriber::{open, Unread};
 
 const SANDBOXES: &str = "/runtime.v1.RuntimeService/StreamPodSandboxes";
@@ -92,6 +93,62 @@ fn they_are_the_lists() {
         list
     };
     assert_eq!([images("").len(), images("localhost/second:1").len(), images("localhost/third:1").len()], [2, 1, 0]);
+}
+
+#[test]
+fn stats_and_metrics_too() {
+    let node = Node::start();
+    let (a, b) = (node.sandbox("a"), node.sandbox("b"));
+    let mut ids: Vec<String> = (0..4).map(|n| node.launch(&a, &format!("c{n}"), "exec sleep 1000")).collect();
+    ids.push(node.launch(&b, "c", "exec sleep 1000"));
+    node.wait_exit(&node.launch(&b, "ended", "exit 0"));
+    let dirs: Vec<Dirs> = ids.iter().map(|id| Dirs::make(if ids[4] == *id { &b } else { &a }, id)).collect();
+    ids.sort();
+    let socket = &node.config().socket;
+    for (filter, count) in [
+        (ContainerStatsFilter::default(), 5),
+        (ContainerStatsFilter { pod_sandbox_id: a.clone(), ..Default::default() }, 4),
+        (ContainerStatsFilter { id: ids[0].clone(), ..Default::default() }, 1),
+        (ContainerStatsFilter { id: "nothing".into(), ..Default::default() }, 0),
+    ] {
+        let request = ListContainerStatsRequest { filter: MessageField::some(filter.clone()), ..Default::default() };
+        let listed = node.runtime().list_container_stats(&request, SHORT).expect("list").stats;
+        let request = StreamContainerStatsRequest { filter: MessageField::some(filter), ..Default::default() };
+        let (messages, error) =
+            open::<_, StreamContainerStatsResponse>(socket, "/runtime.v1.RuntimeService/StreamContainerStats", &request).read_all();
+        assert!(error.is_none());
+        let streamed: Vec<ContainerStats> = messages.into_iter().flat_map(|m| m.container_stats).collect();
+        let attributes = |stats: &[ContainerStats]| stats.iter().map(|s| s.attributes.clone()).collect::<Vec<_>>();
+        assert_eq!((attributes(&streamed), streamed.len()), (attributes(&listed), count));
+        assert!(streamed.iter().all(|s| s.cpu.timestamp > 0 && s.memory.is_some()));
+    }
+    for (filter, count) in [
+        (PodSandboxStatsFilter::default(), 2),
+        (PodSandboxStatsFilter { id: b.clone(), ..Default::default() }, 1),
+        (PodSandboxStatsFilter { id: "nothing".into(), ..Default::default() }, 0),
+    ] {
+        let request = StreamPodSandboxStatsRequest { filter: MessageField::some(filter), ..Default::default() };
+        let (messages, error) =
+            open::<_, StreamPodSandboxStatsResponse>(socket, "/runtime.v1.RuntimeService/StreamPodSandboxStats", &request).read_all();
+        assert!(error.is_none());
+        let streamed: Vec<PodSandboxStats> = messages.into_iter().flat_map(|m| m.pod_sandbox_stats).collect();
+        assert_eq!(streamed.len(), count);
+        assert!(streamed.iter().filter(|s| s.attributes.id == a).all(|s| s.linux.containers.len() == 4));
+    }
+    let (messages, error) = open::<_, StreamPodSandboxMetricsResponse>(
+        socket,
+        "/runtime.v1.RuntimeService/StreamPodSandboxMetrics",
+        &StreamPodSandboxMetricsRequest::default(),
+    )
+    .read_all();
+    assert!(error.is_none());
+    let streamed: Vec<PodSandboxMetrics> = messages.into_iter().flat_map(|m| m.pod_sandbox_metrics).collect();
+    let mut containers: Vec<String> = streamed.iter().flat_map(|s| &s.container_metrics).map(|c| c.container_id.clone()).collect();
+    containers.sort();
+    assert_eq!((streamed.len(), containers), (2, ids));
+    node.remove_sandbox(&a).expect("remove");
+    node.remove_sandbox(&b).expect("remove");
+    drop(dirs);
 }
 
 /// An id like no other.

@@ -24,7 +24,7 @@ use crate::snapshot::Snapshot;
 static ALONE: Mutex<()> = Mutex::new(());
 
 /// How long an exit, an address or a log line may take (see `patience`).
-const PATIENCE: Duration = Duration::from_secs(20);
+pub const PATIENCE: Duration = Duration::from_secs(20);
 
 pub struct Host {
     pub daemon: Daemon,

@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 use crisp::api::runtime::{AttachRequest, ContainerState, ExecRequest};
 use sha2::{Digest, Sha256};
 
+use crate::daemon::patience;
 use crate::harness::{handlers, kind, Container, Host, Sandbox, PATIENCE};
 use crate::spdy::{connect, open, request, split, upgrade, Client, End, Session, PROTOCOLS};
 
@@ -83,7 +84,7 @@ fn hex(bytes: &[u8]) -> String {
 fn eventually(what: &str, mut done: impl FnMut() -> bool) {
     let begin = Instant::now();
     while !done() {
-        assert!(begin.elapsed() < PATIENCE, "{what}");
+        assert!(begin.elapsed() < patience(PATIENCE), "{what}");
         std::thread::sleep(Duration::from_millis(20));
     }
 }

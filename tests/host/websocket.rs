@@ -13,6 +13,7 @@ use tungstenite::client::IntoClientRequest;
 use tungstenite::protocol::{Role, WebSocket};
 use tungstenite::Message;
 
+use crate::daemon::patience;
 use crate::harness::{handlers, Container, Host, Sandbox, PATIENCE};
 use crate::objects::sandbox_config;
 
@@ -24,8 +25,8 @@ fn address(url: &str) -> SocketAddr {
 
 fn dial(url: &str) -> TcpStream {
     let socket = TcpStream::connect(address(url)).expect("connect to the streaming server");
-    socket.set_read_timeout(Some(PATIENCE)).expect("set a timeout");
-    socket.set_write_timeout(Some(PATIENCE)).expect("set a timeout");
+    socket.set_read_timeout(Some(patience(PATIENCE))).expect("set a timeout");
+    socket.set_write_timeout(Some(patience(PATIENCE))).expect("set a timeout");
     socket
 }
 
@@ -185,7 +186,7 @@ fn a_terminal_takes_sizes() {
             exec.send(0, b"stty size\n");
             // The size may come to the terminal a moment after the question.
             while !text.contains("37 101") {
-                assert!(begin.elapsed() < PATIENCE, "{text}");
+                assert!(begin.elapsed() < patience(PATIENCE), "{text}");
                 let (channel, bytes) = exec.next().expect("the shell goes on");
                 assert_eq!(channel, 1);
                 text.push_str(&String::from_utf8_lossy(&bytes));
@@ -351,7 +352,7 @@ fn get(forward: &mut Forward, port: u16) -> String {
         if words.is_empty() {
             return String::from_utf8(answer).expect("text");
         }
-        assert!(begin.elapsed() < PATIENCE && words.contains("connection refused"), "{words}");
+        assert!(begin.elapsed() < patience(PATIENCE) && words.contains("connection refused"), "{words}");
         std::thread::sleep(Duration::from_millis(20));
     }
 }
