@@ -21,8 +21,8 @@ pub fn split(url: &str) -> (String, String) {
 
 pub fn connect(url: &str) -> TcpStream {
     let socket = TcpStream::connect(split(url).0).expect("connect");
-    socket.set_read_timeout(Some(patience(PATIENCE))).expect("set a timeout");
-    socket.set_write_timeout(Some(patience(PATIENCE))).expect("set a timeout");
+    socket.set_read_timeout(Some(PATIENCE)).expect("set a timeout");
+    socket.set_write_timeout(Some(PATIENCE)).expect("set a timeout");
     socket
 }
 
