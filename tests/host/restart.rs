@@ -11,7 +11,7 @@ use crate::daemon::{crispd, patience, tool, Kind};
 use crate::harness::{handlers, http_get_soon, kind, Container, Host, Sandbox};
 use crate::objects::{container_config, create_request, exec_request, run_request, sandbox_config};
 
-const COUNT: [&str; 3] = ["sh", "-c", "trap 'exit 0' TERM; i=0; while :; do i=$((i+1)); echo $i; usleep 10000; done"];
+const COUNT: [&str; 3] = ["sh", "-c", "trap 'stop=1' TERM; i=0; while [ -z \"$stop\" ]; do i=$((i+1)); echo $i; usleep 10000; done"];
 
 /// What lived before the first crash and must live after the last.
 struct Witness {

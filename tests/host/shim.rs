@@ -196,7 +196,7 @@ fn exit_code_and_log(f: &Fixture) {
 }
 
 fn signals(f: &Fixture) {
-    let c = f.container("signals", "trap 'echo term; exit 7' TERM; echo ready; while true; do sleep 0.02; done");
+    let c = f.container("signals", "trap 'stop=1' TERM; echo ready; while [ -z \"$stop\" ]; do sleep 0.02; done; echo term; exit 7");
     c.start();
     c.wait_for_line("stdout F ready");
     c.client().kill(15, false).unwrap();
