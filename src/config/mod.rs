@@ -1,7 +1,7 @@
 //! Configuration: `Raw` is what the file says, `Config` is what was checked. Unknown keys and bad values are errors with
 //! their line. `DEFAULT` is the commented file that `crispd config default` prints; a test keeps it equal to the defaults.
 
-/// [stats] and [metrics].
+/// `[stats]` and `[metrics]`.
 mod observe;
 /// [streaming].
 mod streaming;

@@ -1,7 +1,7 @@
 //! `crisp bench`: what calls of a CRI socket cost, be it ours or a peer's, in time, CPU and memory. The benchmark of the
 //! repository, which sets two servers side by side, measures with the same functions.
 //!
-//! What a run makes carries a label ([`workload::LABEL`]) and is gone when the run ends, whatever ends it.
+//! What a run makes carries a label (`workload::LABEL`) and is gone when the run ends, whatever ends it.
 
 use std::panic::AssertUnwindSafe;
 use std::path::{Path, PathBuf};
