@@ -117,17 +117,22 @@ fn claim_socket(path: &Path) -> Result<()> {
     }
 }
 
+/// Binds in a directory that is ours alone and moves the socket into place once its mode is right: the library makes it with
+/// the mode that the process's umask leaves, and a umask changed for that moment would reach the files of every other thread.
 fn bind(server: &mut grpcio::Server, settings: &Settings) -> Result<()> {
+    use std::os::unix::fs::{chown, PermissionsExt};
     let path = &settings.socket;
-    // The library makes the socket with the process's umask; between that and a chmod anybody could connect.
-    let umask = nix::sys::stat::umask(nix::sys::stat::Mode::from_bits_truncate(0o177));
-    let bound = server.add_listening_port(format!("unix:{}", path.display()), ServerCredentials::insecure());
-    nix::sys::stat::umask(umask);
-    bound.map_err(|e| Error::internal(format!("listen on {}: {e}", path.display())))?;
-    if let Some(group) = settings.group {
-        std::os::unix::fs::chown(path, None, Some(group)).context(|| format!("give {} to group {group}", path.display()))?;
-        std::fs::set_permissions(path, std::os::unix::fs::PermissionsExt::from_mode(0o660))
-            .context(|| format!("chmod {}", path.display()))?;
-    }
-    Ok(())
+    let name = path.file_name().ok_or_else(|| Error::invalid(format!("socket {}: names no file", path.display())))?;
+    let private = path.with_file_name(format!(".{}", name.to_string_lossy()));
+    let fresh = private.join("s");
+    crate::sys::file::make_dir(&private, 0o700)?;
+    let bound = server.add_listening_port(format!("unix:{}", fresh.display()), ServerCredentials::insecure());
+    let placed = bound.map_err(|e| Error::internal(format!("listen on {}: {e}", path.display()))).and_then(|_| {
+        let mode = if settings.group.is_some() { 0o660 } else { 0o600 };
+        chown(&fresh, None, settings.group).context(|| format!("give {} to its group", path.display()))?;
+        std::fs::set_permissions(&fresh, PermissionsExt::from_mode(mode)).context(|| format!("chmod {}", path.display()))?;
+        std::fs::rename(&fresh, path).context(|| format!("move the socket to {}", path.display()))
+    });
+    let cleared = std::fs::remove_dir_all(&private).context(|| format!("remove {}", private.display()));
+    placed.and(cleared)
 }
