@@ -78,6 +78,10 @@ pub struct Images {
     pub preload_dir: PathBuf,
     pub pinned: Vec<String>,
     pub layer_downloads: usize,
+    /// Programs that judge images before a pull.
+    pub verifier_dir: Option<PathBuf>,
+    pub verifier_timeout: Duration,
+    pub max_verifiers: usize,
 }
 
 #[derive(Clone, Debug)]
@@ -147,8 +151,11 @@ struct RawImages {
     registry_dir: Spanned<String>,
     plain_http: Vec<String>,
     preload_dir: Spanned<String>,
-    pinned: Vec<String>,
+    pinned: Vec<Spanned<String>>,
     layer_downloads: Spanned<usize>,
+    verifier_dir: Spanned<String>,
+    verifier_timeout_seconds: Spanned<u64>,
+    max_verifiers: Spanned<usize>,
 }
 
 #[derive(Deserialize)]
@@ -219,6 +226,9 @@ impl Default for RawImages {
             preload_dir: text("/var/lib/crisp-preload"),
             pinned: Vec::new(),
             layer_downloads: at(3),
+            verifier_dir: text("/etc/crisp/image-verifiers"),
+            verifier_timeout_seconds: at(10),
+            max_verifiers: at(10),
         }
     }
 }
@@ -384,8 +394,16 @@ fn check(c: &Checker, raw: Raw) -> Result<Config> {
             registry_dir: c.path("images.registry_dir", &raw.images.registry_dir)?,
             plain_http: raw.images.plain_http,
             preload_dir: c.path("images.preload_dir", &raw.images.preload_dir)?,
-            pinned: raw.images.pinned,
+            pinned: check_pinned(c, &raw.images.pinned)?,
             layer_downloads: c.number("images.layer_downloads", &raw.images.layer_downloads, 1, 64)?,
+            verifier_dir: c.optional_path("images.verifier_dir", &raw.images.verifier_dir)?,
+            verifier_timeout: Duration::from_secs(c.number(
+                "images.verifier_timeout_seconds",
+                &raw.images.verifier_timeout_seconds,
+                1,
+                3600,
+            )?),
+            max_verifiers: c.number("images.max_verifiers", &raw.images.max_verifiers, 1, 1000)?,
         },
         limits: Limits {
             slow_threads: c.number("limits.slow_threads", &raw.limits.slow_threads, 4, 8192)?,
@@ -439,6 +457,13 @@ fn check_runtime(c: &Checker, name: &str, raw: &RawRuntime, run: &Path, systemd_
         None => run.join("runtime").join(name),
     };
     Ok(Handler { name: name.to_owned(), path, root, kind, systemd_cgroup })
+}
+
+fn check_pinned(c: &Checker, raw: &[Spanned<String>]) -> Result<Vec<String>> {
+    if let Some(bad) = raw.iter().find(|p| p.get_ref().is_empty() || p.get_ref().contains(char::is_whitespace)) {
+        return Err(c.error(bad, format!("images.pinned: expected a reference or a pattern, found {:?}", bad.get_ref())));
+    }
+    Ok(raw.iter().map(|pattern| pattern.get_ref().clone()).collect())
 }
 
 fn check_group(c: &Checker, raw: &Spanned<String>) -> Result<Option<u32>> {
@@ -496,6 +521,8 @@ mod tests {
             ("cgroup_driver = 3", "c.toml: line 1: invalid type"),
             ("run = \"/var/lib/crisp/run\"", "c.toml: line 1: run: /var/lib/crisp/run and root"),
             ("socket_group = \"no such group\"", "c.toml: line 1: socket_group"),
+            ("[images]\npinned = [\"a\",\n \"b c\"]", "c.toml: line 3: images.pinned: expected a reference"),
+            ("[images]\nverifier_timeout_seconds = 0", "c.toml: line 2: images.verifier_timeout_seconds: expected 1"),
             ("a = ", "c.toml: line 1:"),
         ] {
             let e = parse(source).unwrap_err();

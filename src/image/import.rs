@@ -1,4 +1,4 @@
-//! Images from files: OCI layout directories, OCI archives and docker-archives (tar, plain or gzip).
+//! Images from files: OCI layout directories, OCI archives and docker-archives (tar, plain or compressed).
 
 use std::collections::HashMap;
 use std::fs::File;
@@ -13,8 +13,8 @@ use super::assemble::{assemble, Parts};
 use super::catalog::Image;
 use super::decompress::Decompress;
 use super::digest::Digest;
-use super::layers::Stream;
-use super::manifest::{self, Descriptor, Document, OCI_CONFIG, OCI_LAYER, OCI_MANIFEST};
+use super::layers::{Fault, Stream};
+use super::manifest::{self, Descriptor, Document, Platform, OCI_CONFIG, OCI_LAYER, OCI_MANIFEST};
 use super::metadata::NAME;
 use super::reference::{Reference, Version};
 use super::tarball::{Kind, Tarball};
@@ -42,6 +42,29 @@ struct Part {
     file: Arc<File>,
     at: u64,
     end: u64,
+}
+
+/// A layer's bytes for as long as the caller waits for them.
+struct Watched<R> {
+    inner: R,
+    cancel: Cancel,
+    fault: Fault,
+}
+
+impl<R: Read> Read for Watched<R> {
+    fn read(&mut self, buffer: &mut [u8]) -> std::io::Result<usize> {
+        if let Err(e) = self.cancel.check() {
+            let words = e.to_string();
+            *self.fault.lock() = Some(e);
+            return Err(std::io::Error::other(words));
+        }
+        self.inner.read(buffer)
+    }
+}
+
+fn stream(reader: Box<dyn Read + Send>, cancel: &Cancel) -> Stream {
+    let fault = Stream::new(std::io::empty()).fault;
+    Stream { fault: fault.clone(), ..Stream::new(Watched { inner: reader, cancel: cancel.clone(), fault }) }
 }
 
 impl Read for Part {
@@ -127,7 +150,7 @@ fn open(path: &Path, scratch: &Path, cancel: &Cancel) -> Result<Source> {
     let file = match Decompress::new(&file).context(|| "read")? {
         Decompress::Plain(_) => file,
         // Members are read out of order and at once: that needs a plain archive.
-        Decompress::Gzip(_) => inflate(&file, scratch, cancel)?,
+        _ => inflate(&file, scratch, cancel)?,
     };
     (&file).seek(SeekFrom::Start(0)).context(|| "seek")?;
     let members = index(&file)?;
@@ -193,11 +216,12 @@ struct LayoutIndex {
 fn import_layout(inner: &Arc<Inner>, source: &Source, name: Option<&Reference>, cancel: &Cancel) -> Result<Vec<Arc<Image>>> {
     let data = source.read("index.json", inner.bounds.max_manifest_bytes)?;
     let index: LayoutIndex = serde_json::from_slice(&data).context(|| "parse index.json")?;
-    if name.is_some() && index.manifests.len() > 1 {
+    let tops = for_this_host(&index.manifests, &inner.platform)?;
+    if name.is_some() && tops.len() > 1 {
         return Err(Error::invalid("a name was given, but the archive has several images"));
     }
     let mut images = Vec::new();
-    for top in &index.manifests {
+    for top in tops {
         let names = match name {
             Some(name) => vec![name.clone()],
             None => annotated_name(top).into_iter().collect(),
@@ -213,11 +237,39 @@ fn import_layout(inner: &Arc<Inner>, source: &Source, name: Option<&Reference>, 
             layers: manifest.layers,
             layers_have_digests: true,
         };
-        let from = source.clone();
-        let open = move |layer: &Descriptor| from.open(&blob_name(&layer.digest)).map(|(reader, _)| Stream::new(reader));
+        let (from, caller) = (source.clone(), cancel.clone());
+        let open = move |layer: &Descriptor| from.open(&blob_name(&layer.digest)).map(|(reader, _)| stream(reader, &caller));
         images.push(assemble(inner, parts, Arc::new(open), &one_image(cancel), None)?);
     }
     Ok(images)
+}
+
+/// The images of a layout, of those that stand there once per platform the best one. What is for other platforms alone is
+/// left out, unless there is nothing else.
+fn for_this_host<'a>(entries: &'a [Descriptor], platform: &Platform) -> Result<Vec<&'a Descriptor>> {
+    let mut chosen: Vec<&Descriptor> = Vec::new();
+    let mut none = None;
+    for entry in entries {
+        let Some(for_platform) = &entry.platform else {
+            chosen.push(entry);
+            continue;
+        };
+        let name = annotated_name(entry).map(|n| n.to_string());
+        let same = |other: &&Descriptor| other.platform.is_some() && annotated_name(other).map(|n| n.to_string()) == name;
+        let rivals: Vec<Descriptor> = entries.iter().filter(same).cloned().collect();
+        match manifest::choose(&rivals, platform) {
+            Ok(best) if best == entry && !chosen.contains(&entry) => chosen.push(entry),
+            Ok(_) => {}
+            Err(e) => {
+                log::debug!("image: import: {} of {} is not for this host", entry.digest, for_platform);
+                none.get_or_insert(e);
+            }
+        }
+    }
+    match none {
+        Some(e) if chosen.is_empty() => Err(e),
+        _ => Ok(chosen),
+    }
 }
 
 /// A failure of one image cancels its layers; the caller's flag must not be touched by it.
@@ -296,10 +348,10 @@ fn import_docker(inner: &Arc<Inner>, source: &Source, name: Option<&Reference>, 
             layers_have_digests: false,
             names,
         };
-        let from = source.clone();
+        let (from, caller) = (source.clone(), cancel.clone());
         let open = move |layer: &Descriptor| {
             let file = files.get(&layer.digest).ok_or_else(|| Error::internal("layer without a file"))?;
-            from.open(file).map(|(reader, _)| Stream::new(reader))
+            from.open(file).map(|(reader, _)| stream(reader, &caller))
         };
         images.push(assemble(inner, parts, Arc::new(open), &one_image(cancel), None)?);
     }

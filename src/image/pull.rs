@@ -20,6 +20,7 @@ pub(super) fn pull(inner: &Arc<Inner>, reference: &Reference, auth: &Auth, cance
     let limit = inner.bounds.max_manifest_bytes;
     let mut fetched = remote.manifest(reference.version_text(), limit, cancel)?;
     let top = fetched.digest.clone();
+    inner.verifiers.admit(&reference.to_string(), &Descriptor::new(&fetched.media_type, top.clone(), fetched.data.len() as u64), cancel)?;
     let mut depth = 0;
     let manifest = loop {
         match manifest::parse(&fetched.data, &fetched.media_type).context(|| reference.to_string())? {

@@ -249,7 +249,7 @@ impl Remote {
             cancel: cancel.clone(),
             fault: fault.clone(),
         };
-        Ok(Stream { reader: Box::new(reader), fault })
+        Ok(Stream { fault, ..Stream::new(reader) })
     }
 
     fn read(&self, response: Response<Body>, limit: u64, what: &str) -> Result<Vec<u8>> {
