@@ -160,7 +160,7 @@ impl Audit {
                 if entry.stored > 0 {
                     let file = self.root.file(&path).map_err(words)?;
                     let whole = [(0, entry.size)];
-                    tar.source().feed(std::fs::File::from(file), entry.pieces.as_deref().unwrap_or(&whole));
+                    tar.source().feed(file, entry.pieces.as_deref().unwrap_or(&whole));
                 }
             }
             Kind::Symlink => {
@@ -199,7 +199,7 @@ impl Audit {
         if self.owner && (stat.st_uid, stat.st_gid) != (entry.uid, entry.gid) {
             return Err(format!("owner {}:{}, not {}:{}", stat.st_uid, stat.st_gid, entry.uid, entry.gid));
         }
-        if (stat.st_mtime as i64, stat.st_mtime_nsec as u32) != entry.mtime {
+        if (stat.st_mtime, stat.st_mtime_nsec as u32) != entry.mtime {
             return Err("its time has changed".to_owned());
         }
         let found = rooted::xattrs(&rooted::proc_path(parent.as_fd(), name)).map_err(words)?;
