@@ -135,7 +135,7 @@ fn write_layer(out: impl Write, number: usize, bytes: u64) -> u64 {
     let mut numbers = Numbers(0x9e37_79b9_7f4a_7c15 ^ (number as u64 + 1));
     let mut tar = tar::Builder::new(out);
     let (mut data, mut disk, mut files) = (0, 0, 0usize);
-    let mut header = |kind: tar::EntryType, size: u64, mode: u32| {
+    let header = |kind: tar::EntryType, size: u64, mode: u32| {
         let mut header = tar::Header::new_ustar();
         header.set_entry_type(kind);
         header.set_size(size);

@@ -12,6 +12,8 @@ mod streams;
 mod client;
 #[path = "../host/daemon.rs"]
 mod daemon;
+// The tests push into it.
+#[allow(dead_code)]
 #[path = "../host/registry.rs"]
 mod registry;
 
