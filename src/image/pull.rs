@@ -18,7 +18,7 @@ const DEPTH: usize = 4;
 pub(super) fn pull(inner: &Arc<Inner>, reference: &Reference, auth: &Auth, cancel: &Cancel, watch: Watch) -> Result<Arc<Image>> {
     let remote = Arc::new(inner.client.remote(reference, auth, cancel)?);
     let limit = inner.bounds.max_manifest_bytes;
-    let mut fetched = remote.manifest(reference.version_text(), limit, cancel)?;
+    let mut fetched = remote.manifest(reference.version_text(), limit)?;
     let top = fetched.digest.clone();
     let mut depth = 0;
     let manifest = loop {
@@ -27,7 +27,7 @@ pub(super) fn pull(inner: &Arc<Inner>, reference: &Reference, auth: &Auth, cance
             Document::Index(_) if depth == DEPTH => return Err(Error::precondition(format!("{reference}: indexes nested too deep"))),
             Document::Index(entries) => {
                 let entry = manifest::choose(&entries, &inner.platform).context(|| reference.to_string())?;
-                fetched = remote.manifest(entry.digest.as_str(), limit, cancel)?;
+                fetched = remote.manifest(entry.digest.as_str(), limit)?;
                 if fetched.data.len() as u64 != entry.size {
                     let words =
                         format!("{reference}: manifest {} has {} bytes, the index says {}", entry.digest, fetched.data.len(), entry.size);
@@ -37,7 +37,12 @@ pub(super) fn pull(inner: &Arc<Inner>, reference: &Reference, auth: &Auth, cance
             }
         }
     };
-    let config_data = remote.blob(&manifest.config, inner.bounds.max_config_bytes, cancel)?;
+    if let Some(layer) = manifest.layers.iter().find(|layer| layer.is_foreign() && !inner.client.foreign_layers()) {
+        let words =
+            format!("{reference}: layer {} is foreign: it lives at other addresses, which images.foreign_layers allows", layer.digest);
+        return Err(Error::precondition(words));
+    }
+    let config_data = remote.blob(&manifest.config, inner.bounds.max_config_bytes)?;
     let mut names = vec![reference.with_digest(&top).to_string()];
     if let Version::Tag(_) = reference.version() {
         names.push(reference.to_string());
@@ -51,7 +56,6 @@ pub(super) fn pull(inner: &Arc<Inner>, reference: &Reference, auth: &Auth, cance
         layers_have_digests: true,
         names,
     };
-    let stop = cancel.clone();
-    let open = move |layer: &Descriptor| remote.layer(layer, &stop);
+    let open = move |layer: &Descriptor| remote.layer(layer);
     assemble(inner, parts, Arc::new(open), cancel, Some(watch))
 }
