@@ -135,3 +135,25 @@ fn a_wrong_manifest_of_a_mirror_is_passed_over() {
     assert_eq!(image.id, c.id);
     assert!(mirror.count("manifests") == 1 && mirror.count("blobs") == 2, "{:?}", mirror.seen);
 }
+
+#[test]
+fn wrong_bytes_of_a_mirror_are_fetched_from_the_registry() {
+    let c = content(&[layer_tar("a"), layer_tar("b")]);
+    let (answers, blob) = (c.answers.clone(), c.blobs[1].clone());
+    let mirror = Fake::start(move |r| {
+        let mut reply = answers.get(r.path())?.clone();
+        if r.path() == blob {
+            reply.body[12] ^= 1;
+        }
+        Some(reply)
+    });
+    let registry = Fake::honest(&c.answers);
+    let site = site(&[&registry]);
+    site.hosts(&registry.address, &format!("[host.\"http://{}\"]", mirror.address));
+    assert_eq!(site.pull(&registry, ":v1", None).unwrap().id, c.id);
+    assert_eq!(registry.count(&c.blobs[1]), 1);
+    // Where the registry is wrong too, its error is told.
+    let wrong = Fake::start(|_| Some(Reply::new(200, r#"{"schemaVersion":1,"fsLayers":[]}"#)));
+    site.hosts(&wrong.address, &format!("server = \"http://{}\"\n[host.\"http://{}\"]", wrong.address, wrong.address));
+    assert!(site.pull(&wrong, ":v1", None).unwrap_err().message().contains("schema 1"));
+}

@@ -96,6 +96,11 @@ impl Endpoint {
         Ok(Endpoint { session: None, ..Endpoint::new(site, &host, scheme, authority.as_str(), "", false)? })
     }
 
+    /// Whether it has answered in this pull.
+    pub fn has_answered(&self) -> bool {
+        self.reached.load(Ordering::Relaxed)
+    }
+
     /// GET, authenticated when asked to. The answer is 200, or 206 if an offset was given.
     pub fn get(&self, ask: &Ask) -> Attempt<Response<Body>> {
         let before = self.authorization()?;

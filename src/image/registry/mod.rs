@@ -199,6 +199,17 @@ impl Remote {
         })
     }
 
+    /// Whether a host other than the registry's own has brought anything.
+    pub fn used_mirror(&self) -> bool {
+        self.endpoints.iter().any(|e| !e.own && e.has_answered())
+    }
+
+    /// The registry itself; None when hosts.toml names another server in its place.
+    pub fn without_mirrors(mut self) -> Option<Remote> {
+        self.endpoints.retain(|e| e.own);
+        (!self.endpoints.is_empty()).then_some(self)
+    }
+
     /// Fetches a small blob whole.
     pub fn blob(&self, descriptor: &Descriptor, limit: u64) -> Result<Vec<u8>> {
         if descriptor.size > limit {
