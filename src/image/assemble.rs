@@ -144,7 +144,7 @@ impl Job {
             let mut stream = (self.open)(descriptor)?;
             if let Some(watch) = &self.watch {
                 let (tell, start) = (watch.clone(), self.progress(i, Phase::Retrying, 0));
-                stream.retries.on_retry(move |received| tell(&Progress { done: received.min(start.total), ..start.clone() }));
+                stream.breaks.on_break(move |received| tell(&Progress { done: received.min(start.total), ..start.clone() }));
                 let progress = self.progress(i, Phase::Downloading, 0);
                 stream.reader = Box::new(Meter { inner: stream.reader, progress, watch: watch.clone(), last: None });
             }

@@ -13,7 +13,7 @@ use super::assemble::{assemble, Parts};
 use super::catalog::Image;
 use super::decompress::Decompress;
 use super::digest::Digest;
-use super::layers::{Fault, Stream};
+use super::layers::Stream;
 use super::manifest::{self, Descriptor, Document, Platform, OCI_CONFIG, OCI_LAYER, OCI_MANIFEST};
 use super::metadata::NAME;
 use super::reference::{Reference, Version};
@@ -42,29 +42,6 @@ struct Part {
     file: Arc<File>,
     at: u64,
     end: u64,
-}
-
-/// A layer's bytes for as long as the caller waits for them.
-struct Watched<R> {
-    inner: R,
-    cancel: Cancel,
-    fault: Fault,
-}
-
-impl<R: Read> Read for Watched<R> {
-    fn read(&mut self, buffer: &mut [u8]) -> std::io::Result<usize> {
-        if let Err(e) = self.cancel.check() {
-            let words = e.to_string();
-            *self.fault.lock() = Some(e);
-            return Err(std::io::Error::other(words));
-        }
-        self.inner.read(buffer)
-    }
-}
-
-fn stream(reader: Box<dyn Read + Send>, cancel: &Cancel) -> Stream {
-    let fault = Stream::new(std::io::empty()).fault;
-    Stream { fault: fault.clone(), ..Stream::new(Watched { inner: reader, cancel: cancel.clone(), fault }) }
 }
 
 impl Read for Part {
@@ -237,9 +214,9 @@ fn import_layout(inner: &Arc<Inner>, source: &Source, name: Option<&Reference>, 
             layers: manifest.layers,
             layers_have_digests: true,
         };
-        let (from, caller) = (source.clone(), cancel.clone());
-        let open = move |layer: &Descriptor| from.open(&blob_name(&layer.digest)).map(|(reader, _)| stream(reader, &caller));
-        images.push(assemble(inner, parts, Arc::new(open), &one_image(cancel), None)?);
+        let from = source.clone();
+        let open = move |layer: &Descriptor| from.open(&blob_name(&layer.digest)).map(|(reader, _)| Stream::new(reader));
+        images.push(assemble(inner, parts, Arc::new(open), &cancel.part(), None)?);
     }
     Ok(images)
 }
@@ -270,11 +247,6 @@ fn for_this_host<'a>(entries: &'a [Descriptor], platform: &Platform) -> Result<V
         Some(e) if chosen.is_empty() => Err(e),
         _ => Ok(chosen),
     }
-}
-
-/// A failure of one image cancels its layers; the caller's flag must not be touched by it.
-fn one_image(cancel: &Cancel) -> Cancel {
-    Cancel::new(cancel.deadline())
 }
 
 fn resolve(inner: &Inner, source: &Source, top: &Descriptor) -> Result<(Descriptor, Vec<u8>, manifest::Manifest)> {
@@ -348,12 +320,12 @@ fn import_docker(inner: &Arc<Inner>, source: &Source, name: Option<&Reference>, 
             layers_have_digests: false,
             names,
         };
-        let (from, caller) = (source.clone(), cancel.clone());
+        let from = source.clone();
         let open = move |layer: &Descriptor| {
             let file = files.get(&layer.digest).ok_or_else(|| Error::internal("layer without a file"))?;
-            from.open(file).map(|(reader, _)| stream(reader, &caller))
+            from.open(file).map(|(reader, _)| Stream::new(reader))
         };
-        images.push(assemble(inner, parts, Arc::new(open), &one_image(cancel), None)?);
+        images.push(assemble(inner, parts, Arc::new(open), &cancel.part(), None)?);
     }
     Ok(images)
 }

@@ -82,27 +82,26 @@ pub struct Layers {
 pub struct Stream {
     pub reader: Box<dyn Read + Send>,
     pub fault: Fault,
-    pub retries: Retries,
+    pub breaks: Breaks,
 }
 
 pub type Fault = Arc<Lock<Option<Error>>>;
 
 /// Where a reader that takes up a broken transfer again says so, for whoever shows progress.
 #[derive(Clone, Default)]
-pub struct Retries(Arc<OnceLock<Tell>>);
+pub struct Breaks(Arc<OnceLock<Tell>>);
 
 /// Told the bytes received before a retry.
 type Tell = Box<dyn Fn(u64) + Send + Sync>;
 
-impl Retries {
-    /// `tell` is called with the bytes received so far at each retry; it must not block.
-    pub fn on_retry(&self, tell: impl Fn(u64) + Send + Sync + 'static) {
+impl Breaks {
+    /// `tell` is called with the bytes received so far at each break; it must not block.
+    pub fn on_break(&self, tell: impl Fn(u64) + Send + Sync + 'static) {
         let _ = self.0.set(Box::new(tell));
     }
 
     /// A transfer broke after `received` bytes and is tried again.
-    #[allow(dead_code)] // For the transfers of the registry client.
-    pub fn retry(&self, received: u64) {
+    pub fn broke(&self, received: u64) {
         if let Some(tell) = self.0.get() {
             tell(received);
         }
@@ -111,7 +110,7 @@ impl Retries {
 
 impl Stream {
     pub fn new(reader: impl Read + Send + 'static) -> Stream {
-        Stream { reader: Box::new(reader), fault: Arc::new(Lock::new(Rank::Leaf, None)), retries: Retries::default() }
+        Stream { reader: Box::new(reader), fault: Arc::new(Lock::new(Rank::Leaf, None)), breaks: Breaks::default() }
     }
 }
 

@@ -31,13 +31,13 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::AtomicU64;
 use std::sync::Arc;
 
-pub use auth::Auth;
+pub use auth::{Auth, Sources};
 pub use catalog::{Image, Incomplete};
 pub use digest::Digest;
 pub use fsck::{Check, Checked, Problem};
 pub use manifest::Platform;
 pub use reference::{Reference, Version};
-pub use registry::RegistrySettings;
+pub use registry::{Proxies, RegistrySettings, Retries};
 pub use verify::Verifiers;
 
 use catalog::Catalog;
@@ -50,6 +50,15 @@ use crate::sys::cancel::Cancel;
 use crate::sys::file;
 use crate::sys::lock::{Lock, Rank};
 use crate::telemetry;
+
+/// Parsers of foreign bytes, for the fuzz targets.
+#[cfg(any(test, feature = "fuzz"))]
+pub(crate) mod parsers {
+    pub use super::auth::docker::Config as DockerConfig;
+    pub use super::auth::{parse_challenges, Challenge};
+    pub use super::manifest::{choose, compose, parse as manifest, parse_config, Document};
+    pub use super::registry::{content_range, hosts, retry_after};
+}
 
 /// What the daemon configures.
 #[derive(Clone, Debug)]
@@ -378,6 +387,12 @@ fn ending(result: &Result<Arc<Image>>) -> &'static str {
 #[cfg(test)]
 mod tests;
 #[cfg(test)]
+mod tests_fake;
+#[cfg(test)]
 mod tests_fsck;
+#[cfg(test)]
+mod tests_hostile;
+#[cfg(test)]
+mod tests_mirrors;
 #[cfg(test)]
 mod tests_registry;
