@@ -30,6 +30,7 @@ struct Meters {
     pulls: IntCounterVec,
     pull_durations: Histogram,
     pull_bytes: IntCounter,
+    pull_resumes: IntCounter,
     shim_starts: IntCounterVec,
     shim_deaths: IntCounter,
     cni: HistogramVec,
@@ -74,6 +75,7 @@ impl Meters {
                 ),
             ),
             pull_bytes: counter("crisp_image_pull_received_bytes_total", "Bytes of layers received from registries."),
+            pull_resumes: counter("crisp_image_pull_resumes_total", "Downloads of layers that broke or stalled and were taken up again."),
             shim_starts: counters("crisp_shim_starts_total", "Starts of containers under a shim, by result.", &["result"]),
             shim_deaths: counter("crisp_shim_deaths_total", "Shims that died and took their container with them."),
             cni: durations(
@@ -145,6 +147,11 @@ pub fn image_pulled(ok: bool, took: Duration) {
 /// Bytes of a layer came from a registry.
 pub fn pull_received(bytes: u64) {
     METERS.pull_bytes.inc_by(bytes);
+}
+
+/// A layer's download is taken up again.
+pub fn pull_resumed() {
+    METERS.pull_resumes.inc();
 }
 
 /// A container was started, or was not.
