@@ -231,11 +231,15 @@ fn image_settings(config: &Config) -> image::Settings {
 }
 
 fn snapshotter(config: &Config) -> Result<Snapshotter> {
-    match config.snapshotter {
+    let mut snapshotter = match config.snapshotter {
         config::Snapshotter::Auto => Snapshotter::detect(&config.root),
         config::Snapshotter::Overlay => Snapshotter::new(&config.root, Kind::Overlay),
         config::Snapshotter::Copy => Snapshotter::new(&config.root, Kind::Copy),
+    }?;
+    if config.volatile_layers {
+        snapshotter.allow_volatile();
     }
+    Ok(snapshotter)
 }
 
 fn sandbox_settings(config: &Config, events: Arc<dyn Listener<sandbox::Change>>) -> sandbox::Settings {

@@ -41,6 +41,8 @@ pub struct Config {
     pub default_runtime: Option<String>,
     pub runtimes: BTreeMap<String, Handler>,
     pub snapshotter: Snapshotter,
+    /// Whether writable layers may stay unsynced.
+    pub volatile_layers: bool,
     /// Kept from image garbage collection; sandboxes of this version need none.
     pub sandbox_image: Option<String>,
     pub sysctls: BTreeMap<String, String>,
@@ -107,6 +109,7 @@ struct Raw {
     shim: Spanned<String>,
     default_runtime: Spanned<String>,
     snapshotter: Snapshotter,
+    volatile_layers: bool,
     sandbox_image: String,
     runtimes: BTreeMap<String, RawRuntime>,
     sysctls: BTreeMap<String, Spanned<String>>,
@@ -182,6 +185,7 @@ impl Default for Raw {
             shim: text(""),
             default_runtime: text(""),
             snapshotter: Snapshotter::Auto,
+            volatile_layers: true,
             sandbox_image: String::new(),
             runtimes: BTreeMap::new(),
             sysctls: BTreeMap::from([
@@ -370,6 +374,7 @@ fn check(c: &Checker, raw: Raw) -> Result<Config> {
         default_runtime,
         runtimes,
         snapshotter: raw.snapshotter,
+        volatile_layers: raw.volatile_layers,
         sandbox_image: Some(raw.sandbox_image).filter(|i| !i.is_empty()),
         sysctls,
         cni: Cni {

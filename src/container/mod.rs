@@ -9,6 +9,8 @@ pub mod exec;
 pub mod exit;
 /// What the host can do.
 pub mod host;
+/// Images as volumes, and volumes that images declare.
+pub mod image_volumes;
 /// Start, stop, kill, update, log.
 pub mod lifecycle;
 /// Create, remove, lookup.

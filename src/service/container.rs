@@ -35,6 +35,7 @@ impl Service {
             files: files(&sandbox),
             hostname: &sandbox.meta.hostname,
             cgroup_parent: &sandbox.meta.cgroup_parent,
+            recursive_read_only: false,
             config: config.clone(),
         };
         let id = self.containers.create(inputs, &call.cancel).context(what).map_err(lead)?;

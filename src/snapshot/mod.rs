@@ -1,8 +1,13 @@
-//! Root filesystems of containers from layers: a snapshot is `root/snapshots/<container id>` and what is mounted from it.
+//! Root filesystems of containers from layers: a snapshot is `root/snapshots/<container id>` and what is mounted from it. Volumes
+//! that images declare are directories in `root/volumes/<container id>`, beside the layers: writes to them do not pass the
+//! overlay, work with a read-only root filesystem too, and are not part of the writable layer whose size kubelet is told.
 
 mod copy;
 mod overlay;
 
+use std::collections::BTreeSet;
+use std::io::ErrorKind;
+use std::os::fd::BorrowedFd;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -23,7 +28,10 @@ pub enum Kind {
 #[derive(Clone, Debug)]
 pub struct Snapshotter {
     dir: PathBuf,
+    volumes: PathBuf,
     kind: Kind,
+    /// Whether the kernel may leave writable layers unsynced.
+    volatile: bool,
     /// Set: the kernel counts what each snapshot takes.
     projects: Option<Arc<Projects>>,
 }
@@ -31,19 +39,27 @@ pub struct Snapshotter {
 impl Snapshotter {
     /// A snapshotter of a given kind, as configured.
     pub fn new(root: &Path, kind: Kind) -> Result<Snapshotter> {
-        let dir = root.join("snapshots");
+        let (dir, volumes) = (root.join("snapshots"), root.join("volumes"));
         file::make_dir(&dir, 0o711)?;
-        Ok(Snapshotter { dir, kind, projects: None })
+        Ok(Snapshotter { dir, volumes, kind, volatile: false, projects: None })
     }
 
     /// overlayfs if this file system can carry one (tried with a real mount), else copies, with a warning.
     pub fn detect(root: &Path) -> Result<Snapshotter> {
         let mut found = Snapshotter::new(root, Kind::Overlay)?;
-        if let Err(e) = overlay::probe(&found.dir) {
+        if let Err(e) = overlay::probe(&found.dir, false) {
             log::warn!("snapshot: overlayfs does not work here, every container gets a copy of its image: {e}");
             found.kind = Kind::Copy;
         }
         Ok(found)
+    }
+
+    /// From now on writable layers need not be synced, where overlayfs knows how (Linux 5.10; tried with a real mount): no
+    /// container outlives a reboot, so nobody would read what the syncs were for.
+    pub fn allow_volatile(&mut self) {
+        if self.kind == Kind::Overlay {
+            self.volatile = overlay::probe(&self.dir, true).map_err(|e| log::info!("snapshot: no volatile overlays here: {e}")).is_ok();
+        }
     }
 
     /// Has the kernel count new snapshots, if their file system can do it.
@@ -80,12 +96,48 @@ impl Snapshotter {
         file::make_dir(&fs, 0o755)?;
         file::make_dir(target, 0o711)?;
         match self.kind {
-            Kind::Overlay => overlay::prepare(&place, layers, target),
+            Kind::Overlay => overlay::prepare(&place, layers, target, self.volatile),
             Kind::Copy => copy::prepare(&fs, layers, target),
         }
         .context(what)?;
         undo.commit();
         Ok(())
+    }
+
+    /// Mounts what `layers` (top first) make together on `target`, read-only: the `number`th such view of a container that has a
+    /// snapshot. The caller unmounts it before `remove`, which takes the rest.
+    pub fn view(&self, container: &str, number: usize, layers: &[PathBuf], target: &Path) -> Result<()> {
+        let what = || format!("mount a view of {} layers on {}", layers.len(), target.display());
+        let place = self.place(container)?.join("views").join(number.to_string());
+        file::make_dir(&place, 0o700)?;
+        file::make_dir(target, 0o711)?;
+        let mounted = match self.kind {
+            Kind::Overlay => overlay::view(&place, layers, target),
+            Kind::Copy => {
+                let fs = place.join("fs");
+                file::make_dir(&fs, 0o755)?;
+                copy::merge(&fs, layers).and_then(|()| mount::bind(&fs, target, false)).and_then(|()| mount::make_readonly(target))
+            }
+        };
+        if mounted.is_err() {
+            mount::unmount(target)?;
+        }
+        mounted.context(what)
+    }
+
+    /// Makes the `number`th volume of a container: a directory of its own with what is in the open directory `from`, owners, modes
+    /// and attributes included. Returns where it is; `remove` takes it.
+    pub fn volume(&self, container: &str, number: usize, from: BorrowedFd<'_>) -> Result<PathBuf> {
+        let what = || format!("make volume {number} of {container}");
+        self.place(container)?;
+        file::make_dir(&self.volumes, 0o711)?;
+        let place = self.volumes.join(container);
+        // Nobody but the container enters: the volume itself may be open to everybody.
+        file::make_dir(&place, 0o700)?;
+        let volume = place.join(number.to_string());
+        std::fs::create_dir(&volume).context(what)?;
+        copy::directory(from, &volume).context(what)?;
+        Ok(volume)
     }
 
     /// Unmounts a container's snapshot from `target` and deletes it. Not there is fine. Every step is tried.
@@ -96,18 +148,24 @@ impl Snapshotter {
         if errors.keep(mount::unmount(target)).is_some() {
             errors.keep(file::remove_tree(&place));
         }
+        errors.keep(file::remove_tree(&self.volumes.join(container)));
         errors.finish().context(|| format!("remove snapshot of {container}"))
     }
 
-    /// The containers that have a snapshot here: for the sweep of orphans at start.
+    /// The containers that have a snapshot or volumes here: for the sweep of orphans at start.
     pub fn list(&self) -> Result<Vec<String>> {
-        let what = || format!("list {}", self.dir.display());
-        let mut found = Vec::new();
-        for entry in std::fs::read_dir(&self.dir).context(what)? {
-            found.push(entry.context(what)?.file_name().to_string_lossy().into_owned());
+        let mut found = BTreeSet::new();
+        for dir in [&self.dir, &self.volumes] {
+            let what = || format!("list {}", dir.display());
+            let entries = match std::fs::read_dir(dir) {
+                Err(e) if e.kind() == ErrorKind::NotFound => continue,
+                entries => entries.context(what)?,
+            };
+            for entry in entries {
+                found.insert(entry.context(what)?.file_name().to_string_lossy().into_owned());
+            }
         }
-        found.sort();
-        Ok(found)
+        Ok(found.into_iter().collect())
     }
 
     fn place(&self, container: &str) -> Result<PathBuf> {

@@ -11,8 +11,11 @@
 //! | image.annotations, image.runtime_handler, image.image_ref | C |
 //! | command, args, working_dir, envs, tty | H `process` |
 //! | mounts: container_path, host_path, readonly, propagation | H `mounts`; paths resolved by `container::mounts` |
+//! | mounts: mount_options | H noexec, nosuid, nodev; R others |
+//! | mounts: recursive_read_only | H where the OCI runtime and the kernel can, else R (RROUnsupported) |
+//! | mounts: image, image_sub_path | H read-only; mounted by `container::image_volumes` |
 //! | mounts: selinux_relabel | N without SELinux, R with it |
-//! | mounts: recursive_read_only, image, image_sub_path, uidMappings, gidMappings, mount_options | R `refuse` |
+//! | mounts: uidMappings, gidMappings | R `refuse` |
 //! | devices | H `resources`; stat'ed by `container::devices` |
 //! | CDI_devices, annotations `cdi.k8s.io/*`, RDT and block I/O class annotations | R `refuse` |
 //! | annotations | C; into the spec only those on `Defaults::annotations` |
@@ -32,8 +35,8 @@
 //! | seccomp, seccomp_profile_path | H; R Localhost |
 //! | apparmor, apparmor_profile | H unset and unconfined; R the others |
 //!
-//! Of the image's configuration: User C, Env, Entrypoint, Cmd, WorkingDir H, StopSignal C, Volumes C (an empty
-//! directory in the rootfs: image volumes of their own are not built), ExposedPorts and Labels N. Of PodSandboxConfig only
+//! Of the image's configuration: User C, Env, Entrypoint, Cmd, WorkingDir H, StopSignal C, Volumes C
+//! (`container::image_volumes`), ExposedPorts and Labels N. Of PodSandboxConfig only
 //! the metadata, `privileged` and annotations matter here. hostname and sysctls are left out of the spec on purpose: the
 //! namespaces are joined, and a runtime would rewrite the sandbox's.
 
@@ -163,6 +166,8 @@ pub struct HostFacts {
     pub seccomp: bool,
     pub apparmor: bool,
     pub selinux: bool,
+    /// Whether mounts can be changed with all below them (mount_setattr(2), Linux 5.12).
+    pub mount_setattr: bool,
 }
 
 /// Builds the spec. The second value has a line for each thing that was given less than asked; the caller logs them once.

@@ -52,6 +52,8 @@ pub mod socket;
 pub mod tcp;
 /// Threads with names.
 pub mod thread;
+/// Removal of directory trees of any depth.
+pub mod tree;
 /// One thread that waits on many descriptors.
 #[cfg(feature = "engine")]
 pub mod watch;

@@ -3,6 +3,7 @@
 //!
 //! `CRISP_TEST_DAEMON=containerd` runs what every CRI runtime must do against containerd: that checks the tests.
 
+mod archive;
 mod client;
 mod daemon;
 mod events;
@@ -12,6 +13,7 @@ mod images;
 mod lifecycle;
 mod logs;
 mod metrics;
+mod mounts;
 mod network;
 mod objects;
 mod python;
@@ -26,4 +28,5 @@ mod streams;
 mod stats;
 mod trouble;
 mod unified;
+mod volumes;
 mod websocket;
