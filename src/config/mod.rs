@@ -41,6 +41,7 @@ pub struct Config {
     pub default_runtime: Option<String>,
     pub runtimes: BTreeMap<String, Handler>,
     pub snapshotter: Snapshotter,
+    pub userns_rootfs: UsernsRootfs,
     /// Kept from image garbage collection; sandboxes of this version need none.
     pub sandbox_image: Option<String>,
     pub sysctls: BTreeMap<String, String>,
@@ -58,6 +59,15 @@ pub enum Snapshotter {
     Auto,
     Overlay,
     Copy,
+}
+
+/// How the files of an image come to be those of a user namespace.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum UsernsRootfs {
+    Auto,
+    Idmap,
+    Chown,
 }
 
 #[derive(Clone, Debug)]
@@ -107,6 +117,7 @@ struct Raw {
     shim: Spanned<String>,
     default_runtime: Spanned<String>,
     snapshotter: Snapshotter,
+    userns_rootfs: UsernsRootfs,
     sandbox_image: String,
     runtimes: BTreeMap<String, RawRuntime>,
     sysctls: BTreeMap<String, Spanned<String>>,
@@ -182,6 +193,7 @@ impl Default for Raw {
             shim: text(""),
             default_runtime: text(""),
             snapshotter: Snapshotter::Auto,
+            userns_rootfs: UsernsRootfs::Auto,
             sandbox_image: String::new(),
             runtimes: BTreeMap::new(),
             sysctls: BTreeMap::from([
@@ -370,6 +382,7 @@ fn check(c: &Checker, raw: Raw) -> Result<Config> {
         default_runtime,
         runtimes,
         snapshotter: raw.snapshotter,
+        userns_rootfs: raw.userns_rootfs,
         sandbox_image: Some(raw.sandbox_image).filter(|i| !i.is_empty()),
         sysctls,
         cni: Cni {

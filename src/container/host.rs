@@ -45,6 +45,7 @@ pub fn detect() -> Result<HostFacts> {
     Ok(HostFacts {
         cgroup_v2,
         cgroup_mounts: if cgroup_v2 { Vec::new() } else { cgroup_mounts(&mounts) },
+        sys_mounts: mounts.iter().map(|m| &m.target).filter(|t| t.starts_with("/sys") && *t != Path::new("/sys")).cloned().collect(),
         bounding: capabilities(capability_mask(&status, "CapBnd")?),
         arch: std::env::consts::ARCH.to_owned(),
         oom_score_adj_floor: if may_raise { -1000 } else { own_oom_score_adj()? },
