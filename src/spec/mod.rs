@@ -150,8 +150,8 @@ pub struct HostFacts {
     /// What an OCI runtime may mount below a container's /sys/fs/cgroup, by name; nothing on v2. Names that it does not mount do
     /// no harm.
     pub cgroup_mounts: Vec<String>,
-    /// What is mounted below the host's /sys.
-    pub sys_mounts: Vec<PathBuf>,
+    /// What is mounted on the host's /dev/mqueue and below its /sys.
+    pub host_mounts: Vec<PathBuf>,
     /// The daemon's bounding set: no container can have more.
     pub bounding: Capabilities,
     /// A name of `std::env::consts::ARCH`.

@@ -34,10 +34,14 @@ pub(super) fn has_hosts_sys(inputs: &Inputs) -> bool {
 
 /// Replaces what cannot be mounted: what belongs to a namespace of the host is bound from the host, with all below it, since the kernel
 /// lets nobody look under the mounts of another user namespace.
-pub(super) fn adjust(list: &mut [Mount], inputs: &Inputs) {
+pub(super) fn adjust(list: &mut Vec<Mount>, inputs: &Inputs) {
     let Some(user) = &inputs.namespaces.user else { return };
     let hosts =
         [("/proc", inputs.namespaces.pid == Pid::Host), ("/sys", has_hosts_sys(inputs)), ("/dev/mqueue", inputs.namespaces.ipc.is_none())];
+    let mqueue = Path::new("/dev/mqueue");
+    if inputs.namespaces.ipc.is_none() && !inputs.host.host_mounts.iter().any(|path| path == mqueue) {
+        list.retain(|mount| mount.destination() != mqueue);
+    }
     for mount in list {
         let destination = mount.destination().clone();
         if hosts.iter().any(|(path, bound)| *bound && destination == Path::new(path)) {
@@ -104,13 +108,15 @@ mod tests {
     fn what_is_the_hosts_is_bound() {
         let mut fixture = fixture(5);
         (fixture.namespaces.net, fixture.namespaces.ipc, fixture.namespaces.pid) = (None, None, Pid::Host);
-        fixture.host.sys_mounts = vec!["/sys/kernel/debug".into(), "/sys/fs/cgroup".into()];
+        fixture.host.host_mounts = vec!["/sys/kernel/debug".into(), "/sys/fs/cgroup".into(), "/dev/mqueue".into()];
         for (path, more) in [("/proc", ""), ("/sys", ",rro"), ("/dev/mqueue", "")] {
             assert_eq!(at(&mut fixture, path), ("bind".into(), format!("rbind,rprivate,nosuid,noexec,nodev{more}")));
         }
         assert!(!at(&mut fixture, "/dev/pts").1.contains("gid=5"), "gid 5 is not mapped");
         let readonly = fixture.build().0.linux().as_ref().unwrap().readonly_paths().clone().unwrap();
         assert!(["/sys", "/sys/kernel/debug"].iter().all(|path| readonly.iter().any(|r| r == path)), "{readonly:?}");
+        fixture.host.host_mounts.clear();
+        assert!(!fixture.build().0.mounts().as_ref().unwrap().iter().any(|m| m.destination() == Path::new("/dev/mqueue")));
         fixture.namespaces.user = None;
         assert_eq!(at(&mut fixture, "/sys").0, "sysfs", "the host's users may mount");
     }
