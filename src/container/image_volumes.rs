@@ -11,7 +11,7 @@ use super::metadata::Metadata;
 use crate::api::runtime::{ImageSpec, Mount};
 use crate::error::{Code, Context, Error, ErrorList, Result};
 use crate::image::{Held, Image, Images};
-use crate::snapshot::Snapshotter;
+use crate::snapshot::{Owners, Snapshotter};
 use crate::spec::{process, Propagation, ResolvedMount};
 use crate::sys::rooted::Rooted;
 use crate::sys::{inroot, mount};
@@ -64,12 +64,13 @@ pub(super) fn mount_images(
     asked: &[Mount],
     resolved: &mut [ResolvedMount],
     snapshots: &Snapshotter,
+    owners: Option<&Owners>,
 ) -> Result<()> {
     for (volume, held) in meta.image_volumes.iter().zip(held) {
         let (asked, resolved) = (&asked[volume.mount], &mut resolved[volume.mount]);
         let target = meta.images_dir().join(volume.mount.to_string());
         let source = snapshots
-            .view(&meta.id, volume.mount, &held.layers, &target)
+            .view(&meta.id, volume.mount, &held.layers, &target, owners)
             .and_then(|()| inside(&target, &asked.image_sub_path).context(|| format!("image_sub_path {}", asked.image_sub_path)));
         resolved.host_path = source.map_err(|e| failed(&asked.container_path, e))?;
     }
@@ -122,6 +123,7 @@ pub(super) fn declared(
     rootfs: &Path,
     requested: &[ResolvedMount],
     snapshots: &Snapshotter,
+    owners: Option<&Owners>,
 ) -> Result<Vec<ResolvedMount>> {
     let mut volumes = Vec::new();
     if paths.is_empty() {
@@ -147,7 +149,7 @@ pub(super) fn declared(
         }
         let container_path = root.make_dirs(&real).context(what)?;
         let from = inside.dir(&container_path).context(what)?;
-        let host_path = snapshots.volume(id, number, from.as_fd()).context(what)?;
+        let host_path = snapshots.volume(id, number, from.as_fd(), owners).context(what)?;
         taken.insert(container_path.clone());
         volumes.push(ResolvedMount { container_path, host_path, propagation: Propagation::Private, ..Default::default() });
     }
@@ -180,7 +182,7 @@ mod tests {
         symlink("/etc/passwd", rootfs.join("data/link")).unwrap();
         std::fs::set_permissions(rootfs.join("data"), std::fs::Permissions::from_mode(0o2770)).unwrap();
         std::os::unix::fs::lchown(rootfs.join("data"), Some(7), Some(8)).unwrap();
-        let made = declared("c1", &paths(&["/data", "/new/dir"]), &rootfs, &[], &snapshots).unwrap();
+        let made = declared("c1", &paths(&["/data", "/new/dir"]), &rootfs, &[], &snapshots, None).unwrap();
         let seen: Vec<_> = made.iter().map(|m| (m.container_path.to_str().unwrap(), m.readonly)).collect();
         assert_eq!(seen, [("/data", false), ("/new/dir", false)]);
         let data = made[0].host_path.symlink_metadata().unwrap();
@@ -200,7 +202,7 @@ mod tests {
         symlink("../../../../../../..", rootfs.join("up")).unwrap();
         symlink("proc", rootfs.join("kernel")).unwrap();
         let declared_paths = paths(&["/absolute", "/up", "/kernel", "/proc/sys", "../../dev", "/"]);
-        let made = declared("c1", &declared_paths, &rootfs, &[], &snapshots).unwrap();
+        let made = declared("c1", &declared_paths, &rootfs, &[], &snapshots, None).unwrap();
         assert_eq!(made.len(), 1, "the root and the kernel's are left out: {made:?}");
         assert!(made[0].container_path.ends_with("secret") && !made[0].host_path.join("file").exists());
     }
@@ -213,13 +215,13 @@ mod tests {
         let requested = |path: &str| ResolvedMount { container_path: path.into(), host_path: "/srv".into(), ..Default::default() };
         let list = paths(&["/data/", "/run/x", "/other", "/var/y"]);
         let mounts = [requested("/data"), requested("/var/x"), requested("/run/y")];
-        let made = declared("c1", &list, &rootfs, &mounts, &snapshots).unwrap();
+        let made = declared("c1", &list, &rootfs, &mounts, &snapshots, None).unwrap();
         assert_eq!(made.iter().map(|m| m.container_path.as_path()).collect::<Vec<_>>(), [Path::new("/other")]);
         // One place by two names is one volume.
-        let made = declared("c2", &paths(&["/run/z", "/var/z"]), &rootfs, &[], &snapshots).unwrap();
+        let made = declared("c2", &paths(&["/run/z", "/var/z"]), &rootfs, &[], &snapshots, None).unwrap();
         assert_eq!(made.len(), 1);
         std::fs::write(rootfs.join("file"), "").unwrap();
-        assert!(declared("c3", &paths(&["/file"]), &rootfs, &[], &snapshots).is_err());
+        assert!(declared("c3", &paths(&["/file"]), &rootfs, &[], &snapshots, None).is_err());
     }
 
     #[test]

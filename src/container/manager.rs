@@ -17,7 +17,7 @@ use crate::error::{Context, Error, ErrorList, Result};
 use crate::event::{self, Listener};
 use crate::image::{Image, Images};
 use crate::runtime::Handler;
-use crate::snapshot::Snapshotter;
+use crate::snapshot::{Owners, Snapshotter};
 use crate::spec::{self, Defaults, HostFacts, NamespacePaths, ResolvedMount, SandboxFiles};
 use crate::store::{new_id, now_ns, Claim, Index, Names, Records};
 use crate::sys::cancel::Cancel;
@@ -209,6 +209,7 @@ impl Containers {
             stop_signal: super::lifecycle::stop_signal(config, &image)?,
             cgroups_path: crate::cgroup::path::below(inputs.cgroup_parent, &id),
             target: inputs.target.clone(),
+            userns: inputs.namespaces.user.as_ref().map(|user| user.maps),
             dir: self.settings.run.join("containers").join(&id),
             id,
         };
@@ -248,9 +249,12 @@ impl Containers {
         let resources = resources.transpose().context(|| "encode resources")?.unwrap_or_default();
         self.update(container, |s| s.resources = resources)?;
         crash::step("create:1-recorded");
-        file::make_dir(&meta.dir, 0o700)?;
+        make_bundle(meta)?;
         let mut held = self.images.hold_all(&meta.id, &meta.chains())?;
-        self.snapshots.prepare(&meta.id, &held.remove(0).layers, &meta.rootfs())?;
+        let user_namespace = inputs.namespaces.user.as_ref();
+        let owners = user_namespace.map(|user| Owners { maps: user.maps, namespace: &user.path });
+        let owners = owners.as_ref();
+        self.snapshots.prepare(&meta.id, &held.remove(0).layers, &meta.rootfs(), owners)?;
         crash::step("create:2-snapshot");
         let rootfs = meta.rootfs();
         let defaults = image.config.config().as_ref();
@@ -258,12 +262,13 @@ impl Containers {
         let image_dir = defaults.and_then(|c| c.working_dir().as_deref()).unwrap_or_default();
         let user = super::user::resolve(&rootfs, &config.linux.security_context, image_user)?;
         super::mounts::find(mounts)?;
-        super::image_volumes::mount_images(meta, &held, &config.mounts, mounts, &self.snapshots)?;
+        super::image_volumes::mount_images(meta, &held, &config.mounts, mounts, &self.snapshots, owners)?;
+        super::volumes::place(&meta.dir, &config.mounts, mounts, user_namespace, &self.settings.shim)?;
         let devices = super::devices::collect(config)?;
         let working_dir = spec::process::working_dir(&config.working_dir, image_dir)?;
         super::mounts::prepare_root(&rootfs, &working_dir)?;
         // First, so that a mount of the request in the same depth comes after it.
-        let volumes = super::image_volumes::declared(&meta.id, &image.volumes(), &rootfs, mounts, &self.snapshots)?;
+        let volumes = super::image_volumes::declared(&meta.id, &image.volumes(), &rootfs, mounts, &self.snapshots, owners)?;
         mounts.splice(0..0, volumes);
         crash::step("create:3-volumes");
         let (built, warnings) = spec::build(&spec::Inputs {
@@ -349,6 +354,7 @@ impl Containers {
         errors.keep(super::image_volumes::unmount_images(&meta.dir));
         crash::step("remove:1-volumes");
         errors.keep(self.snapshots.remove(&meta.id, &meta.rootfs()));
+        errors.keep(super::volumes::remove(&meta.dir));
         crash::step("remove:2-snapshot");
         // What could not be unmounted still needs its layers.
         if errors.is_empty() {
@@ -359,6 +365,16 @@ impl Containers {
         }
         errors.finish()
     }
+}
+
+/// The container's directory. Root of a user namespace must be able to pass through it to its root filesystem, and no one else.
+fn make_bundle(meta: &Metadata) -> Result<()> {
+    use std::os::unix::fs::PermissionsExt;
+    file::make_dir(&meta.dir, 0o700)?;
+    let Some(maps) = meta.userns else { return Ok(()) };
+    let what = || format!("give {} to the user namespace", meta.dir.display());
+    std::os::unix::fs::chown(&meta.dir, None, Some(maps.root().1)).context(what)?;
+    std::fs::set_permissions(&meta.dir, std::fs::Permissions::from_mode(0o710)).context(what)
 }
 
 /// What subscribers are told of a change of state. Entering the index is the creation, leaving it the deletion. A container that

@@ -6,6 +6,7 @@ use serde::{Deserialize, Serialize};
 
 use super::image_volumes::{ImageVolume, IMAGES};
 use crate::runtime::Handler;
+use crate::sys::idmap::IdMaps;
 
 /// Immutable facts, beside the config message.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -37,6 +38,9 @@ pub struct Metadata {
     pub cgroups_path: String,
     /// The container whose PID namespace this one joins (PID mode TARGET).
     pub target: Option<String>,
+    /// Maps of the sandbox's user namespace; None, and missing in older records: the host's.
+    #[serde(default)]
+    pub userns: Option<IdMaps>,
     /// `run/containers/<id>`
     pub dir: PathBuf,
 }
@@ -54,6 +58,11 @@ impl Metadata {
     /// The layers to hold: its own image's, then those of each image that it mounts.
     pub fn chains(&self) -> Vec<&[String]> {
         std::iter::once(self.chain.as_slice()).chain(self.image_volumes.iter().map(|v| v.chain.as_slice())).collect()
+    }
+
+    /// The ids of a user of the container on the host.
+    pub fn owner(&self, uid: u32, gid: u32) -> (u32, u32) {
+        self.userns.map_or((uid, gid), |maps| maps.owner(uid, gid))
     }
 
     pub fn spec_path(&self) -> PathBuf {

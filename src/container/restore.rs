@@ -135,7 +135,9 @@ impl Containers {
                 continue;
             }
             errors.keep(self.snapshots.remove(&id, &bundle.join("rootfs")));
-            errors.keep(file::remove_tree(&bundle));
+            if errors.keep(super::volumes::remove(&bundle)).is_some() {
+                errors.keep(file::remove_tree(&bundle));
+            }
         }
         for id in self.snapshots.list()? {
             if !known(&id) {

@@ -1,4 +1,4 @@
-//! Snapshots as copies: every layer is copied over the one below, whiteouts applied on the way.
+//! Snapshots as copies: every layer is copied over the one below, whiteouts applied and owners mapped on the way.
 
 use std::collections::HashMap;
 use std::ffi::{OsStr, OsString};
@@ -11,41 +11,48 @@ use rustix::fs::{AtFlags, Dir, FileType, Gid, Mode, OFlags, Stat, Uid};
 use rustix::io::Errno;
 
 use crate::error::{Context, Error, Result};
+use crate::sys::idmap::IdMaps;
 use crate::sys::rooted::{self, Rooted};
 use crate::sys::{mount, tree};
 
 const DIR: OFlags = OFlags::RDONLY.union(OFlags::DIRECTORY).union(OFlags::NOFOLLOW).union(OFlags::CLOEXEC);
 
-pub fn prepare(fs: &Path, layers: &[PathBuf], target: &Path) -> Result<()> {
-    merge(fs, layers)?;
+/// `maps`: root of the image becomes that of a user namespace, and so on; an id that is not mapped stays as it is, and is nobody there.
+pub fn prepare(fs: &Path, layers: &[PathBuf], target: &Path, maps: Option<&IdMaps>) -> Result<()> {
+    merge(fs, layers, maps)?;
     mount::bind(fs, target, false)
 }
 
 /// Puts what layers make together, ordered top first, into the directory `to`.
-pub fn merge(to: &Path, layers: &[PathBuf]) -> Result<()> {
+pub fn merge(to: &Path, layers: &[PathBuf], maps: Option<&IdMaps>) -> Result<()> {
+    if let Some(maps) = maps.filter(|_| layers.is_empty()) {
+        let (uid, gid) = maps.root();
+        std::os::unix::fs::chown(to, Some(uid), Some(gid)).context(|| format!("set the owner of {}", to.display()))?;
+    }
     for layer in layers.iter().rev() {
         let from = rustix::fs::open(layer, DIR, Mode::empty()).context(|| format!("open {}", layer.display()))?;
-        directory(from.as_fd(), to).context(|| format!("copy {}", layer.display()))?;
+        directory(from.as_fd(), to, maps).context(|| format!("copy {}", layer.display()))?;
     }
     Ok(())
 }
 
 /// Copies everything in the open directory `from`, and what it says of itself, into the directory `to`. No link is followed.
-pub fn directory(from: BorrowedFd<'_>, to: &Path) -> Result<()> {
+pub fn directory(from: BorrowedFd<'_>, to: &Path, maps: Option<&IdMaps>) -> Result<()> {
     // The handle may be one for metadata alone.
     let from = rustix::fs::openat(from, ".", DIR, Mode::empty()).context(|| "open the source")?;
     let open = rustix::fs::open(to, DIR, Mode::empty()).context(|| format!("open {}", to.display()))?;
-    let mut merge = Merge { links: HashMap::new(), root: Rooted::open(to)?, path: PathBuf::new() };
+    let mut merge = Merge { links: HashMap::new(), root: Rooted::open(to)?, path: PathBuf::new(), maps };
     merge.tree(from, open).context(|| format!("at {}", merge.path.display()))
 }
 
 /// One layer on its way into the tree.
-struct Merge {
+struct Merge<'a> {
     /// Where the first name of a file with several went.
     links: HashMap<(u64, u64), PathBuf>,
     root: Rooted,
     /// What is being copied.
     path: PathBuf,
+    maps: Option<&'a IdMaps>,
 }
 
 /// A directory on the way down: what is left to do in it, and how to know both sides again when we come back.
@@ -55,7 +62,7 @@ struct Level {
     to: (u64, u64),
 }
 
-impl Merge {
+impl Merge<'_> {
     /// Keeps one directory open on each side, and no place on the stack: a stranger chose how deep they are.
     fn tree(&mut self, mut from: OwnedFd, mut to: OwnedFd) -> Result<()> {
         let mut levels = vec![enter(&from, &to)?];
@@ -73,6 +80,7 @@ impl Merge {
             }
             // Last: every file made in it changed its times.
             rooted::copy_dir_metadata(&from, &to, Path::new(""))?;
+            self.map_owner(&from, &to)?;
             levels.pop();
             self.path.pop();
             if let Some(above) = levels.last() {
@@ -80,6 +88,13 @@ impl Merge {
             }
         }
         Ok(())
+    }
+
+    fn map_owner(&self, from: &OwnedFd, to: &OwnedFd) -> Result<()> {
+        let Some(maps) = self.maps else { return Ok(()) };
+        let stat = rustix::fs::fstat(from).context(|| "look at the source")?;
+        let (uid, gid) = maps.owner(stat.st_uid, stat.st_gid);
+        rustix::fs::fchown(to, Some(Uid::from_raw(uid)), Some(Gid::from_raw(gid))).context(|| "set owner")
     }
 
     /// Copies one entry; the two sides of a directory, which is still to be filled.
@@ -127,7 +142,7 @@ impl Merge {
             }
             kind => rustix::fs::mknodat(to, name, kind, Mode::from(0o600), stat.st_rdev).context(|| "make device")?,
         }
-        describe(from, to, name, &stat)?;
+        describe(from, to, name, &stat, self.maps)?;
         Ok(None)
     }
 }
@@ -158,10 +173,14 @@ fn id(dir: &OwnedFd) -> Result<(u64, u64)> {
 
 fn describe(from: &OwnedFd, to: &OwnedFd, name: &Path, stat: &Stat) -> Result<()> {
     if rustix::process::geteuid().is_root() {
-        let (uid, gid) = (Uid::from_raw(stat.st_uid), Gid::from_raw(stat.st_gid));
+        let (uid, gid) = maps.map_or((stat.st_uid, stat.st_gid), |maps| maps.owner(stat.st_uid, stat.st_gid));
+        let (uid, gid) = (Uid::from_raw(uid), Gid::from_raw(gid));
         rustix::fs::chownat(to, name, Some(uid), Some(gid), AtFlags::SYMLINK_NOFOLLOW).context(|| "set owner")?;
     }
-    for (key, value) in rooted::xattrs(&rooted::proc_path(from.as_fd(), name)).context(|| "list attributes")? {
+    for (key, mut value) in rooted::xattrs(&rooted::proc_path(from.as_fd(), name)).context(|| "list attributes")? {
+        if let Some(maps) = maps.filter(|_| key == "security.capability") {
+            value = capability_of(value, maps);
+        }
         rustix::fs::lsetxattr(rooted::proc_path(to.as_fd(), name), &key, &value, rustix::fs::XattrFlags::empty())
             .context(|| format!("set attribute {}", key.to_string_lossy()))?;
     }
@@ -169,6 +188,19 @@ fn describe(from: &OwnedFd, to: &OwnedFd, name: &Path, stat: &Stat) -> Result<()
         rooted::set_mode(to, name, stat.st_mode & 0o7777).context(|| "set mode")?;
     }
     rooted::set_times(to, name, (stat.st_mtime, stat.st_mtime_nsec as u32))
+}
+
+/// struct vfs_ns_cap_data of <linux/capability.h>: capabilities of a file hold in the user namespace whose root they name. Version 2 names
+/// none and means the host's.
+fn capability_of(mut value: Vec<u8>, maps: &IdMaps) -> Vec<u8> {
+    const VERSION_2: u8 = 2;
+    const VERSION_3: u8 = 3;
+    // Little endian: the version is the highest byte of the first word, the lowest is a flag.
+    if value.len() == 20 && value[3] == VERSION_2 {
+        value[3] = VERSION_3;
+        value.extend_from_slice(&maps.root().0.to_le_bytes());
+    }
+    value
 }
 
 fn names(dir: &OwnedFd) -> Result<Vec<OsString>> {
@@ -187,4 +219,22 @@ fn names(dir: &OwnedFd) -> Result<Vec<OsString>> {
 /// Removes a file or tree in a directory; not there is fine.
 fn remove(dir: &OwnedFd, name: &OsStr) -> Result<()> {
     tree::remove_at(dir.as_fd(), name).map(drop)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::sys::idmap::IdMap;
+
+    #[test]
+    fn capabilities_of_files_name_the_namespaces_root() {
+        let map = IdMap { container: 0, host: 0x0102_0304, length: 1 };
+        let maps = IdMaps { uids: map, gids: map };
+        let mut ping = vec![1, 0, 0, 2, 0, 0x20, 0, 0];
+        ping.extend([0; 12]);
+        let mapped = capability_of(ping.clone(), &maps);
+        assert_eq!((mapped.len(), mapped[3], &mapped[4..8], &mapped[20..]), (24, 3, &ping[4..8], &[4, 3, 2, 1][..]));
+        assert_eq!(capability_of(mapped.clone(), &maps), mapped, "one that names a root keeps it");
+        assert_eq!(capability_of(vec![1, 0, 0, 1], &maps), [1, 0, 0, 1]);
+    }
 }

@@ -4,10 +4,14 @@
 
 mod copy;
 mod overlay;
+mod owners;
+
+pub use owners::{Mapping, Owners};
 
 use std::collections::BTreeSet;
 use std::io::ErrorKind;
 use std::os::fd::BorrowedFd;
+use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -24,6 +28,9 @@ pub enum Kind {
     Copy,
 }
 
+/// In a snapshot: what views of other images need.
+const VIEWS: &str = "views";
+
 /// Makes and removes snapshots below one root.
 #[derive(Clone, Debug)]
 pub struct Snapshotter {
@@ -32,6 +39,7 @@ pub struct Snapshotter {
     kind: Kind,
     /// Whether the kernel may leave writable layers unsynced.
     volatile: bool,
+    mapping: Mapping,
     /// Set: the kernel counts what each snapshot takes.
     projects: Option<Arc<Projects>>,
 }
@@ -41,7 +49,7 @@ impl Snapshotter {
     pub fn new(root: &Path, kind: Kind) -> Result<Snapshotter> {
         let (dir, volumes) = (root.join("snapshots"), root.join("volumes"));
         file::make_dir(&dir, 0o711)?;
-        Ok(Snapshotter { dir, volumes, kind, volatile: false, projects: None })
+        Ok(Snapshotter { dir, volumes, kind, volatile: false, mapping: Mapping::default(), projects: None })
     }
 
     /// overlayfs if this file system can carry one (tried with a real mount), else copies, with a warning.
@@ -68,6 +76,11 @@ impl Snapshotter {
         self.projects.clone()
     }
 
+    /// How root filesystems for user namespaces are made by a snapshotter of overlays; one of copies changes the owners while it copies.
+    pub fn set_mapping(&mut self, mapping: Mapping) {
+        self.mapping = mapping;
+    }
+
     pub fn kind(&self) -> Kind {
         self.kind
     }
@@ -77,9 +90,9 @@ impl Snapshotter {
         self.dir.join(container).join("fs")
     }
 
-    /// Makes the snapshot of a container and mounts it on `target`. `layers` is ordered top first and may be empty. On an
-    /// error nothing is left.
-    pub fn prepare(&self, container: &str, layers: &[PathBuf], target: &Path) -> Result<()> {
+    /// Makes the snapshot of a container and mounts it on `target`. `layers` is ordered top first and may be empty. `owners`: for a user
+    /// namespace. On an error nothing is left.
+    pub fn prepare(&self, container: &str, layers: &[PathBuf], target: &Path, owners: Option<&Owners>) -> Result<()> {
         let what = || format!("prepare snapshot of {container}");
         let place = self.place(container)?;
         if place.exists() {
@@ -95,9 +108,21 @@ impl Snapshotter {
         let fs = place.join("fs");
         file::make_dir(&fs, 0o755)?;
         file::make_dir(target, 0o711)?;
-        match self.kind {
-            Kind::Overlay => overlay::prepare(&place, layers, target, self.volatile),
-            Kind::Copy => copy::prepare(&fs, layers, target),
+        match (self.kind, owners, self.mapping) {
+            (Kind::Overlay, None, _) => overlay::prepare(&place, layers, target, self.volatile),
+            (Kind::Overlay, Some(owners), Mapping::Idmap) => owners::prepare_mapped(&place, layers, target, owners, self.volatile),
+            (Kind::Overlay, Some(owners), Mapping::Auto) => match owners::prepare_mapped(&place, layers, target, owners, self.volatile) {
+                Ok(()) => Ok(()),
+                Err(e) => {
+                    static ONCE: std::sync::Once = std::sync::Once::new();
+                    ONCE.call_once(|| log::warn!("snapshot: containers of user namespaces get a copy of their image: {e}"));
+                    owners::reset(&place, target).and_then(|()| copy::prepare(&fs, layers, target, Some(&owners.maps)))
+                }
+            },
+            (Kind::Overlay, Some(owners), Mapping::Chown) | (Kind::Copy, Some(owners), _) => {
+                copy::prepare(&fs, layers, target, Some(&owners.maps))
+            }
+            (Kind::Copy, None, _) => copy::prepare(&fs, layers, target, None),
         }
         .context(what)?;
         undo.commit();
@@ -106,18 +131,25 @@ impl Snapshotter {
 
     /// Mounts what `layers` (top first) make together on `target`, read-only: the `number`th such view of a container that has a
     /// snapshot. The caller unmounts it before `remove`, which takes the rest.
-    pub fn view(&self, container: &str, number: usize, layers: &[PathBuf], target: &Path) -> Result<()> {
+    pub fn view(&self, container: &str, number: usize, layers: &[PathBuf], target: &Path, owners: Option<&Owners>) -> Result<()> {
         let what = || format!("mount a view of {} layers on {}", layers.len(), target.display());
-        let place = self.place(container)?.join("views").join(number.to_string());
+        let place = self.place(container)?.join(VIEWS).join(number.to_string());
         file::make_dir(&place, 0o700)?;
         file::make_dir(target, 0o711)?;
-        let mounted = match self.kind {
-            Kind::Overlay => overlay::view(&place, layers, target),
-            Kind::Copy => {
-                let fs = place.join("fs");
-                file::make_dir(&fs, 0o755)?;
-                copy::merge(&fs, layers).and_then(|()| mount::bind(&fs, target, false)).and_then(|()| mount::make_readonly(target))
-            }
+        let copied = || {
+            let fs = place.join("fs");
+            file::make_dir(&fs, 0o755)?;
+            copy::merge(&fs, layers, owners.map(|owners| &owners.maps))?;
+            mount::bind(&fs, target, false).and_then(|()| mount::make_readonly(target))
+        };
+        let mounted = match (self.kind, owners, self.mapping) {
+            (Kind::Overlay, None, _) => overlay::view(&place, layers, target),
+            (Kind::Overlay, Some(owners), Mapping::Idmap) => owners::view_mapped(&place, layers, target, owners),
+            (Kind::Overlay, Some(owners), Mapping::Auto) => owners::view_mapped(&place, layers, target, owners).or_else(|e| {
+                log::debug!("{}: {e}; it is copied", what());
+                owners::release(&place).and_then(|()| copied())
+            }),
+            _ => copied(),
         };
         if mounted.is_err() {
             mount::unmount(target)?;
@@ -126,17 +158,26 @@ impl Snapshotter {
     }
 
     /// Makes the `number`th volume of a container: a directory of its own with what is in the open directory `from`, owners, modes
-    /// and attributes included. Returns where it is; `remove` takes it.
-    pub fn volume(&self, container: &str, number: usize, from: BorrowedFd<'_>) -> Result<PathBuf> {
+    /// and attributes included. Returns where it is; `remove` takes it. `from` is part of a root filesystem for `owners`.
+    pub fn volume(&self, container: &str, number: usize, from: BorrowedFd<'_>, owners: Option<&Owners>) -> Result<PathBuf> {
         let what = || format!("make volume {number} of {container}");
         self.place(container)?;
         file::make_dir(&self.volumes, 0o711)?;
         let place = self.volumes.join(container);
-        // Nobody but the container enters: the volume itself may be open to everybody.
+        // The volume itself may be open to everybody: nobody but the container's root gets so far.
         file::make_dir(&place, 0o700)?;
+        if let Some(owners) = owners {
+            std::os::unix::fs::chown(&place, None, Some(owners.maps.root().1)).context(what)?;
+            std::fs::set_permissions(&place, std::fs::Permissions::from_mode(0o710)).context(what)?;
+        }
         let volume = place.join(number.to_string());
         std::fs::create_dir(&volume).context(what)?;
-        copy::directory(from, &volume).context(what)?;
+        copy::directory(from, &volume, None).context(what)?;
+        if let (Some(owners), 0) = (owners, std::fs::symlink_metadata(&volume).context(what)?.uid()) {
+            // The directory was not in the image but made for it.
+            let (uid, gid) = owners.maps.root();
+            std::os::unix::fs::chown(&volume, Some(uid), Some(gid)).context(what)?;
+        }
         Ok(volume)
     }
 
@@ -145,7 +186,11 @@ impl Snapshotter {
         let place = self.place(container)?;
         let mut errors = ErrorList::default();
         // Deleting below a mount that stayed would delete the files of whatever is mounted.
-        if errors.keep(mount::unmount(target)).is_some() {
+        let mut unmounted = errors.keep(mount::unmount(target)).is_some() & errors.keep(owners::release(&place)).is_some();
+        for view in std::fs::read_dir(place.join(VIEWS)).into_iter().flatten().flatten() {
+            unmounted &= errors.keep(owners::release(&view.path())).is_some();
+        }
+        if unmounted {
             errors.keep(file::remove_tree(&place));
         }
         errors.keep(file::remove_tree(&self.volumes.join(container)));

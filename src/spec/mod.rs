@@ -15,7 +15,7 @@
 //! | mounts: recursive_read_only | H where the OCI runtime and the kernel can, else R (RROUnsupported) |
 //! | mounts: image, image_sub_path | H read-only; mounted by `container::image_volumes` |
 //! | mounts: selinux_relabel | N without SELinux, R with it |
-//! | mounts: uidMappings, gidMappings | R `refuse` |
+//! | mounts: uidMappings, gidMappings | C `container::volumes`: an id-mapped bind mount, with and without a user namespace |
 //! | devices | H `resources`; stat'ed by `container::devices` |
 //! | CDI_devices, annotations `cdi.k8s.io/*`, RDT and block I/O class annotations | R `refuse` |
 //! | annotations | C; into the spec only those on `Defaults::annotations` |
@@ -29,7 +29,7 @@
 //! | capabilities, seccomp, masks of a privileged container | N, privileged wins |
 //! | namespace_options.pid | C finds the namespace, H joins it |
 //! | namespace_options.network, .ipc | N: always the sandbox's |
-//! | namespace_options.userns_options in mode POD | R until user namespaces are built |
+//! | namespace_options.userns_options | C must be the sandbox's or absent, H joins it |
 //! | selinux_options | level checked; N without SELinux, R with it |
 //! | run_as_user, run_as_group, run_as_username, supplemental_groups, supplemental_groups_policy | C `container::user`, H |
 //! | seccomp, seccomp_profile_path | H; R Localhost |
@@ -47,6 +47,7 @@ pub mod refuse;
 pub mod resources;
 pub mod seccomp;
 pub mod security;
+pub mod userns;
 
 #[cfg(test)]
 mod fixture;
@@ -64,6 +65,7 @@ pub use mounts::{Propagation, ResolvedMount};
 pub use namespaces::{NamespacePaths, Pid};
 pub use process::exec_process;
 pub use resources::{update_resources, ResolvedDevice, Update};
+pub use userns::UserNamespace;
 
 /// crun 1.8.1 refuses 1.2.0; nothing here needs more.
 const OCI_VERSION: &str = "1.0.2";
@@ -150,6 +152,8 @@ pub struct HostFacts {
     /// What an OCI runtime may mount below a container's /sys/fs/cgroup, by name; nothing on v2. Names that it does not mount do
     /// no harm.
     pub cgroup_mounts: Vec<String>,
+    /// What is mounted on the host's /dev/mqueue and below its /sys.
+    pub host_mounts: Vec<PathBuf>,
     /// The daemon's bounding set: no container can have more.
     pub bounding: Capabilities,
     /// A name of `std::env::consts::ARCH`.
@@ -192,6 +196,9 @@ pub fn build(inputs: &Inputs) -> Result<(Spec, Vec<String>)> {
         .set_rootfs_propagation(mounts::rootfs_propagation(inputs.mounts))
         .set_masked_paths(security::masked_paths(inputs.security())?)
         .set_readonly_paths(security::readonly_paths(inputs)?);
+    if let Some([uids, gids]) = userns::mappings(inputs)? {
+        linux.set_uid_mappings(Some(uids)).set_gid_mappings(Some(gids));
+    }
 
     // Every member is set: the defaults of the type are somebody's taste.
     let mut spec = Spec::default();

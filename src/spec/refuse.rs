@@ -4,9 +4,7 @@
 use super::mounts::OPTIONS;
 use super::HostFacts;
 use crate::api::runtime::security_profile::ProfileType;
-use crate::api::runtime::{
-    ContainerConfig, LinuxContainerSecurityContext, Mount, MountPropagation, NamespaceMode, PodSandboxConfig, SELinuxOption,
-};
+use crate::api::runtime::{ContainerConfig, LinuxContainerSecurityContext, Mount, MountPropagation, PodSandboxConfig, SELinuxOption};
 use crate::error::{Code, Error, Result};
 
 /// Annotations by which other runtimes are told of devices, cache and block I/O classes.
@@ -26,11 +24,6 @@ pub fn container(config: &ContainerConfig, sandbox: &PodSandboxConfig, host: &Ho
     let Some(security) = config.linux.security_context.as_ref() else { return Ok(()) };
     if security.privileged && !sandbox.linux.security_context.privileged {
         return Err(Error::invalid("privileged: the sandbox is not privileged"));
-    }
-    if let Some(userns) = security.namespace_options.userns_options.as_ref() {
-        if userns.mode.enum_value() != Ok(NamespaceMode::NODE) {
-            return Err(Error::unimplemented("userns_options: user namespaces are not built yet"));
-        }
     }
     if let Some(options) = security.selinux_options.as_ref() {
         selinux(options, host)?;
@@ -85,9 +78,6 @@ pub fn mount(mount: &Mount, host: &HostFacts, recursive_read_only: bool) -> Resu
             let why = "recursive_read_only: the OCI runtime or the kernel cannot do it";
             return Err(Error::new(Code::Unknown, format!("RROUnsupported: {}: {why}", place())));
         }
-    }
-    if !mount.uidMappings.is_empty() || !mount.gidMappings.is_empty() {
-        return later("uidMappings and gidMappings are");
     }
     if mount.selinux_relabel && host.selinux {
         return later("selinux_relabel is");
@@ -151,7 +141,7 @@ mod tests {
 
     use super::super::fixture::{host, Fixture};
     use super::*;
-    use crate::api::runtime::{CDIDevice, IDMapping, ImageSpec, SecurityProfile, UserNamespace, WindowsContainerConfig};
+    use crate::api::runtime::{CDIDevice, ImageSpec, SecurityProfile, WindowsContainerConfig};
 
     fn refused(change: impl FnOnce(&mut Fixture), code: Code, word: &str) {
         let mut fixture = Fixture::new();
@@ -194,18 +184,6 @@ mod tests {
     fn privileged_container_in_a_sandbox_that_is_not() {
         refused(|f| f.security().privileged = true, Code::InvalidArgument, "privileged");
         accepted(|f| f.set_privileged());
-    }
-
-    #[test]
-    fn user_namespaces() {
-        let with = |mode: NamespaceMode| {
-            move |f: &mut Fixture| {
-                let userns = UserNamespace { mode: mode.into(), ..Default::default() };
-                f.security().namespace_options.mut_or_insert_default().userns_options = MessageField::some(userns);
-            }
-        };
-        refused(with(NamespaceMode::POD), Code::Unimplemented, "userns_options");
-        accepted(with(NamespaceMode::NODE));
     }
 
     fn mount_refused(change: impl FnOnce(&mut Mount), code: Code, word: &str) {
@@ -252,8 +230,7 @@ mod tests {
     }
 
     #[test]
-    fn mappings_options_labels_and_unknown_propagation() {
-        mount_refused(|m| m.uidMappings.push(IDMapping::default()), Code::Unimplemented, "uidMappings");
+    fn options_labels_and_unknown_propagation() {
         for option in ["rw", "exec", "bind", "remount", "idmap", "context=x", "noexec,nodev", ""] {
             mount_refused(|m| m.mount_options.push(option.into()), Code::InvalidArgument, &format!("mount_options: {option:?}"));
         }

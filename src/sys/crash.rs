@@ -5,11 +5,13 @@
 pub const STEPS: &[&str] = &[
     "run:1-recorded",
     "run:2-files",
+    "run:3-user-namespace",
     "run:3-namespaces",
     "run:4-network-intent",
     "run:5-network",
     "run:6-ready",
     "create:1-recorded",
+    "create:1-mapped-layers",
     "create:2-snapshot",
     "create:3-volumes",
     "create:4-spec",

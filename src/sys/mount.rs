@@ -50,10 +50,10 @@ pub fn has_setattr() -> bool {
     result == 0 || Errno::last() != Errno::ENOSYS
 }
 
-/// Mounts a tmpfs of at most `size` bytes.
-pub fn tmpfs(target: &Path, size: u64, mode: u32) -> Result<()> {
+/// Mounts a tmpfs of at most `size` bytes, whose root directory is `owner`'s (uid and gid).
+pub fn tmpfs(target: &Path, size: u64, mode: u32, owner: (u32, u32)) -> Result<()> {
     let flags = MsFlags::MS_NOSUID | MsFlags::MS_NODEV | MsFlags::MS_NOEXEC;
-    let options = format!("mode={mode:o},size={size}");
+    let options = format!("mode={mode:o},size={size},uid={},gid={}", owner.0, owner.1);
     nix::mount::mount(Some("shm"), target, Some("tmpfs"), flags, Some(options.as_str()))
         .context(|| format!("mount tmpfs on {}", target.display()))
 }

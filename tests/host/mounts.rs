@@ -63,7 +63,7 @@ struct Tmpfs(PathBuf);
 impl Tmpfs {
     fn mount(path: PathBuf, shared: bool) -> Tmpfs {
         fs::create_dir_all(&path).expect("make a mount point");
-        mount::tmpfs(&path, 1 << 20, 0o755).expect("mount a tmpfs");
+        mount::tmpfs(&path, 1 << 20, 0o755, (0, 0)).expect("mount a tmpfs");
         let flag = if shared { nix::mount::MsFlags::MS_SHARED } else { nix::mount::MsFlags::MS_PRIVATE };
         nix::mount::mount(None::<&str>, &path, None::<&str>, flag, None::<&str>).expect("set its propagation");
         Tmpfs(path)
