@@ -192,7 +192,7 @@ impl Containers {
     fn make(self: &Arc<Self>, id: String, name: String, inputs: CreateInputs, config_bytes: &[u8]) -> Result<String> {
         let image = self.image(&inputs.config)?;
         let config = &inputs.config;
-        let mut mounts = super::mounts::check(&config.mounts, &self.settings.host, inputs.recursive_read_only)?;
+        let mut mounts = super::mounts::check_all(&config.mounts, &self.settings.host, inputs.recursive_read_only)?;
         let log_path = log_path(&inputs.sandbox.log_directory, &config.log_path)?;
         let specified = &config.image.user_specified_image;
         let meta = Metadata {

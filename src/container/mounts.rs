@@ -15,12 +15,12 @@ use crate::sys::{file, inroot};
 
 /// Checks all mounts by their words alone; `recursive_read_only` says whether the OCI runtime can do that. Mounts of images have no
 /// host path yet. INVALID_ARGUMENT and others as [`refuse::mount`] has them.
-pub fn check(mounts: &[Mount], host: &HostFacts, recursive_read_only: bool) -> Result<Vec<ResolvedMount>> {
+pub fn check_all(mounts: &[Mount], host: &HostFacts, recursive_read_only: bool) -> Result<Vec<ResolvedMount>> {
     let mut seen = HashSet::new();
     let mut checked = Vec::with_capacity(mounts.len());
     for asked in mounts {
         refuse::mount(asked, host, recursive_read_only)?;
-        let mount = words(asked)?;
+        let mount = check(asked)?;
         if !seen.insert(mount.container_path.clone()) {
             return Err(Error::invalid(format!("mount {}: asked for twice", mount.container_path.display())));
         }
@@ -74,7 +74,7 @@ pub fn prepare_root(rootfs: &Path, working_dir: &Path) -> Result<()> {
 }
 
 /// The request's words without a look at the host.
-fn words(mount: &Mount) -> Result<ResolvedMount> {
+pub(super) fn check(mount: &Mount) -> Result<ResolvedMount> {
     let invalid = |what: &str| Error::invalid(format!("mount {}: {what}", mount.container_path));
     if !mount.container_path.starts_with('/') {
         return Err(invalid("container_path is not absolute"));
@@ -149,7 +149,7 @@ mod tests {
     }
 
     fn resolved(mounts: &[Mount]) -> Result<Vec<ResolvedMount>> {
-        let mut list = check(mounts, &host::detect().unwrap(), false)?;
+        let mut list = check_all(mounts, &host::detect().unwrap(), false)?;
         find(&mut list).map(|()| list)
     }
 
@@ -204,16 +204,16 @@ mod tests {
             super_options: String::new(),
         };
         let table = [info("/", &[]), info("/shared", &["shared:1"]), info("/slave", &["master:1"])];
-        let check = |path: &str, propagation| {
+        let checked = |path: &str, propagation| {
             let mount = ResolvedMount { container_path: "/c".into(), host_path: path.into(), propagation, ..Default::default() };
             check_propagation(&mount, &table)
         };
-        check("/x", Propagation::Private).unwrap();
-        check("/shared/x", Propagation::Bidirectional).unwrap();
-        check("/shared/x", Propagation::HostToContainer).unwrap();
-        check("/slave/x", Propagation::HostToContainer).unwrap();
+        checked("/x", Propagation::Private).unwrap();
+        checked("/shared/x", Propagation::Bidirectional).unwrap();
+        checked("/shared/x", Propagation::HostToContainer).unwrap();
+        checked("/slave/x", Propagation::HostToContainer).unwrap();
         for (path, propagation) in [("/slave/x", Propagation::Bidirectional), ("/x", Propagation::HostToContainer)] {
-            assert_eq!(check(path, propagation).unwrap_err().code(), Code::FailedPrecondition);
+            assert_eq!(checked(path, propagation).unwrap_err().code(), Code::FailedPrecondition);
         }
     }
 

@@ -125,7 +125,7 @@ impl Case {
     fn spec(&self, id: &str) -> Spec {
         let rootfs = self.rootfs();
         let user = user::resolve(&rootfs, &self.config.linux.security_context, &self.image_user).unwrap();
-        let mut mounts = mounts::check(&self.config.mounts, &HOST, true).unwrap();
+        let mut mounts = mounts::check_all(&self.config.mounts, &HOST, true).unwrap();
         mounts::find(&mut mounts).unwrap();
         let devices = devices::collect(&self.config).unwrap();
         let cwd = spec::process::working_dir(&self.config.working_dir, "").unwrap();
