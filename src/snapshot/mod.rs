@@ -90,7 +90,8 @@ impl Snapshotter {
         file::make_dir(target, 0o711)?;
         match (self.kind, owners, self.mapping) {
             (Kind::Overlay, None, _) => overlay::prepare(&place, layers, target),
-            (Kind::Overlay, Some(owners), Mapping::Idmap) => owners::prepare_mapped(&place, layers, target, owners),
+            (Kind::Overlay, Some(owners), Mapping::Idmap) => owners::prepare_mapped(&place, layers, target, owners)
+                .map_err(|e| Error::precondition(format!("userns_rootfs = \"idmap\", and layers cannot be mounted id-mapped: {e}"))),
             (Kind::Overlay, Some(owners), Mapping::Auto) => match owners::prepare_mapped(&place, layers, target, owners) {
                 Ok(()) => Ok(()),
                 Err(e) => {
