@@ -110,7 +110,8 @@ impl Snapshotter {
         file::make_dir(target, 0o711)?;
         match (self.kind, owners, self.mapping) {
             (Kind::Overlay, None, _) => overlay::prepare(&place, layers, target, self.volatile),
-            (Kind::Overlay, Some(owners), Mapping::Idmap) => owners::prepare_mapped(&place, layers, target, owners, self.volatile),
+            (Kind::Overlay, Some(owners), Mapping::Idmap) => owners::prepare_mapped(&place, layers, target, owners, self.volatile)
+                .map_err(|e| Error::precondition(format!("userns_rootfs = \"idmap\", and layers cannot be mounted id-mapped: {e}"))),
             (Kind::Overlay, Some(owners), Mapping::Auto) => match owners::prepare_mapped(&place, layers, target, owners, self.volatile) {
                 Ok(()) => Ok(()),
                 Err(e) => {

@@ -6,6 +6,8 @@ use std::path::Path;
 
 use crisp::api::runtime::*;
 use crisp::cli::client::SHORT;
+use crisp::snapshot::{Kind, Mapping, Owners, Snapshotter};
+use crisp::sys::idmap::{IdMap, IdMaps};
 use crisp::sys::namespace::is_pinned;
 use grpcio::RpcStatusCode as Code;
 use protobuf::MessageField;
@@ -206,6 +208,35 @@ fn copies_get_other_owners() {
         node.remove(&container).expect("remove");
         assert_eq!(fs::read_dir(node.path("root/snapshots")).expect("list").count(), 0);
     }
+}
+
+/// ramfs cannot show its files with other owners.
+#[test]
+fn layers_that_cannot_be_mapped_are_copied_or_refused() {
+    let map = |host| IdMap { container: 0, host, length: 65536 };
+    let maps = IdMaps { uids: map(UID), gids: map(GID) };
+    let shim = Path::new(env!("CARGO_BIN_EXE_crisp-shim"));
+    let namespace = crisp::sys::pin::open_mapped(shim, &[maps.uids], &[maps.gids]).expect("make a user namespace");
+    let path = format!("/proc/self/fd/{}", std::os::fd::AsRawFd::as_raw_fd(&namespace));
+    let owners = Owners { maps, namespace: Path::new(&path) };
+
+    let dir = tempfile::tempdir().expect("make a directory");
+    let (layer, target) = (dir.path().join("layer"), dir.path().join("rootfs"));
+    fs::create_dir(&layer).expect("make the layer");
+    nix::mount::mount(Some("layer"), &layer, Some("ramfs"), nix::mount::MsFlags::empty(), None::<&str>).expect("mount");
+    fs::write(layer.join("file"), "text").expect("write");
+    let mut snapshots = Snapshotter::new(dir.path(), Kind::Overlay).expect("make the snapshotter");
+    snapshots.set_mapping(Mapping::Idmap);
+    let error = snapshots.prepare("c1", std::slice::from_ref(&layer), &target, Some(&owners)).expect_err("refused");
+    assert!(error.code() == crisp::error::Code::FailedPrecondition && error.message().contains("userns_rootfs"), "{error}");
+    assert!(snapshots.list().expect("list").is_empty());
+    snapshots.set_mapping(Mapping::Auto);
+    snapshots.prepare("c1", std::slice::from_ref(&layer), &target, Some(&owners)).expect("a copy");
+    assert_eq!((owner(&target), owner(&target.join("file"))), ((UID, GID), (UID, GID)));
+    assert_eq!(owner(&layer.join("file")), (0, 0));
+    snapshots.remove("c1", &target).expect("remove");
+    crisp::sys::mount::unmount(&layer).expect("unmount");
+    assert!(crisp::sys::mount::below(dir.path()).expect("read the mount table").is_empty());
 }
 
 #[test]
