@@ -171,7 +171,7 @@ fn id(dir: &OwnedFd) -> Result<(u64, u64)> {
     Ok((stat.st_dev as u64, stat.st_ino))
 }
 
-fn describe(from: &OwnedFd, to: &OwnedFd, name: &Path, stat: &Stat) -> Result<()> {
+fn describe(from: &OwnedFd, to: &OwnedFd, name: &Path, stat: &Stat, maps: Option<&IdMaps>) -> Result<()> {
     if rustix::process::geteuid().is_root() {
         let (uid, gid) = maps.map_or((stat.st_uid, stat.st_gid), |maps| maps.owner(stat.st_uid, stat.st_gid));
         let (uid, gid) = (Uid::from_raw(uid), Gid::from_raw(gid));

@@ -258,9 +258,9 @@ fn kubelet_knows_it_by_its_first_word() {
     mount(&mut config, |m| (m.readonly, m.recursive_read_only) = (true, true));
     let sandbox = node.sandbox("able");
     let id = node.create(&sandbox, &config).expect("the runtime says that it can");
-    let asked =
-        &node.spec(&id)["mounts"].as_array().expect("a list").iter().find(|m| m["destination"] == "/data").expect("it is there")["options"];
-    assert_eq!(asked, &serde_json::json!(["rbind", "rprivate", "ro", "rro"]));
+    let spec = node.spec(&id);
+    let asked = spec["mounts"].as_array().expect("a list").iter().find(|m| m["destination"] == "/data").expect("it is there");
+    assert_eq!(asked["options"], serde_json::json!(["rbind", "rprivate", "ro", "rro"]));
     node.stop_daemon();
     std::fs::write(node.path("oci/features"), r#"{"linux":{"namespaces":["pid"]}}"#).expect("write the features");
     node.start_daemon();
