@@ -1,9 +1,7 @@
 //! Which sandbox configs are accepted. What a sandbox without a process cannot use (run_as_user, seccomp, capabilities,
 //! selinux_options and the like of LinuxSandboxSecurityContext) is accepted and does not apply; what matters for
 //! security and cannot be honoured is refused by name.
-//!
-//! Also accepted and not applicable: `linux.overhead` and `linux.resources` (for runtimes that size a VM by them; kubelet limits
-//! the cgroup parent itself) and `windows`.
+//! src/spec/fields.md has every field.
 
 use crate::api::runtime::{IDMapping, LinuxPodSandboxConfig, NamespaceMode, PodSandboxConfig, PodSandboxMetadata, UserNamespace};
 use crate::error::{Error, Result};
