@@ -120,7 +120,7 @@ impl Daemon {
         let dir = config.images.preload_dir.clone();
         crate::sys::thread::spawn("preload", move || preload.preload(&dir))?;
         let metrics = Metrics::new(&config.stats.groups, layout, config.root.join("snapshots"), disk.clone());
-        let layers_mountpoint = images.fs_info()?.container.mountpoint.to_string_lossy().into_owned();
+        let layers_mountpoint = images.fs_info((0, 0)).container.mountpoint.to_string_lossy().into_owned();
         let streaming = Arc::new(streaming::Server::start(&config.streaming, containers.clone())?);
         let service = Arc::new(Service {
             metrics,
@@ -245,6 +245,11 @@ fn image_settings(config: &Config) -> image::Settings {
     settings.pinned.extend(config.sandbox_image.clone());
     settings.bounds.layer_workers = config.images.layer_downloads;
     settings.registry = registry_settings(config);
+    settings.verifiers = image::Verifiers {
+        dir: config.images.verifier_dir.clone(),
+        timeout: config.images.verifier_timeout,
+        max: config.images.max_verifiers,
+    };
     settings
 }
 

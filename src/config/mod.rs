@@ -475,6 +475,8 @@ mod tests {
             ("cgroup_driver = 3", "c.toml: line 1: invalid type"),
             ("run = \"/var/lib/crisp/run\"", "c.toml: line 1: run: /var/lib/crisp/run and root"),
             ("socket_group = \"no such group\"", "c.toml: line 1: socket_group"),
+            ("[images]\npinned = [\"a\",\n \"b c\"]", "c.toml: line 3: images.pinned: expected a reference"),
+            ("[images]\nverifier_timeout_seconds = 0", "c.toml: line 2: images.verifier_timeout_seconds: expected 1"),
             ("a = ", "c.toml: line 1:"),
         ] {
             let e = parse(source).unwrap_err();

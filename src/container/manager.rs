@@ -232,7 +232,7 @@ impl Containers {
         if !wanted.runtime_handler.is_empty() {
             return Err(Error::invalid(format!("config.image.runtime_handler: no images of runtime handler {:?}", wanted.runtime_handler)));
         }
-        self.images.status(&wanted.image)?.ok_or_else(|| Error::not_found(format!("image {} is not on this host", wanted.image)))
+        self.images.require(&wanted.image)
     }
 
     /// Makes the container step by step, each recorded before it is done.
