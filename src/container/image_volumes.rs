@@ -10,7 +10,7 @@ use serde::{Deserialize, Serialize};
 use super::metadata::Metadata;
 use crate::api::runtime::{ImageSpec, Mount};
 use crate::error::{Code, Context, Error, ErrorList, Result};
-use crate::image::{Held, Image, Images};
+use crate::image::{Held, Images};
 use crate::snapshot::{Owners, Snapshotter};
 use crate::spec::{process, Propagation, ResolvedMount};
 use crate::sys::rooted::Rooted;
@@ -31,22 +31,21 @@ pub struct ImageVolume {
     pub chain: Vec<String>,
 }
 
-/// The local image that `spec` names. INVALID_ARGUMENT naming `field` for one that names none.
-pub(super) fn local(images: &Images, spec: Option<&ImageSpec>, field: &str) -> Result<Option<std::sync::Arc<Image>>> {
+/// What `spec` calls its image. INVALID_ARGUMENT naming `field` for one that names none, or one of a runtime handler.
+pub(super) fn wanted<'a>(spec: Option<&'a ImageSpec>, field: &str) -> Result<&'a str> {
     let Some(wanted) = spec.filter(|i| !i.image.is_empty()) else { return Err(Error::invalid(format!("{field}.image is empty"))) };
-    if !wanted.runtime_handler.is_empty() {
-        return Err(Error::invalid(format!("{field}.runtime_handler: no images of runtime handler {:?}", wanted.runtime_handler)));
+    match wanted.runtime_handler.as_str() {
+        "" => Ok(&wanted.image),
+        handler => Err(Error::invalid(format!("{field}.runtime_handler: no images of runtime handler {handler:?}"))),
     }
-    images.status(&wanted.image)
 }
 
 /// Finds the images of mounts that have been checked. One that is not here is kubelet's ImageVolumeMountFailed, not NOT_FOUND.
 pub(super) fn find(mounts: &[Mount], images: &Images) -> Result<Vec<ImageVolume>> {
     let mut found = Vec::new();
     for (number, asked) in mounts.iter().enumerate().filter(|(_, m)| m.image.is_some()) {
-        let field = format!("mount {}: image", asked.container_path);
-        let image = local(images, asked.image.as_ref(), &field)?
-            .ok_or_else(|| failed(&asked.container_path, Error::internal(format!("image {} is not on this host", asked.image.image))))?;
+        let name = wanted(asked.image.as_ref(), &format!("mount {}: image", asked.container_path))?;
+        let image = images.require(name).map_err(|e| failed(&asked.container_path, e))?;
         found.push(ImageVolume { mount: number, image_id: image.id.clone(), chain: image.chain.clone() });
     }
     Ok(found)

@@ -230,8 +230,7 @@ impl Containers {
 
     /// The local image of a config.
     fn image(&self, config: &ContainerConfig) -> Result<Arc<Image>> {
-        let image = super::image_volumes::local(&self.images, config.image.as_ref(), "config.image")?;
-        image.ok_or_else(|| Error::not_found(format!("image {} is not on this host", config.image.image)))
+        super::image_volumes::wanted(config.image.as_ref(), "config.image").and_then(|image| self.images.require(image))
     }
 
     /// Makes the container step by step, each recorded before it is done.

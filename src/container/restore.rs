@@ -61,7 +61,7 @@ impl Containers {
             self.release(&container)?;
             return self.records.remove(&meta.id);
         }
-        if let Err(e) = self.images.hold_all(&meta.id, &meta.chains()) {
+        if let Err(e) = self.images.hold_restored(&meta.id, &meta.chains().concat()) {
             // It may run on: its layers are mounted. But it cannot be trusted to start.
             log::error!("container {}: {e}", meta.id);
         }

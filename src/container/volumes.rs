@@ -15,10 +15,13 @@ use crate::sys::{file, mount, pin};
 /// Lines that the kernel takes of one map.
 const LINES: usize = 340;
 
+/// Of user ids and of group ids.
+type Maps = (Vec<IdMap>, Vec<IdMap>);
+
 /// Mounts what has mappings below `dir` (the container's) and makes it the source of its mount. On an error what was mounted stays, for
 /// [`remove`]. INVALID_ARGUMENT names a bad mapping, FAILED_PRECONDITION a file system that cannot be mapped.
 pub fn place(dir: &Path, requested: &[Mount], mounts: &mut [ResolvedMount], own: Option<&UserNamespace>, shim: &Path) -> Result<()> {
-    let mut kept: Vec<((Vec<IdMap>, Vec<IdMap>), File)> = Vec::new();
+    let mut kept: Vec<(Maps, File)> = Vec::new();
     for (number, asked) in requested.iter().enumerate() {
         let what = || format!("mount {}", asked.container_path);
         let Some(maps) = mappings(asked).context(what)? else { continue };
@@ -70,7 +73,7 @@ fn mapped(dir: &Path, number: usize, resolved: &ResolvedMount, namespace: &File)
 }
 
 /// The maps of a mount; None without any.
-fn mappings(mount: &Mount) -> Result<Option<(Vec<IdMap>, Vec<IdMap>)>> {
+fn mappings(mount: &Mount) -> Result<Option<Maps>> {
     match (mount.uidMappings.is_empty(), mount.gidMappings.is_empty()) {
         (true, true) => Ok(None),
         (false, true) => Err(Error::invalid("gidMappings: none beside uidMappings")),

@@ -471,6 +471,7 @@ fn configuration(dir: &Path, options: &Options) -> String {
     text += &format!("[cni]\nconf_dir = {}\nbin_dirs = [{}]\ncache_dir = {}\n", path("cni/conf"), path("cni/bin"), path("cache"));
     text += &options.cni;
     text += &format!("\n[images]\nregistry_dir = {}\npreload_dir = {}\n", path("certs"), path("preload"));
+    text += &format!("verifier_dir = {}\n", path("verifiers"));
     text += &format!("[limits]\n{}\n", options.limits);
     text + &options.tables
 }

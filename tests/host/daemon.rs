@@ -275,6 +275,7 @@ impl Daemon {
         text += &format!("bin_dirs = [{}]\n", toml_text(&plugin_dir().display().to_string()));
         let hosts: Vec<_> = self.options.plain_http.iter().map(|host| toml_text(host)).collect();
         text += &format!("[images]\npreload_dir = {}\nplain_http = [{}]\n", path("preload"), hosts.join(", "));
+        text += &format!("verifier_dir = {}\n", path("verifiers"));
         for (name, program) in &self.options.runtimes {
             text += &format!("[runtimes.{name}]\npath = {}\n", toml_text(&program.display().to_string()));
         }

@@ -11,6 +11,7 @@ mod exposition;
 mod harness;
 mod images;
 mod lifecycle;
+mod login;
 mod logs;
 mod metrics;
 mod mounts;

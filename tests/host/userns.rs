@@ -145,6 +145,7 @@ fn the_network_belongs_to_the_users() {
         let text = shell(&host, &web, "ip addr show eth0; ip link show lo; cat /proc/sys/net/ipv4/ping_group_range");
         assert!(text.contains(&sandbox.ip) && text.contains("LOOPBACK,UP"), "{text}");
         assert!(text.split_whitespace().collect::<Vec<_>>().ends_with(&["0", "65535"]), "{text}");
+        shell(&host, &web, "ping -c 1 -W 10 $(ip route | sed -n 's/^default via \\([^ ]*\\).*/\\1/p')");
         // Its root may do to it what a root may.
         let admin = host.create_with(&sandbox, "admin", &SLEEP, |config| {
             security(config).capabilities.mut_or_insert_default().add_capabilities = vec!["NET_ADMIN".into()];
@@ -164,7 +165,8 @@ fn standard_streams_can_be_opened_again() {
     }
     let host = Host::start();
     for handler in handlers() {
-        let sandbox = sandbox(&host, "stdio", &handler);
+        // A log of its own for each.
+        let sandbox = sandbox(&host, &format!("stdio{handler}"), &handler);
         let say = "echo out > /dev/stdout; echo err > /dev/stderr; cat /dev/stdin; id -u";
         for user in [0, 33] {
             let container = host.create_with(&sandbox, &format!("user{user}"), &["sh", "-c", &format!("{say}; sleep 1000000")], |config| {
