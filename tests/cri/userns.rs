@@ -17,7 +17,8 @@ use crate::node::{refused, users, Node, Options};
 
 const UID: u32 = 100_000;
 const GID: u32 = 200_000;
-const MAPS: (&[(u32, u32, u32)], &[(u32, u32, u32)]) = (&[(0, UID, 65536)], &[(0, GID, 65536)]);
+const UIDS: &[(u32, u32, u32)] = &[(0, UID, 65536)];
+const GIDS: &[(u32, u32, u32)] = &[(0, GID, 65536)];
 
 fn options(config: &mut PodSandboxConfig) -> &mut NamespaceOption {
     config.linux.mut_or_insert_default().security_context.mut_or_insert_default().namespace_options.mut_or_insert_default()
@@ -25,7 +26,7 @@ fn options(config: &mut PodSandboxConfig) -> &mut NamespaceOption {
 
 fn config(node: &Node, name: &str) -> PodSandboxConfig {
     let mut config = node.sandbox_config(name);
-    options(&mut config).userns_options = MessageField::some(users(MAPS.0, MAPS.1));
+    options(&mut config).userns_options = MessageField::some(users(UIDS, GIDS));
     config
 }
 
@@ -77,7 +78,7 @@ fn a_container_joins_and_its_files_are_the_users() {
     let id = sandbox(&node, "web");
     let mut config = node.container_config("app", "exec sleep 1000");
     let context = config.linux.mut_or_insert_default().security_context.mut_or_insert_default();
-    context.namespace_options.mut_or_insert_default().userns_options = MessageField::some(users(MAPS.0, MAPS.1));
+    context.namespace_options.mut_or_insert_default().userns_options = MessageField::some(users(UIDS, GIDS));
     let container = node.create(&id, &config).expect("create");
     let spec = node.spec(&container);
     let pin = node.path("run/sandboxes").join(&id).join("ns/user");
@@ -115,8 +116,8 @@ fn a_container_must_say_what_its_sandbox_said() {
     let node_mode = || UserNamespace { mode: NamespaceMode::NODE.into(), ..Default::default() };
     let field = "namespace_options.userns_options";
     refused(node.create(&mapped, &with(node_mode())), Code::INVALID_ARGUMENT, field);
-    refused(node.create(&mapped, &with(users(&[(0, UID + 1, 65536)], MAPS.1))), Code::INVALID_ARGUMENT, field);
-    refused(node.create(&plain, &with(users(MAPS.0, MAPS.1))), Code::INVALID_ARGUMENT, field);
+    refused(node.create(&mapped, &with(users(&[(0, UID + 1, 65536)], GIDS))), Code::INVALID_ARGUMENT, field);
+    refused(node.create(&plain, &with(users(UIDS, GIDS))), Code::INVALID_ARGUMENT, field);
     let wrong = UserNamespace { mode: NamespaceMode::TARGET.into(), ..Default::default() };
     refused(node.create(&plain, &with(wrong)), Code::INVALID_ARGUMENT, "userns_options.mode");
     node.create(&plain, &with(node_mode())).expect("the host's users, said");
