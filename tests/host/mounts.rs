@@ -376,7 +376,6 @@ fn links_at_mount_points_lead_nowhere() {
         let (code, message) = host.refused(&create_request(&sandbox.id, &sandbox.config, &config));
         assert!(code == RpcStatusCode::INVALID_ARGUMENT && message.contains("/proc/self/fd/7"), "{code} {message}");
         host.remove_all();
-        host.assert_clean();
     }
     ["links", "dev", "proc", "sys"].iter().for_each(|name| crate::volumes::remove_image(&host, &format!("localhost/{name}:1")));
     fs::remove_dir_all(&dir).expect("remove the directory");
