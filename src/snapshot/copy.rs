@@ -119,13 +119,13 @@ impl Merge<'_> {
         }
         remove(to, name.as_os_str())?;
         if stat.st_nlink > 1 {
-            if let Some(first) = self.links.get(&(stat.st_dev as u64, stat.st_ino)) {
+            if let Some(first) = self.links.get(&(stat.st_dev, stat.st_ino)) {
                 let above = self.root.dir(first.parent().unwrap_or(Path::new(""))).context(|| "open directory")?;
                 let first = first.file_name().unwrap_or_default();
                 rustix::fs::linkat(above, first, to, name, AtFlags::empty()).context(|| "link")?;
                 return Ok(None);
             }
-            self.links.insert((stat.st_dev as u64, stat.st_ino), self.path.clone());
+            self.links.insert((stat.st_dev, stat.st_ino), self.path.clone());
         }
         match FileType::from_raw_mode(stat.st_mode) {
             FileType::RegularFile => {
@@ -168,7 +168,7 @@ fn parent(dir: &OwnedFd, wanted: (u64, u64)) -> Result<OwnedFd> {
 
 fn id(dir: &OwnedFd) -> Result<(u64, u64)> {
     let stat = rustix::fs::fstat(dir).context(|| "look at a directory")?;
-    Ok((stat.st_dev as u64, stat.st_ino))
+    Ok((stat.st_dev, stat.st_ino))
 }
 
 fn describe(from: &OwnedFd, to: &OwnedFd, name: &Path, stat: &Stat, maps: Option<&IdMaps>) -> Result<()> {

@@ -149,8 +149,7 @@ fn gone(removed: rustix::io::Result<()>) -> rustix::io::Result<bool> {
 }
 
 fn id(stat: &Stat) -> (u64, u64) {
-    // st_dev is of another width on some machines.
-    (stat.st_dev as u64, stat.st_ino)
+    (stat.st_dev, stat.st_ino)
 }
 
 #[cfg(test)]
