@@ -18,7 +18,7 @@ use crate::network::{self, Network};
 use crate::runtime::Handlers;
 use crate::sandbox::{self, Sandboxes};
 use crate::service::{Fact, Seats, Service};
-use crate::snapshot::{Kind, Snapshotter};
+use crate::snapshot::{Kind, Mapping, Snapshotter};
 use crate::stats::filesystem::{self, Disk};
 use crate::stats::metrics::Metrics;
 use crate::stats::sampler::Sampler;
@@ -254,11 +254,20 @@ fn image_settings(config: &Config) -> image::Settings {
 }
 
 fn snapshotter(config: &Config) -> Result<Snapshotter> {
-    match config.snapshotter {
+    let mut snapshots = match config.snapshotter {
         config::Snapshotter::Auto => Snapshotter::detect(&config.root),
         config::Snapshotter::Overlay => Snapshotter::new(&config.root, Kind::Overlay),
         config::Snapshotter::Copy => Snapshotter::new(&config.root, Kind::Copy),
+    }?;
+    if config.volatile_layers {
+        snapshots.allow_volatile();
     }
+    snapshots.set_mapping(match config.userns_rootfs {
+        config::UsernsRootfs::Auto => Mapping::Auto,
+        config::UsernsRootfs::Idmap => Mapping::Idmap,
+        config::UsernsRootfs::Chown => Mapping::Chown,
+    });
+    Ok(snapshots)
 }
 
 fn sandbox_settings(config: &Config, events: Arc<dyn Listener<sandbox::Change>>) -> sandbox::Settings {

@@ -12,6 +12,8 @@ pub mod exit;
 mod golden;
 /// What the host can do.
 pub mod host;
+/// Images as volumes, and volumes that images declare.
+pub mod image_volumes;
 /// Start, stop, kill, update, log.
 pub mod lifecycle;
 /// Create, remove, lookup.
@@ -30,6 +32,8 @@ pub mod status;
 pub mod stream;
 /// The user of a container, from its rootfs.
 pub mod user;
+/// Id-mapped mounts.
+pub mod volumes;
 
 pub use manager::{Change, Container, Containers, CreateInputs, LayerWatch, Settings};
 pub use metadata::Metadata;
