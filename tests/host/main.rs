@@ -5,6 +5,7 @@
 
 mod client;
 mod daemon;
+mod devices;
 mod events;
 mod exposition;
 mod harness;
