@@ -47,6 +47,15 @@ pub(super) fn look(config: &Config, known: Option<&Known>, findings: &mut Vec<Fi
         false => Finding::ok(TOPIC, "selinux", "not enabled; labels do not apply"),
     });
     user_namespaces(findings);
+    for (name, first) in [("recursive read-only", (5, 12)), ("id-mapped mounts", (5, 12)), ("id-mapped overlay layers", (5, 19))] {
+        findings.push(match version(&release).is_none_or(|version| version >= first) {
+            true => Finding::ok(TOPIC, name, "yes"),
+            false => {
+                let hint = format!("a kernel of {}.{} or newer: what asks for it is refused, or copied", first.0, first.1);
+                Finding::warn(TOPIC, name, "no", hint)
+            }
+        });
+    }
     findings.push(match facts.swap_accounting {
         true => Finding::ok(TOPIC, "swap accounting", "yes"),
         false => Finding::warn(TOPIC, "swap accounting", "no", "boot with swapaccount=1: swap limits are left out otherwise"),

@@ -31,14 +31,35 @@ pub(super) fn look(config: &Config, known: Option<&Handlers>, findings: &mut Vec
     for (handler, outcome) in handlers.all() {
         let is_default = handler.name == handlers.default_name();
         let works = handlers.get(&handler.name).is_ok();
+        let features = handlers.features(&handler.name);
+        let can = [
+            ("user namespaces", features.user_namespaces()),
+            ("id-mapped mounts", features.idmap_mounts),
+            ("recursive read-only", features.recursive_read_only()),
+            ("seccomp", features.seccomp),
+            ("apparmor", features.apparmor),
+            ("selinux", features.selinux),
+            ("rdt", features.rdt),
+        ];
         let found = match (works, is_default) {
             (true, true) => format!("{outcome}, {}, the default", handler.path.display()),
             (true, false) => format!("{outcome}, {}", handler.path.display()),
             (false, _) if !handler.path.is_file() => format!("{} is not there", handler.path.display()),
             (false, _) => outcome.clone(),
         };
-        let data =
-            json!({"path": handler.path, "root": handler.root, "default": is_default, "works": works, "version": works.then_some(outcome)});
+        let can: Vec<&str> = can.into_iter().filter(|(_, yes)| *yes).map(|(what, _)| what).collect();
+        let found = if can.is_empty() { found } else { format!("{found}; {}", can.join(", ")) };
+        let data = json!({
+            "path": handler.path,
+            "root": handler.root,
+            "default": is_default,
+            "works": works,
+            "version": works.then_some(outcome),
+            "oci_version": features.oci_version_max,
+            "features": can,
+            "mount_options": features.mount_options,
+            "hooks": features.hooks,
+        });
         let finding = match (works, ready) {
             (true, _) => Finding::ok(TOPIC, &handler.name, found),
             // Another one does it.
