@@ -34,7 +34,7 @@ const VIEWS: &str = "views";
 /// Whether the file system of `dir` can carry overlays: mounts a small one, where nobody else sees it, and removes it again.
 pub fn try_overlay(dir: &Path) -> Result<()> {
     let dir = dir.to_owned();
-    namespace::in_own_mounts(move || overlay::probe(&dir))
+    namespace::in_own_mounts(move || overlay::probe(&dir, false))
 }
 
 /// Makes and removes snapshots below one root.
