@@ -52,6 +52,9 @@ struct Stamp {
     inode: u64,
 }
 
+/// Files that are not valid, and why.
+type Broken = Vec<(PathBuf, String)>;
+
 /// Where a device is defined.
 struct Place {
     document: Arc<Document>,
@@ -105,7 +108,7 @@ impl Registry {
         Ok((places.keys().map(Name::to_string).collect(), broken))
     }
 
-    fn unknown(&self, name: &Name, broken: &[(PathBuf, String)]) -> Error {
+    fn unknown(&self, name: &Name, broken: &Broken) -> Error {
         let dirs: Vec<_> = self.dirs.iter().map(|dir| dir.display().to_string()).collect();
         let broken: Vec<_> = broken.iter().map(|(path, why)| format!("; {} is not valid: {why}", path.display())).collect();
         Error::precondition(format!("CDI device {name}: no spec file in {} defines it{}", dirs.join(", "), broken.concat()))
@@ -113,7 +116,7 @@ impl Registry {
 
     /// All devices by name, and the files that are not valid. Only files that have changed are read; those that cannot be used are
     /// logged when they are.
-    fn scan(&self) -> Result<(BTreeMap<Name, Place>, Vec<(PathBuf, String)>)> {
+    fn scan(&self) -> Result<(BTreeMap<Name, Place>, Broken)> {
         let mut known = self.files.lock();
         let mut files = HashMap::new();
         let mut places: BTreeMap<Name, Place> = BTreeMap::new();

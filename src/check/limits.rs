@@ -73,7 +73,8 @@ fn disk(name: &str, dir: &Path, findings: &mut Vec<Finding>) {
     let Ok(stat) = rustix::fs::statvfs(nearest(dir)) else { return };
     let (free, total) = (stat.f_bavail * stat.f_frsize, (stat.f_blocks * stat.f_frsize).max(1));
     let share = free.saturating_mul(100) / total;
-    let inodes = if stat.f_files == 0 { 100 } else { stat.f_favail.saturating_mul(100) / stat.f_files };
+    // Some file systems have no such number.
+    let inodes = stat.f_favail.saturating_mul(100).checked_div(stat.f_files).unwrap_or(100);
     let found = format!("{}: {} MiB free ({share}%), {inodes}% of inodes", dir.display(), free >> 20);
     let finding = match (free, share < FREE_SHARE || inodes < FREE_SHARE || (name == "root" && free < FREE_BYTES)) {
         (0, _) => Finding::missing("disk", name, found, "free some space"),
