@@ -180,7 +180,8 @@ fn verbose_status_and_file_systems() {
         assert!(fs.len() == 1 && fs[0].timestamp > 0 && !fs[0].fs_id.mountpoint.is_empty());
         assert!(fs[0].used_bytes.is_some() && fs[0].inodes_used.is_some());
     }
-    let used = |info: &ImageFsInfoResponse| (info.container_filesystems[0].used_bytes.value, info.container_filesystems[0].inodes_used.value);
+    let used =
+        |info: &ImageFsInfoResponse| (info.container_filesystems[0].used_bytes.value, info.container_filesystems[0].inodes_used.value);
     assert_eq!(used(&info), (0, 0), "there is no container");
     assert!(info.image_filesystems[0].used_bytes.value > 4096 && info.image_filesystems[0].inodes_used.value >= 4);
     assert_eq!(info.image_filesystems[0].fs_id, info.container_filesystems[0].fs_id);
