@@ -119,8 +119,8 @@ otherwise.
         about: "take images from files, without a registry",
         json: true,
         text: "\
-Takes in the images of each FILE: an OCI or docker archive (tar, also gzip or zstd) or an OCI layout directory. The daemon reads
-the file, so it must be on the daemon's host.
+Takes in the images of each FILE: an OCI or docker archive (tar, also gzip or zstd) or an OCI layout directory. The
+daemon reads the file, so it must be on the daemon's host.
 
   --name REFERENCE     name for the image, if there is one FILE with one image; else the names in the archive
 ",

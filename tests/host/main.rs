@@ -20,6 +20,7 @@ mod namespaces;
 mod network;
 mod objects;
 mod python;
+mod push;
 mod registry;
 mod restart;
 mod shim;
