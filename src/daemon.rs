@@ -9,6 +9,7 @@ use nix::sys::signal::{SigSet, Signal};
 
 use crate::cgroup::{warm::Warmer, Layout};
 use crate::config::{self, Config, Overrides};
+use crate::container::labels::SeLinux;
 use crate::container::{self, Containers};
 use crate::error::{Context, Error, Result};
 use crate::event::{Bus, Listener};
@@ -106,12 +107,15 @@ impl Daemon {
         let images = Images::open(image_settings(config))?;
         let mut snapshots = snapshotter(config)?;
         let disk = Arc::new(Disk::start(disk_settings(config), snapshots.count_projects())?);
-        let host = container::host::detect()?;
+        let mut host = container::host::detect()?;
+        let selinux = selinux(config);
+        host.selinux = selinux.is_some();
         let handlers = Handlers::probe(&config.runtimes, config.default_runtime.as_deref(), &config.run.join("probe"), &config.shim);
         let patient = (config.limits.slow_threads / PATIENT_SHARE).max(1);
         let events = Bus::<Fact>::new(config.limits.event_queue, patient);
-        let sandboxes = Arc::new(Sandboxes::open(sandbox_settings(config, events.clone()), network.clone(), watcher.clone())?);
-        let settings = container_settings(config, host.clone(), events.clone(), disk.clone());
+        let sandboxes =
+            Arc::new(Sandboxes::open(sandbox_settings(config, selinux.clone(), events.clone()), network.clone(), watcher.clone())?);
+        let settings = container_settings(config, host.clone(), selinux, events.clone(), disk.clone());
         let containers = Arc::new(Containers::open(settings, images.clone(), snapshots, watcher.clone())?);
         sandboxes.restore()?;
         containers.restore(|id| sandboxes.find(id).ok().flatten().is_some())?;
@@ -238,7 +242,7 @@ fn snapshotter(config: &Config) -> Result<Snapshotter> {
     }
 }
 
-fn sandbox_settings(config: &Config, events: Arc<dyn Listener<sandbox::Change>>) -> sandbox::Settings {
+fn sandbox_settings(config: &Config, selinux: Option<SeLinux>, events: Arc<dyn Listener<sandbox::Change>>) -> sandbox::Settings {
     sandbox::Settings {
         root: config.root.clone(),
         run: config.run.clone(),
@@ -247,8 +251,21 @@ fn sandbox_settings(config: &Config, events: Arc<dyn Listener<sandbox::Change>>)
         systemd_cgroup: config.systemd_cgroup,
         sysctls: config.sysctls.clone(),
         extra_networks: config.cni.extra_networks,
+        selinux: selinux.map(|selinux| selinux.policy),
         events,
     }
+}
+
+/// None unless it is switched on, and there.
+fn selinux(config: &Config) -> Option<SeLinux> {
+    if !config.selinux {
+        return None;
+    }
+    let found = SeLinux::detect(Path::new("/sys/fs/selinux"), Path::new("/etc/selinux"));
+    if found.is_none() {
+        log::warn!("selinux = true, and the kernel has it not enabled: containers get no labels");
+    }
+    found
 }
 
 fn disk_settings(config: &Config) -> filesystem::Settings {
@@ -258,6 +275,7 @@ fn disk_settings(config: &Config) -> filesystem::Settings {
 fn container_settings(
     config: &Config,
     host: crate::spec::HostFacts,
+    selinux: Option<SeLinux>,
     events: Arc<dyn Listener<container::Change>>,
     layers: Arc<Disk>,
 ) -> container::Settings {
@@ -270,6 +288,7 @@ fn container_settings(
         kill_on_disconnect: config.streaming.kill_on_disconnect,
         defaults: crate::spec::Defaults::default(),
         host,
+        selinux,
         events,
         layers,
     }

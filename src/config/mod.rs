@@ -36,6 +36,8 @@ pub struct Config {
     pub netns_dir: PathBuf,
     pub log_level: log::LevelFilter,
     pub systemd_cgroup: bool,
+    /// Containers get SELinux labels where the kernel has it enabled.
+    pub selinux: bool,
     pub shim: PathBuf,
     /// Name of the default runtime handler; None: the first of crun, runc that passes a probe.
     pub default_runtime: Option<String>,
@@ -104,6 +106,7 @@ struct Raw {
     netns_dir: Spanned<String>,
     log_level: Spanned<String>,
     cgroup_driver: Spanned<String>,
+    selinux: bool,
     shim: Spanned<String>,
     default_runtime: Spanned<String>,
     snapshotter: Snapshotter,
@@ -179,6 +182,7 @@ impl Default for Raw {
             netns_dir: text("/run/netns"),
             log_level: text("info"),
             cgroup_driver: text("cgroupfs"),
+            selinux: false,
             shim: text(""),
             default_runtime: text(""),
             snapshotter: Snapshotter::Auto,
@@ -366,6 +370,7 @@ fn check(c: &Checker, raw: Raw) -> Result<Config> {
         netns_dir: c.path("netns_dir", &raw.netns_dir)?,
         log_level,
         systemd_cgroup,
+        selinux: raw.selinux,
         shim,
         default_runtime,
         runtimes,

@@ -8,6 +8,9 @@ use std::time::Duration;
 use parking_lot::Condvar;
 use serde::{Deserialize, Serialize};
 
+use super::apparmor::AppArmor;
+use super::confine::Confiner;
+use super::labels::{self, SeLinux};
 use super::metadata::Metadata;
 use super::status::{State, Status, User};
 use crate::api::runtime::{ContainerConfig, PodSandboxConfig};
@@ -23,6 +26,7 @@ use crate::store::{new_id, now_ns, Claim, Index, Names, Records};
 use crate::sys::cancel::Cancel;
 use crate::sys::crash;
 use crate::sys::file::{self, Durability};
+use crate::sys::label::SELINUX;
 use crate::sys::lock::{Lock, Rank};
 use crate::sys::watch::Watcher;
 
@@ -47,6 +51,8 @@ pub struct Settings {
     pub kill_on_disconnect: bool,
     pub defaults: Defaults,
     pub host: HostFacts,
+    /// None: SELinux is off.
+    pub selinux: Option<SeLinux>,
     pub events: Arc<dyn Listener<Change>>,
     pub layers: Arc<dyn LayerWatch>,
 }
@@ -120,6 +126,10 @@ pub struct CreateInputs<'a> {
     pub sandbox: &'a PodSandboxConfig,
     pub config: ContainerConfig,
     pub handler: Handler,
+    /// Its OCI runtime would compile a seccomp profile at each start.
+    pub compile_filter: bool,
+    /// SELinux level of the sandbox, "" without SELinux.
+    pub level: &'a str,
     pub namespaces: NamespacePaths,
     /// Set when `namespaces.pid` is another container's.
     pub target: Option<String>,
@@ -137,13 +147,16 @@ pub struct Containers {
     pub(super) images: Images,
     pub(super) snapshots: Snapshotter,
     pub(super) watcher: Watcher,
+    confiner: Confiner,
 }
 
 impl Containers {
     pub fn open(settings: Settings, images: Images, snapshots: Snapshotter, watcher: Watcher) -> Result<Containers> {
         let records = Records::open(&settings.root, "containers")?;
         file::make_dir(&settings.run.join("containers"), 0o711)?;
-        Ok(Containers { settings, records, names: Names::new("container"), index: Index::new("container"), images, snapshots, watcher })
+        let confiner = Confiner::new(AppArmor::default(), settings.selinux.clone());
+        let (names, index) = (Names::new("container"), Index::new("container"));
+        Ok(Containers { settings, records, names, index, images, snapshots, watcher, confiner })
     }
 
     pub fn get(&self, id: &str) -> Result<Arc<Container>> {
@@ -242,9 +255,13 @@ impl Containers {
         let resources = resources.transpose().context(|| "encode resources")?.unwrap_or_default();
         self.update(container, |s| s.resources = resources)?;
         crash::step("create:1-recorded");
+        let mut confined = Vec::new();
+        let contexts = (&config.linux.security_context, &inputs.sandbox.linux.security_context);
+        let confinement = self.confiner.prepare(contexts.0, contexts.1, inputs.level, &self.settings.host, &mut confined)?;
         file::make_dir(&meta.dir, 0o700)?;
         let held = self.images.hold_again(&meta.id, &meta.chain)?;
-        self.snapshots.prepare(&meta.id, &held.layers, &meta.rootfs())?;
+        let label = confinement.labels.as_ref().map(|labels| labels.mount.as_str());
+        self.snapshots.prepare(&meta.id, &held.layers, &meta.rootfs(), label)?;
         crash::step("create:2-snapshot");
         let rootfs = meta.rootfs();
         let defaults = image.config.config().as_ref();
@@ -255,7 +272,7 @@ impl Containers {
         let devices = super::devices::collect(config)?;
         let working_dir = spec::process::working_dir(&config.working_dir, image_dir)?;
         super::mounts::make_directories(&rootfs, &working_dir, &image.volumes())?;
-        let (built, warnings) = spec::build(&spec::Inputs {
+        let (mut built, warnings) = spec::build(&spec::Inputs {
             sandbox_id: inputs.sandbox_id,
             sandbox: inputs.sandbox,
             config,
@@ -270,9 +287,18 @@ impl Containers {
             host: &self.settings.host,
             files: &inputs.files,
             defaults: &self.settings.defaults,
+            confinement: &confinement,
         })?;
-        for warning in warnings {
+        for warning in confined.into_iter().chain(warnings) {
             log::warn!("container {}: {warning}", meta.id);
+        }
+        if inputs.compile_filter {
+            self.confiner.precompile(&mut built, &self.settings.host.arch);
+        }
+        // The last thing before it is there: what is wrong with the request is known by now.
+        if let Some(chosen) = &confinement.labels {
+            let asked = config.mounts.iter().zip(&mounts).filter(|(asked, _)| asked.selinux_relabel);
+            asked.map(|(_, mount)| mount).try_for_each(|mount| labels::relabel(&mount.host_path, SELINUX, &chosen.mount))?;
         }
         write_json(&meta.spec_path(), &built)?;
         crash::step("create:3-spec");

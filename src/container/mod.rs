@@ -1,6 +1,10 @@
 //! Containers: from CREATED to EXITED. The OCI runtime runs at start, not at create: a created container is a bundle on disk
 //! and costs no process, and an exited one has neither shim nor runtime state.
 
+/// AppArmor profiles of the host.
+pub mod apparmor;
+/// seccomp profiles, AppArmor and SELinux for one container.
+pub mod confine;
 /// Host devices of a container.
 pub mod devices;
 /// ExecSync.
@@ -9,6 +13,8 @@ pub mod exec;
 pub mod exit;
 /// What the host can do.
 pub mod host;
+/// SELinux labels.
+pub mod labels;
 /// Start, stop, kill, update, log.
 pub mod lifecycle;
 /// Create, remove, lookup.

@@ -6,6 +6,8 @@
 pub mod attachment;
 /// hostname, hosts, resolv.conf and shm of a sandbox.
 pub mod files;
+/// SELinux levels of sandboxes.
+pub mod levels;
 /// Run, stop, remove, restore.
 pub mod manager;
 /// What never changes about a sandbox.

@@ -30,6 +30,8 @@ impl Service {
             sandbox_id: sandbox.id(),
             sandbox: &sandbox.config,
             handler: self.handlers.get(&sandbox.meta.handler).context(what)?.clone(),
+            compile_filter: self.handlers.compiles_filters(&sandbox.meta.handler),
+            level: sandbox.level(),
             namespaces: NamespacePaths { net: sandbox.meta.netns.clone(), ipc: sandbox.meta.ipc_pin(), uts: sandbox.meta.uts_pin(), pid },
             target,
             files: files(&sandbox),

@@ -8,7 +8,7 @@ use std::sync::Arc;
 
 use crate::error::{Context, Error, ErrorList, Result};
 use crate::sys::quota::Projects;
-use crate::sys::{file, mount};
+use crate::sys::{file, label, mount};
 
 /// How root filesystems are made.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -62,8 +62,8 @@ impl Snapshotter {
     }
 
     /// Makes the snapshot of a container and mounts it on `target`. `layers` is ordered top first and may be empty. On an
-    /// error nothing is left.
-    pub fn prepare(&self, container: &str, layers: &[PathBuf], target: &Path) -> Result<()> {
+    /// error nothing is left. `label` is the SELinux label of all that is in it.
+    pub fn prepare(&self, container: &str, layers: &[PathBuf], target: &Path, label: Option<&str>) -> Result<()> {
         let what = || format!("prepare snapshot of {container}");
         let place = self.place(container)?;
         if place.exists() {
@@ -80,8 +80,11 @@ impl Snapshotter {
         file::make_dir(&fs, 0o755)?;
         file::make_dir(target, 0o711)?;
         match self.kind {
-            Kind::Overlay => overlay::prepare(&place, layers, target),
-            Kind::Copy => copy::prepare(&fs, layers, target),
+            Kind::Overlay => overlay::prepare(&place, layers, target, label),
+            Kind::Copy => copy::prepare(&fs, layers, target).and_then(|()| match label {
+                Some(label) => label::set_tree(target, label::SELINUX, label),
+                None => Ok(()),
+            }),
         }
         .context(what)?;
         undo.commit();

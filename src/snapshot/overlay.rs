@@ -9,7 +9,7 @@ use crate::sys::{file, mount};
 /// Layers whose names fit a page of options as they are.
 const LONG_NAMES: usize = 30;
 
-pub fn prepare(place: &Path, layers: &[PathBuf], target: &Path) -> Result<()> {
+pub fn prepare(place: &Path, layers: &[PathBuf], target: &Path, label: Option<&str>) -> Result<()> {
     let (upper, work) = (place.join("fs"), place.join("work"));
     file::make_dir(&work, 0o711)?;
     let empty;
@@ -37,7 +37,7 @@ pub fn prepare(place: &Path, layers: &[PathBuf], target: &Path) -> Result<()> {
     } else {
         lower
     };
-    let result = mount::overlay(&mount::Overlay { lower, upper_work: Some((&upper, &work)), volatile: false }, target);
+    let result = mount::overlay(&mount::Overlay { lower, upper_work: Some((&upper, &work)), volatile: false, label }, target);
     // The kernel resolved the links; the mount keeps the directories themselves.
     file::remove_tree(&links)?;
     result
@@ -68,7 +68,7 @@ pub fn probe(dir: &Path) -> Result<()> {
         rustix::fs::mknodat(rustix::fs::CWD, high.join("hidden"), rustix::fs::FileType::CharacterDevice, rustix::fs::Mode::empty(), 0)
             .context(|| "make a whiteout")?;
         rooted::set_opaque(&high).context(|| "mark a directory opaque")?;
-        prepare(&place, &[high, low], &target)
+        prepare(&place, &[high, low], &target, None)
     })();
     mount::unmount(&place.join("target"))?;
     file::remove_tree(&place)?;

@@ -22,6 +22,7 @@ pub(crate) struct Fixture {
     pub(crate) host: HostFacts,
     pub(crate) files: SandboxFiles,
     pub(crate) defaults: Defaults,
+    pub(crate) confinement: super::Confinement,
     configuration: ImageConfiguration,
 }
 
@@ -32,6 +33,7 @@ pub(crate) fn host() -> HostFacts {
         cgroup_mounts: vec!["cpu".into(), "memory".into()],
         bounding: BY_NUMBER.into_iter().collect(),
         arch: "x86_64".into(),
+        kernel: (6, 1),
         oom_score_adj_floor: -1000,
         hard_rlimits: Vec::new(),
         swap_accounting: true,
@@ -69,6 +71,7 @@ impl Fixture {
             host: host(),
             files: SandboxFiles::default(),
             defaults: Defaults::default(),
+            confinement: Default::default(),
             configuration: ImageConfiguration::default(),
         }
     }
@@ -89,6 +92,7 @@ impl Fixture {
             host: &self.host,
             files: &self.files,
             defaults: &self.defaults,
+            confinement: &self.confinement,
         }
     }
 

@@ -11,7 +11,7 @@
 //! | image.annotations, image.runtime_handler, image.image_ref | C |
 //! | command, args, working_dir, envs, tty | H `process` |
 //! | mounts: container_path, host_path, readonly, propagation | H `mounts`; paths resolved by `container::mounts` |
-//! | mounts: selinux_relabel | N without SELinux, R with it |
+//! | mounts: selinux_relabel | C `container::labels`; N without SELinux |
 //! | mounts: recursive_read_only, image, image_sub_path, uidMappings, gidMappings, mount_options | R `refuse` |
 //! | devices | H `resources`; stat'ed by `container::devices` |
 //! | CDI_devices, annotations `cdi.k8s.io/*`, RDT and block I/O class annotations | R `refuse` |
@@ -23,20 +23,21 @@
 //! | oom_score_adj | H `process`, raised with a warning to what the daemon may set |
 //! | **linux.security_context** | |
 //! | capabilities, privileged, masked_paths, readonly_paths, no_new_privs, readonly_rootfs | H `security` |
-//! | capabilities, seccomp, masks of a privileged container | N, privileged wins |
+//! | capabilities, seccomp, masks of a privileged container | N, privileged wins; of AppArmor only a profile that is named counts |
 //! | namespace_options.pid | C finds the namespace, H joins it |
 //! | namespace_options.network, .ipc | N: always the sandbox's |
 //! | namespace_options.userns_options in mode POD | R until user namespaces are built |
-//! | selinux_options | level checked; N without SELinux, R with it |
+//! | selinux_options | H `selinux`, the sandbox's without any; checked, then N without SELinux or with it switched off |
 //! | run_as_user, run_as_group, run_as_username, supplemental_groups, supplemental_groups_policy | C `container::user`, H |
-//! | seccomp, seccomp_profile_path | H; R Localhost |
-//! | apparmor, apparmor_profile | H unset and unconfined; R the others |
+//! | seccomp, seccomp_profile_path | H `seccomp`; files read by `container::confine` |
+//! | apparmor, apparmor_profile | H `apparmor`; loaded by `container::apparmor`; R where AppArmor is not enabled and one is asked for |
 //!
 //! Of the image's configuration: User C, Env, Entrypoint, Cmd, WorkingDir H, StopSignal C, Volumes C (an empty
 //! directory in the rootfs: image volumes of their own are not built), ExposedPorts and Labels N. Of PodSandboxConfig only
 //! the metadata, `privileged` and annotations matter here. hostname and sysctls are left out of the spec on purpose: the
 //! namespaces are joined, and a runtime would rewrite the sandbox's.
 
+pub mod apparmor;
 pub mod mounts;
 pub mod namespaces;
 pub mod process;
@@ -44,6 +45,7 @@ pub mod refuse;
 pub mod resources;
 pub mod seccomp;
 pub mod security;
+pub mod selinux;
 
 #[cfg(test)]
 mod fixture;
@@ -85,6 +87,7 @@ pub struct Inputs<'a> {
     pub host: &'a HostFacts,
     pub files: &'a SandboxFiles,
     pub defaults: &'a Defaults,
+    pub confinement: &'a Confinement,
 }
 
 impl Inputs<'_> {
@@ -132,6 +135,17 @@ pub struct Defaults {
     pub annotations: Vec<String>,
 }
 
+/// What was read, loaded and chosen for a container's confinement (`container::confine`).
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Confinement {
+    /// The file of a Localhost seccomp profile.
+    pub seccomp: Option<seccomp::Profile>,
+    /// Name of a loaded AppArmor profile; None: none.
+    pub apparmor: Option<String>,
+    /// None: no SELinux.
+    pub labels: Option<selinux::Labels>,
+}
+
 /// A resource limit, in the unit of setrlimit(2).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Rlimit {
@@ -151,6 +165,8 @@ pub struct HostFacts {
     pub bounding: Capabilities,
     /// A name of `std::env::consts::ARCH`.
     pub arch: String,
+    /// Version of the kernel: (6, 1).
+    pub kernel: (u32, u32),
     /// The lowest oom_score_adj that the daemon may give: -1000 with CAP_SYS_RESOURCE, else its own.
     pub oom_score_adj_floor: i32,
     /// The highest hard limits the daemon may give; a kind that is not listed has none.
@@ -161,7 +177,9 @@ pub struct HostFacts {
     /// Whether hugepages can be limited.
     pub hugetlb_controller: bool,
     pub seccomp: bool,
+    /// AppArmor is enabled, and its files can be seen.
     pub apparmor: bool,
+    /// SELinux is enabled, and switched on in the configuration.
     pub selinux: bool,
 }
 
@@ -183,7 +201,8 @@ pub fn build(inputs: &Inputs) -> Result<(Spec, Vec<String>)> {
         .set_cgroups_path(Some(PathBuf::from(inputs.cgroups_path)))
         .set_namespaces(Some(namespaces::namespaces(inputs)))
         .set_devices(Some(resources::device_nodes(inputs.devices)))
-        .set_seccomp(security::seccomp(inputs.security(), &bounding, inputs.host)?)
+        .set_seccomp(seccomp::filter(inputs, &bounding, &mut warnings)?)
+        .set_mount_label(inputs.confinement.labels.as_ref().map(|labels| labels.mount.clone()))
         .set_rootfs_propagation(mounts::rootfs_propagation(inputs.mounts))
         .set_masked_paths(security::masked_paths(inputs.security())?)
         .set_readonly_paths(security::readonly_paths(inputs)?);

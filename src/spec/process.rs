@@ -28,6 +28,8 @@ pub(super) fn process(inputs: &Inputs, warnings: &mut Vec<String>) -> Result<Pro
         .set_capabilities(Some(security::capabilities(security, inputs.host, warnings)?))
         .set_rlimits(rlimits(inputs, warnings)?)
         .set_no_new_privileges(Some(security.no_new_privs))
+        .set_apparmor_profile(inputs.confinement.apparmor.clone())
+        .set_selinux_label(inputs.confinement.labels.as_ref().and_then(|labels| labels.process.clone()))
         .set_oom_score_adj(Some(oom_score_adj(inputs.config.linux.resources.oom_score_adj, inputs.host, warnings)?));
     Ok(process)
 }

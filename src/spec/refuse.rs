@@ -1,11 +1,8 @@
 //! What is refused by name: contradictions (INVALID_ARGUMENT), what this host cannot do (FAILED_PRECONDITION) and what is
 //! not built yet (UNIMPLEMENTED). Pure, so a caller can ask before it makes anything.
 
-use super::HostFacts;
-use crate::api::runtime::security_profile::ProfileType;
-use crate::api::runtime::{
-    ContainerConfig, LinuxContainerSecurityContext, Mount, MountPropagation, NamespaceMode, PodSandboxConfig, SELinuxOption,
-};
+use super::{apparmor, seccomp, selinux, HostFacts};
+use crate::api::runtime::{ContainerConfig, Mount, MountPropagation, NamespaceMode, PodSandboxConfig};
 use crate::error::{Code, Error, Result};
 
 /// Annotations by which other runtimes are told of devices, cache and block I/O classes.
@@ -35,9 +32,10 @@ pub fn container(config: &ContainerConfig, sandbox: &PodSandboxConfig, host: &Ho
         }
     }
     if let Some(options) = security.selinux_options.as_ref() {
-        selinux(options, host)?;
+        selinux::check(options)?;
     }
-    apparmor(security, host)
+    seccomp::asked(security)?;
+    apparmor::asked(security, host.apparmor).map(drop)
 }
 
 fn annotations(config: &ContainerConfig, sandbox: &PodSandboxConfig) -> Result<()> {
@@ -58,7 +56,7 @@ fn annotations(config: &ContainerConfig, sandbox: &PodSandboxConfig) -> Result<(
 }
 
 /// A mount that cannot be made as asked. Called before its host path is created.
-pub fn mount(mount: &Mount, host: &HostFacts) -> Result<()> {
+pub fn mount(mount: &Mount, _host: &HostFacts) -> Result<()> {
     let place = || format!("mount {}", mount.container_path);
     let invalid = |what: &str| Err(Error::invalid(format!("{}: {what}", place())));
     let later = |what: &str| Err(Error::unimplemented(format!("{}: {what} not built yet", place())));
@@ -88,60 +86,7 @@ pub fn mount(mount: &Mount, host: &HostFacts) -> Result<()> {
     if !mount.mount_options.is_empty() {
         return later("mount_options are");
     }
-    if mount.selinux_relabel && host.selinux {
-        return later("selinux_relabel is");
-    }
     Ok(())
-}
-
-fn selinux(options: &SELinuxOption, host: &HostFacts) -> Result<()> {
-    if !options.level.is_empty() && !is_level(&options.level) {
-        return Err(Error::invalid(format!("selinux_options: {:?} is not a level", options.level)));
-    }
-    let empty = [&options.user, &options.role, &options.type_, &options.level].iter().all(|part| part.is_empty());
-    match host.selinux && !empty {
-        true => Err(Error::unimplemented("selinux_options: not built yet")),
-        false => Ok(()),
-    }
-}
-
-/// An MLS/MCS level: `s0`, `s0-s15`, `s0:c1,c2`, `s0-s0:c0.c1023`.
-fn is_level(level: &str) -> bool {
-    let numbered = |text: &str, letter: char| {
-        text.strip_prefix(letter).is_some_and(|digits| !digits.is_empty() && digits.bytes().all(|b| b.is_ascii_digit()))
-    };
-    let (sensitivity, categories) = match level.split_once(':') {
-        Some((sensitivity, categories)) => (sensitivity, Some(categories)),
-        None => (level, None),
-    };
-    let both = |text: &str, separator: char, letter: char| match text.split_once(separator) {
-        Some((low, high)) => numbered(low, letter) && numbered(high, letter),
-        None => numbered(text, letter),
-    };
-    both(sensitivity, '-', 's') && categories.is_none_or(|list| list.split(',').all(|range| both(range, '.', 'c')))
-}
-
-fn apparmor(security: &LinuxContainerSecurityContext, host: &HostFacts) -> Result<()> {
-    let asked = match security.apparmor.as_ref() {
-        Some(profile) => match profile.profile_type.enum_value() {
-            Ok(ProfileType::Unconfined) => None,
-            Ok(ProfileType::RuntimeDefault) => Some("the default profile"),
-            Ok(ProfileType::Localhost) => Some(profile.localhost_ref.as_str()),
-            Err(number) => return Err(Error::invalid(format!("apparmor: profile type {number} is not known"))),
-        },
-        None => match security.apparmor_profile.as_str() {
-            "" | "unconfined" => None,
-            "runtime/default" => Some("the default profile"),
-            profile => Some(profile),
-        },
-    };
-    match asked {
-        None => Ok(()),
-        Some(profile) if !host.apparmor => {
-            Err(Error::precondition(format!("apparmor: {profile} is asked for, and AppArmor is not enabled on this host")))
-        }
-        Some(profile) => Err(Error::unimplemented(format!("apparmor: {profile}: profiles are not built yet"))),
-    }
 }
 
 #[cfg(test)]
@@ -150,7 +95,7 @@ mod tests {
 
     use super::super::fixture::{host, Fixture};
     use super::*;
-    use crate::api::runtime::{CDIDevice, IDMapping, ImageSpec, SecurityProfile, UserNamespace, WindowsContainerConfig};
+    use crate::api::runtime::{CDIDevice, IDMapping, ImageSpec, SELinuxOption, UserNamespace, WindowsContainerConfig};
 
     fn refused(change: impl FnOnce(&mut Fixture), code: Code, word: &str) {
         let mut fixture = Fixture::new();
@@ -242,56 +187,22 @@ mod tests {
     fn mappings_options_labels_and_unknown_propagation() {
         mount_refused(|m| m.uidMappings.push(IDMapping::default()), Code::Unimplemented, "uidMappings");
         mount_refused(|m| m.mount_options.push("noexec".into()), Code::Unimplemented, "mount_options");
-        mount_refused(|m| m.selinux_relabel = true, Code::Unimplemented, "selinux_relabel");
         mount_refused(|m| m.propagation = protobuf::EnumOrUnknown::from_i32(9), Code::InvalidArgument, "propagation");
         let relabel = Mount { selinux_relabel: true, ..Default::default() };
         mount(&relabel, &host()).unwrap();
     }
 
     #[test]
-    fn selinux_options_on_hosts_with_and_without() {
-        let with = |level: &'static str| {
+    fn confinement_is_checked_before_anything_is_made() {
+        let level = |level: &'static str| {
             move |f: &mut Fixture| {
                 f.security().selinux_options = MessageField::some(SELinuxOption { level: level.into(), ..Default::default() });
             }
         };
-        accepted(with("s0:c1,c2"));
-        refused(with("s0:1"), Code::InvalidArgument, "level");
-        refused(
-            |f| {
-                f.host.selinux = true;
-                with("s0")(f);
-            },
-            Code::Unimplemented,
-            "selinux_options",
-        );
-        for good in ["s0", "s0-s15", "s0:c0", "s0:c0.c1023", "s0-s0:c1,c2.c5"] {
-            assert!(is_level(good), "{good}");
-        }
-        for bad in ["", "s", "0", "s0:", "s0:c", "s0:c1,", "s0:c1.c2.c3", "s0-", "S0", "s0 "] {
-            assert!(!is_level(bad), "{bad}");
-        }
-    }
-
-    #[test]
-    fn apparmor_profiles() {
-        let with = |kind: ProfileType, enabled: bool| {
-            move |f: &mut Fixture| {
-                f.host.apparmor = enabled;
-                let profile = SecurityProfile { profile_type: kind.into(), localhost_ref: "localhost/p".into(), ..Default::default() };
-                f.security().apparmor = MessageField::some(profile);
-            }
-        };
-        accepted(with(ProfileType::Unconfined, false));
-        accepted(with(ProfileType::Unconfined, true));
-        refused(with(ProfileType::RuntimeDefault, false), Code::FailedPrecondition, "not enabled");
-        refused(with(ProfileType::Localhost, true), Code::Unimplemented, "localhost/p");
-        refused(|f| f.security().apparmor_profile = "localhost/q".into(), Code::FailedPrecondition, "localhost/q");
+        accepted(level("s0:c1,c2"));
+        refused(level("s0:1"), Code::InvalidArgument, "level");
+        refused(|f| f.security().apparmor_profile = "localhost/q".into(), Code::FailedPrecondition, "q");
+        refused(|f| f.security().seccomp_profile_path = "localhost/q".into(), Code::InvalidArgument, "seccomp_profile_path");
         accepted(|f| f.security().apparmor_profile = "unconfined".into());
-        let both = |f: &mut Fixture| {
-            with(ProfileType::Unconfined, true)(f);
-            f.security().apparmor_profile = "runtime/default".into();
-        };
-        accepted(both);
     }
 }

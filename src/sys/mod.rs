@@ -19,6 +19,9 @@ pub mod file;
 /// Paths inside a root filesystem, as a process in it would see them.
 #[cfg(feature = "engine")]
 pub mod inroot;
+/// Security labels of files.
+#[cfg(feature = "engine")]
+pub mod label;
 /// Traffic of the links of a network namespace.
 #[cfg(feature = "engine")]
 pub mod links;

@@ -10,6 +10,10 @@ use crate::cgroup::{path, Layout};
 use crate::image::Reference;
 use crate::network::{Outcome, Version};
 use crate::shim::protocol::{Answer, Envelope, Event, ExitRecord, Request, ShimConfig};
+use crate::spec::seccomp::interpreter::{self, Call};
+use crate::spec::seccomp::{bpf, Conditions, Profile};
+use crate::spec::security::BY_NUMBER;
+use crate::spec::selinux::{Label, Policy};
 use crate::streaming::spdy::frame::{self, Frame};
 use crate::streaming::spdy::header;
 use crate::streaming::websocket::frame as websocket;
@@ -20,7 +24,7 @@ use crate::sys::mount;
 pub type Target = (&'static str, fn(&[u8]));
 
 /// Name and function of every target; the name is its directory in corpus/ too.
-pub const TARGETS: [Target; 10] = [
+pub const TARGETS: [Target; 12] = [
     ("spdy_frames", spdy_frames),
     ("spdy_headers", spdy_headers),
     ("websocket_frames", websocket_frames),
@@ -31,6 +35,8 @@ pub const TARGETS: [Target; 10] = [
     ("image_reference", image_reference),
     ("mountinfo", mountinfo),
     ("shim_protocol", shim_protocol),
+    ("seccomp_profile", seccomp_profile),
+    ("selinux_label", selinux_label),
 ];
 
 /// The frames of a byte stream that comes in pieces of `step` bytes, pieces of data joined, and whether it went wrong.
@@ -213,6 +219,35 @@ fn shim_protocol(bytes: &[u8]) {
     if let Ok(envelope) = serde_json::from_slice::<Envelope<Request>>(bytes) {
         let written = serde_json::to_vec(&envelope).expect("it was read");
         assert_eq!(serde_json::from_slice::<Envelope<Request>>(&written).expect("ours is read").body, envelope.body);
+    }
+}
+
+/// A profile is refused, or gives a container a filter that answers every call with one of the profile's actions.
+fn seccomp_profile(bytes: &[u8]) {
+    let Ok(profile) = Profile::parse(bytes) else { return };
+    for (bounding, arch) in [(BY_NUMBER.into_iter().collect(), "x86_64"), (Default::default(), "aarch64")] {
+        let Ok((filter, warnings)) = profile.resolve(&Conditions { bounding: &bounding, arch, kernel: (6, 1) }) else { continue };
+        assert!(warnings.iter().all(|line| !line.contains('\n')));
+        let Some(program) = bpf::compile(&filter, arch) else { continue };
+        for arch in [0xc000_003e, 0x4000_0003, 0xc000_00b7, 0x4000_0028, 0] {
+            for number in [0, 1, 39, 41, 56, 102, 0x4000_0000, u32::MAX] {
+                let answer = interpreter::run(&program, &Call { arch, number, args: [1, 2, 3, 4, 5, 6] });
+                assert!([0, 0x8000_0000, 0x3_0000, 0x5_0000, 0x7ff0_0000, 0x7ffc_0000, 0x7fff_0000].contains(&(answer & 0xffff_0000)));
+            }
+        }
+    }
+}
+
+/// A label that is taken apart is put together again as it was, and is one line.
+fn selinux_label(bytes: &[u8]) {
+    let text = String::from_utf8_lossy(bytes);
+    if let Some(label) = Label::parse(&text) {
+        assert_eq!(label.to_string(), text);
+        assert!(!text.contains(['\n', ' ', '\0']));
+    }
+    let policy = Policy::parse(&text);
+    for label in [policy.process, policy.file] {
+        assert_eq!(Label::parse(&label.to_string()), Some(label));
     }
 }
 

@@ -3,6 +3,7 @@
 //!
 //! `CRISP_TEST_DAEMON=containerd` runs what every CRI runtime must do against containerd: that checks the tests.
 
+mod bpf;
 mod client;
 mod daemon;
 mod events;
@@ -17,6 +18,8 @@ mod objects;
 mod python;
 mod registry;
 mod restart;
+mod seccomp;
+mod security;
 mod shim;
 mod snapshot;
 mod spdy;

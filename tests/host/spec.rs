@@ -31,16 +31,16 @@ const HUGETLB: &str = "/sys/fs/cgroup/hugetlb";
 static HOST: LazyLock<HostFacts> = LazyLock::new(|| host::detect().unwrap());
 static COUNT: AtomicU32 = AtomicU32::new(0);
 /// crun needs a mount while it runs, and one mount serves all tests: so they take turns.
-static TURN: Mutex<()> = Mutex::new(());
+pub static TURN: Mutex<()> = Mutex::new(());
 
 /// crun before 1.9 refuses hybrid cgroups unless hugetlb is a v1 hierarchy.
-struct Hugetlb {
+pub struct Hugetlb {
     mounted: bool,
     made: bool,
 }
 
 impl Hugetlb {
-    fn mount() -> Hugetlb {
+    pub fn mount() -> Hugetlb {
         let present = std::fs::read_to_string("/proc/self/mountinfo").unwrap().contains(HUGETLB);
         if HOST.cgroup_v2 || present {
             return Hugetlb { mounted: false, made: false };
@@ -144,6 +144,7 @@ impl Case {
             host: &HOST,
             files: &self.files,
             defaults: &Defaults::default(),
+            confinement: &Default::default(),
         };
         spec::build(&inputs).unwrap().0
     }
