@@ -43,6 +43,9 @@ pub struct Settings {
     pub events: Arc<dyn Listener<Change>>,
 }
 
+/// What a new sandbox will be, its sysctls, and the SELinux level it holds.
+type Prepared = (Metadata, Vec<(String, String)>, Option<Level>);
+
 /// A step in the life of a sandbox.
 pub type Change = event::Change<Sandbox, Status>;
 
@@ -223,14 +226,7 @@ impl Sandboxes {
     }
 
     /// Checks the config and decides what the sandbox will be; makes nothing.
-    fn prepare(
-        &self,
-        id: String,
-        name: String,
-        config: &PodSandboxConfig,
-        handler: &str,
-        requested: &str,
-    ) -> Result<(Metadata, Vec<(String, String)>, Option<Level>)> {
+    fn prepare(&self, id: String, name: String, config: &PodSandboxConfig, handler: &str, requested: &str) -> Result<Prepared> {
         let ns = validate::namespaces(config)?;
         let linux = config.linux.as_ref();
         let mut sysctls: BTreeMap<String, String> = BTreeMap::new();

@@ -3,9 +3,7 @@
 //! apparmor (the sandbox's init has a filter, an empty root and no capabilities of its own). Its selinux_options are those of
 //! its files, and of its containers that have none themselves; `privileged` is what its containers may ask for. What matters
 //! for security and cannot be honoured is refused by name.
-//!
-//! Also accepted and not applicable: `linux.overhead` and `linux.resources` (for runtimes that size a VM by them; kubelet limits
-//! the cgroup parent itself) and `windows`.
+//! src/spec/fields.md has every field.
 
 use crate::api::runtime::{LinuxPodSandboxConfig, NamespaceMode, PodSandboxConfig, PodSandboxMetadata};
 use crate::error::{Error, Result};

@@ -79,6 +79,7 @@ pub fn crun_compiles_each_time() -> bool {
 fn by_crun(profile: &LinuxSeccomp, dir: &Path, number: usize) -> (Vec<u8>, BTreeSet<String>) {
     let (id, bundle) = (format!("crisp-seccomp-{}-{number}", std::process::id()), dir.join(format!("bundle{number}")));
     std::fs::create_dir_all(bundle.join("rootfs/proc")).expect("make a root");
+    std::fs::create_dir_all(bundle.join("rootfs/dev")).expect("make a root");
     std::fs::create_dir_all(bundle.join("rootfs/bin")).expect("make a root");
     std::fs::copy("/bin/busybox", bundle.join("rootfs/bin/busybox")).expect("copy busybox");
     let spec = json!({
