@@ -194,7 +194,8 @@ fn segments(rules: BTreeMap<u32, Rule>, narrow: bool, default: u32) -> Vec<Segme
         if number > next {
             push(next, vec![Instruction::answer(default)]);
         }
-        push(number, code(&rule, narrow, default));
+        // Registers of x32 have 64 bits, its arguments 32.
+        push(number, code(&rule, narrow || number >= X32_BIT, default));
         next = number + 1;
     }
     push(next, vec![Instruction::answer(default)]);
