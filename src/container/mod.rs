@@ -36,6 +36,8 @@ pub mod status;
 pub mod stream;
 /// The user of a container, from its rootfs.
 pub mod user;
+/// Id-mapped mounts.
+pub mod volumes;
 
 pub use manager::{Change, Container, Containers, CreateInputs, LayerWatch, Settings};
 pub use metadata::Metadata;

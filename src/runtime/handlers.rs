@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::path::Path;
 
-use super::{probe, Handler, Kind};
+use super::{probe, Features, Handler, Kind};
 use crate::error::{Error, Result};
 
 /// Tried in this order when the configuration names no default.
@@ -13,6 +13,7 @@ struct Entry {
     handler: Handler,
     /// The version it reports, or why it cannot be used.
     state: Result<String>,
+    features: Features,
 }
 
 /// All handlers.
@@ -31,11 +32,14 @@ impl Handlers {
         let mut entries = BTreeMap::new();
         for (handler, state) in handlers.into_iter().zip(states) {
             match &state {
-                Ok(v) => log::info!("runtime handler {}: {} ({} {})", handler.name, handler.path.display(), v.name, v.version),
+                Ok((v, _)) => log::info!("runtime handler {}: {} ({} {})", handler.name, handler.path.display(), v.name, v.version),
                 Err(e) => log::warn!("runtime handler {} cannot be used: {e}", handler.name),
             }
-            let state = state.map(|v| format!("{} {}", v.name, v.version));
-            entries.insert(handler.name.clone(), Entry { handler: handler.clone(), state });
+            let (state, features) = match state {
+                Ok((v, features)) => (Ok(format!("{} {}", v.name, v.version)), features),
+                Err(e) => (Err(e), Features::default()),
+            };
+            entries.insert(handler.name.clone(), Entry { handler: handler.clone(), state, features });
         }
         let works = |name: &&str| entries.get(*name).is_some_and(|e| e.state.is_ok());
         let chosen = default.or_else(|| PREFERRED.into_iter().find(works)).unwrap_or(PREFERRED[0]).to_owned();
@@ -63,6 +67,13 @@ impl Handlers {
         let name = if name.is_empty() { &self.default } else { name };
         let entry = self.entries.get(name).filter(|entry| entry.handler.kind == Kind::Crun);
         entry.and_then(|entry| entry.state.as_deref().ok()?.split_once(' ')).is_some_and(|(_, version)| is_before_1_14(version))
+    }
+
+    /// What the handler named so can do; "" is the default. Nothing when it is unknown or cannot be used.
+    pub fn features(&self, name: &str) -> &Features {
+        static NOTHING: std::sync::LazyLock<Features> = std::sync::LazyLock::new(Features::default);
+        let name = if name.is_empty() { &self.default } else { name };
+        self.entries.get(name).map_or_else(|| &*NOTHING, |e| &e.features)
     }
 
     /// Handlers that can be used.

@@ -17,6 +17,7 @@ pub mod resources;
 pub mod seccomp;
 pub mod security;
 pub mod selinux;
+pub mod userns;
 
 #[cfg(test)]
 pub(crate) mod fixture;
@@ -34,6 +35,7 @@ pub use mounts::{Propagation, ResolvedMount};
 pub use namespaces::{NamespacePaths, Pid};
 pub use process::exec_process;
 pub use resources::{update_resources, ResolvedDevice, Update};
+pub use userns::UserNamespace;
 
 /// crun 1.8.1 refuses 1.2.0; nothing here needs more.
 const OCI_VERSION: &str = "1.0.2";
@@ -132,6 +134,8 @@ pub struct HostFacts {
     /// What an OCI runtime may mount below a container's /sys/fs/cgroup, by name; nothing on v2. Names that it does not mount do
     /// no harm.
     pub cgroup_mounts: Vec<String>,
+    /// What is mounted on the host's /dev/mqueue and below its /sys.
+    pub host_mounts: Vec<PathBuf>,
     /// The daemon's bounding set: no container can have more.
     pub bounding: Capabilities,
     /// A name of `std::env::consts::ARCH`.
@@ -177,6 +181,9 @@ pub fn build(inputs: &Inputs) -> Result<(Spec, Vec<String>)> {
         .set_rootfs_propagation(mounts::rootfs_propagation(inputs.mounts))
         .set_masked_paths(security::masked_paths(inputs.security())?)
         .set_readonly_paths(security::readonly_paths(inputs)?);
+    if let Some([uids, gids]) = userns::mappings(inputs)? {
+        linux.set_uid_mappings(Some(uids)).set_gid_mappings(Some(gids));
+    }
 
     // Every member is set: the defaults of the type are somebody's taste.
     let mut spec = Spec::default();
