@@ -18,6 +18,8 @@ mod golden;
 pub mod host;
 /// SELinux labels.
 pub mod labels;
+/// Images as volumes, and volumes that images declare.
+pub mod image_volumes;
 /// Start, stop, kill, update, log.
 pub mod lifecycle;
 /// Create, remove, lookup.

@@ -241,8 +241,7 @@ impl Unpacker {
         }
         if kind != Kind::Directory {
             self.replaced = true;
-            let path = rooted::proc_path(parent.as_fd(), name);
-            std::fs::remove_dir_all(&path).context(|| "replace directory")?;
+            crate::sys::tree::remove_at(parent.as_fd(), name.as_os_str()).context(|| "replace directory")?;
         }
         Ok(false)
     }

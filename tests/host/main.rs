@@ -3,6 +3,7 @@
 //!
 //! `CRISP_TEST_DAEMON=containerd` runs what every CRI runtime must do against containerd: that checks the tests.
 
+mod archive;
 mod bpf;
 mod client;
 mod daemon;
@@ -14,6 +15,7 @@ mod lifecycle;
 mod login;
 mod logs;
 mod metrics;
+mod mounts;
 mod namespaces;
 mod network;
 mod objects;
@@ -32,4 +34,5 @@ mod stats;
 mod trouble;
 mod unified;
 mod userns;
+mod volumes;
 mod websocket;
