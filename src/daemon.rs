@@ -2,12 +2,13 @@
 
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use nix::sys::signal::{SigSet, Signal};
 
 use crate::cgroup::{warm::Warmer, Layout};
+use crate::check;
 use crate::config::{self, Config, Overrides};
 use crate::container::labels::SeLinux;
 use crate::container::{self, Containers};
@@ -107,6 +108,7 @@ impl Daemon {
         let images = Images::open(image_settings(config))?;
         let mut snapshots = snapshotter(config)?;
         let disk = Arc::new(Disk::start(disk_settings(config), snapshots.count_projects())?);
+        let overlay = snapshots.kind() == Kind::Overlay;
         let mut host = container::host::detect()?;
         let selinux = selinux(config);
         host.selinux = selinux.is_some();
@@ -143,9 +145,11 @@ impl Daemon {
             run: config.run.clone(),
             config: describe(config),
             host,
+            check: OnceLock::new(),
             events: events.clone(),
             lists: Seats::new(patient),
         });
+        look_around(config, service.clone(), overlay)?;
         let settings = grpc::Settings {
             socket: config.socket.clone(),
             group: config.socket_group,
@@ -180,6 +184,20 @@ impl Daemon {
         self.endpoint = None;
         self.disk.stop();
     }
+}
+
+/// Has a thread find out what verbose Status tells of the host; nobody waits for it, and nothing is tried again that the start has tried.
+fn look_around(config: &Config, service: Arc<Service>, overlay: bool) -> Result<()> {
+    let config = config.clone();
+    crate::sys::thread::spawn("check", move || {
+        let known = check::Known { host: &service.host, handlers: &service.handlers, overlay };
+        let report = check::look(&config, Some(&known));
+        for finding in report.findings.iter().filter(|finding| finding.state == check::State::Warn) {
+            log::debug!("check: {} {}: {}", finding.topic, finding.name, finding.found);
+        }
+        let _ = service.check.set(report);
+    })?;
+    Ok(())
 }
 
 fn endpoint(address: SocketAddr, server: &grpc::Server, service: Arc<Service>) -> Result<Endpoint> {
@@ -323,6 +341,8 @@ fn container_settings(
         selinux,
         events,
         layers,
+        cdi: crate::cdi::Registry::new(config.cdi_spec_dirs.clone()),
+        hooks: crate::hooks::Directories::new(config.hooks_dirs.clone()),
     }
 }
 

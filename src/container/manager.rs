@@ -14,10 +14,12 @@ use super::labels::{self, SeLinux};
 use super::metadata::Metadata;
 use super::status::{State, Status, User};
 use crate::api::runtime::{ContainerConfig, PodSandboxConfig};
+use crate::cdi;
 use crate::cgroup::stat::{Meter, Reader, Sample};
 use crate::cgroup::{Cgroup, Layout};
 use crate::error::{Context, Error, ErrorList, Result};
 use crate::event::{self, Listener};
+use crate::hooks;
 use crate::image::{Image, Images};
 use crate::runtime::Handler;
 use crate::snapshot::{Owners, Snapshotter};
@@ -55,6 +57,8 @@ pub struct Settings {
     pub selinux: Option<SeLinux>,
     pub events: Arc<dyn Listener<Change>>,
     pub layers: Arc<dyn LayerWatch>,
+    pub cdi: cdi::Registry,
+    pub hooks: hooks::Directories,
 }
 
 /// A step in the life of a container.
@@ -312,6 +316,7 @@ impl Containers {
         for warning in confined.into_iter().chain(warnings) {
             log::warn!("container {}: {warning}", meta.id);
         }
+        self.settings.edit(&mut built, config, inputs.sandbox)?;
         if inputs.compile_filter {
             self.confiner.precompile(&mut built, &self.settings.host.arch);
         }

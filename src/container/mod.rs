@@ -7,6 +7,8 @@ pub mod apparmor;
 pub mod confine;
 /// Host devices of a container.
 pub mod devices;
+/// CDI devices and hooks, put into a spec.
+mod edits;
 /// ExecSync.
 pub mod exec;
 /// What exits of shims and containers do.

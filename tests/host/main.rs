@@ -7,6 +7,7 @@ mod archive;
 mod bpf;
 mod client;
 mod daemon;
+mod devices;
 mod events;
 mod exposition;
 mod harness;
