@@ -111,7 +111,7 @@ impl Daemon {
         let patient = (config.limits.slow_threads / PATIENT_SHARE).max(1);
         let events = Bus::<Fact>::new(config.limits.event_queue, patient);
         let sandboxes = Arc::new(Sandboxes::open(sandbox_settings(config, events.clone()), network.clone(), watcher.clone())?);
-        let settings = container_settings(config, host.clone(), events.clone(), disk.clone());
+        let settings = container_settings(config, host.clone(), events.clone(), disk.clone())?;
         let containers = Arc::new(Containers::open(settings, images.clone(), snapshots, watcher.clone())?);
         sandboxes.restore()?;
         containers.restore(|id| sandboxes.find(id).ok().flatten().is_some())?;
@@ -260,19 +260,25 @@ fn container_settings(
     host: crate::spec::HostFacts,
     events: Arc<dyn Listener<container::Change>>,
     layers: Arc<Disk>,
-) -> container::Settings {
-    container::Settings {
+) -> Result<container::Settings> {
+    let resources = &config.resources;
+    Ok(container::Settings {
         root: config.root.clone(),
         run: config.run.clone(),
         shim: config.shim.clone(),
         runtime_timeout: config.limits.runtime_timeout,
         exec_output: config.limits.exec_output,
         kill_on_disconnect: config.streaming.kill_on_disconnect,
-        defaults: crate::spec::Defaults::default(),
+        defaults: crate::spec::Defaults { pids_limit: resources.pids_limit, rlimits: resources.rlimits.clone(), ..Default::default() },
+        classes: container::Classes {
+            block_io: resources.blockio_classes.as_deref().map(container::blockio::BlockIoClasses::load).transpose()?,
+            rdt: resources.rdt_classes,
+            ignore_unconfigured: resources.ignore_unconfigured_classes,
+        },
         host,
         events,
         layers,
-    }
+    })
 }
 
 /// The configuration for the admin service; there are no secrets in it.

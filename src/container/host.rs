@@ -44,6 +44,7 @@ pub fn detect() -> Result<HostFacts> {
     let cgroup_v2 = magic == CGROUP2_MAGIC;
     Ok(HostFacts {
         cgroup_v2,
+        cgroup_controllers: if cgroup_v2 { v2_controllers() } else { Vec::new() },
         cgroup_mounts: if cgroup_v2 { Vec::new() } else { cgroup_mounts(&mounts) },
         bounding: capabilities(capability_mask(&status, "CapBnd")?),
         arch: std::env::consts::ARCH.to_owned(),
@@ -51,7 +52,11 @@ pub fn detect() -> Result<HostFacts> {
         hard_rlimits: if may_raise { Vec::new() } else { hard_rlimits() },
         swap_accounting: if cgroup_v2 { swap_on_v2() } else { swap_on_v1(&mounts) },
         hugepage_sizes: hugepage_sizes(),
-        hugetlb_controller: if cgroup_v2 { has_v2_controller("hugetlb") } else { v1_hierarchy(&mounts, "hugetlb").is_some() },
+        hugetlb_controller: if cgroup_v2 {
+            v2_controllers().iter().any(|c| c == "hugetlb")
+        } else {
+            v1_hierarchy(&mounts, "hugetlb").is_some()
+        },
         seccomp: Path::new("/proc/sys/kernel/seccomp/actions_avail").exists(),
         apparmor: read("/sys/module/apparmor/parameters/enabled").starts_with('Y'),
         selinux: Path::new("/sys/fs/selinux/enforce").exists(),
@@ -120,8 +125,8 @@ fn swap_on_v2() -> bool {
     }
 }
 
-fn has_v2_controller(controller: &str) -> bool {
-    read(Path::new(CGROUP).join("cgroup.controllers")).split_ascii_whitespace().any(|name| name == controller)
+fn v2_controllers() -> Vec<String> {
+    read(Path::new(CGROUP).join("cgroup.controllers")).split_ascii_whitespace().map(str::to_owned).collect()
 }
 
 fn hugepage_sizes() -> Vec<String> {

@@ -8,6 +8,7 @@ use std::time::Duration;
 use parking_lot::Condvar;
 use serde::{Deserialize, Serialize};
 
+use super::classes::Classes;
 use super::metadata::Metadata;
 use super::status::{State, Status, User};
 use crate::api::runtime::{ContainerConfig, PodSandboxConfig};
@@ -46,6 +47,7 @@ pub struct Settings {
     /// Whether an exec with streams dies with its client.
     pub kill_on_disconnect: bool,
     pub defaults: Defaults,
+    pub classes: Classes,
     pub host: HostFacts,
     pub events: Arc<dyn Listener<Change>>,
     pub layers: Arc<dyn LayerWatch>,
@@ -253,6 +255,8 @@ impl Containers {
         let user = super::user::resolve(&rootfs, &config.linux.security_context, image_user)?;
         let mounts = super::mounts::resolve(&config.mounts, &self.settings.host)?;
         let devices = super::devices::collect(config)?;
+        super::update::check_cpuset(&container.cgroup()?, &config.linux.resources)?;
+        let (classes, class_warnings) = self.settings.classes.resolve(&inputs.sandbox.annotations, config)?;
         let working_dir = spec::process::working_dir(&config.working_dir, image_dir)?;
         super::mounts::make_directories(&rootfs, &working_dir, &image.volumes())?;
         let (built, warnings) = spec::build(&spec::Inputs {
@@ -265,13 +269,14 @@ impl Containers {
             rootfs: &rootfs,
             mounts: &mounts,
             devices: &devices,
+            classes: &classes,
             cgroups_path: &meta.cgroups_path,
             hostname: inputs.hostname,
             host: &self.settings.host,
             files: &inputs.files,
             defaults: &self.settings.defaults,
         })?;
-        for warning in warnings {
+        for warning in class_warnings.into_iter().chain(warnings) {
             log::warn!("container {}: {warning}", meta.id);
         }
         write_json(&meta.spec_path(), &built)?;

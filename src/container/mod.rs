@@ -1,6 +1,10 @@
 //! Containers: from CREATED to EXITED. The OCI runtime runs at start, not at create: a created container is a bundle on disk
 //! and costs no process, and an exited one has neither shim nor runtime state.
 
+/// Block I/O classes from their file.
+pub mod blockio;
+/// Classes that annotations ask for.
+pub mod classes;
 /// Host devices of a container.
 pub mod devices;
 /// ExecSync.
@@ -9,7 +13,7 @@ pub mod exec;
 pub mod exit;
 /// What the host can do.
 pub mod host;
-/// Start, stop, kill, update, log.
+/// Start, stop, kill, log.
 pub mod lifecycle;
 /// Create, remove, lookup.
 pub mod manager;
@@ -25,9 +29,14 @@ pub mod signal;
 pub mod status;
 /// Exec with streams, attach.
 pub mod stream;
+/// UpdateContainerResources.
+pub mod update;
 /// The user of a container, from its rootfs.
 pub mod user;
+/// YAML as JSON values.
+mod yaml;
 
+pub use classes::Classes;
 pub use manager::{Change, Container, Containers, CreateInputs, LayerWatch, Settings};
 pub use metadata::Metadata;
 pub use status::{State, Status};

@@ -2,8 +2,7 @@
 //! selinux_options and the like of LinuxSandboxSecurityContext) is accepted and does not apply; what matters for
 //! security and cannot be honoured is refused by name.
 //!
-//! Also accepted and not applicable: `linux.overhead` and `linux.resources` (for runtimes that size a VM by them; kubelet limits
-//! the cgroup parent itself) and `windows`.
+//! `linux.overhead` and `linux.resources` are checked, kept and shown (`resources`). Also accepted and not applicable: `windows`.
 
 use crate::api::runtime::{LinuxPodSandboxConfig, NamespaceMode, PodSandboxConfig, PodSandboxMetadata};
 use crate::error::{Error, Result};

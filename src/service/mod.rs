@@ -21,7 +21,7 @@ mod image;
 mod info;
 /// ListMetricDescriptors and ListPodSandboxMetrics.
 mod metrics;
-/// RunPodSandbox, StopPodSandbox, RemovePodSandbox.
+/// RunPodSandbox, StopPodSandbox, RemovePodSandbox, UpdatePodSandboxResources.
 mod sandbox;
 /// PodSandboxStatus and ListPodSandbox.
 mod sandbox_status;
@@ -216,6 +216,15 @@ impl RuntimeService for Service {
         call: &Call,
     ) -> Result<runtime::UpdateContainerResourcesResponse> {
         self.update_resources(&request, call)
+    }
+
+    fn update_pod_sandbox_resources(
+        &self,
+        request: runtime::UpdatePodSandboxResourcesRequest,
+        call: &Call,
+    ) -> Result<runtime::UpdatePodSandboxResourcesResponse> {
+        self.update_sandbox(&request, call)?;
+        Ok(runtime::UpdatePodSandboxResourcesResponse::new())
     }
 
     fn list_metric_descriptors(

@@ -58,7 +58,7 @@ pub struct Exec {
 /// runc on v1 takes `controller:name` and enters that hierarchy's child alone. crun on v1 takes a name and silently stays
 /// out of the container's cgroup in every hierarchy without such a child, limits included: so it gets one in each.
 fn place(kind: Kind, layout: &Layout, parent: &Cgroup, number: u32) -> Option<Place> {
-    let name = format!("crisp-exec-{number}");
+    let name = format!("{}{number}", crate::cgroup::EXEC);
     let one = ["pids", "freezer"].into_iter().find(|c| layout.v1(c).is_some());
     let in_one = |one: &str| parent.child(&name, |d| d.controllers.iter().any(|c| c == one));
     let (cgroup, option) = match (kind, layout.mode, one) {

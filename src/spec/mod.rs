@@ -14,10 +14,13 @@
 //! | mounts: selinux_relabel | N without SELinux, R with it |
 //! | mounts: recursive_read_only, image, image_sub_path, uidMappings, gidMappings, mount_options | R `refuse` |
 //! | devices | H `resources`; stat'ed by `container::devices` |
-//! | CDI_devices, annotations `cdi.k8s.io/*`, RDT and block I/O class annotations | R `refuse` |
+//! | CDI_devices, annotations `cdi.k8s.io/*` | R `refuse` |
+//! | annotations for a block I/O or RDT class | C `container::classes`, H; R for a class that is not there |
 //! | annotations | C; into the spec only those on `Defaults::annotations` |
 //! | windows | R |
-//! | **linux.resources** | H `resources` |
+//! | **linux.resources** | H `resources`; in updates too |
+//! | memory_swap_limit_in_bytes | H; N with a warning where the kernel does not account swap |
+//! | cpuset_cpus, cpuset_mems | H; R what the host or the parent cgroup lacks |
 //! | hugepage_limits | H; R for a size the host lacks or cannot limit, N when such a limit is 0 |
 //! | unified | H on cgroup v2, R on v1 |
 //! | oom_score_adj | H `process`, raised with a warning to what the daemon may set |
@@ -60,7 +63,8 @@ use crate::error::Result;
 pub use mounts::{Propagation, ResolvedMount};
 pub use namespaces::{NamespacePaths, Pid};
 pub use process::exec_process;
-pub use resources::{update_resources, ResolvedDevice, Update};
+pub use resources::update::{update_resources, OomScoreAdj, Update};
+pub use resources::{Classes, ResolvedDevice};
 
 /// crun 1.8.1 refuses 1.2.0; nothing here needs more.
 const OCI_VERSION: &str = "1.0.2";
@@ -78,6 +82,8 @@ pub struct Inputs<'a> {
     pub mounts: &'a [ResolvedMount],
     /// Those of the request; those of the whole host for a privileged container.
     pub devices: &'a [ResolvedDevice],
+    /// What the request's classes mean here.
+    pub classes: &'a Classes,
     /// In the syntax of the cgroup driver; see the OCI spec, linux.cgroupsPath.
     pub cgroups_path: &'a str,
     /// For the variable HOSTNAME; the UTS namespace has it already.
@@ -144,6 +150,8 @@ pub struct Rlimit {
 #[derive(Clone, Debug)]
 pub struct HostFacts {
     pub cgroup_v2: bool,
+    /// Controllers of the v2 hierarchy; none on v1.
+    pub cgroup_controllers: Vec<String>,
     /// What an OCI runtime may mount below a container's /sys/fs/cgroup, by name; nothing on v2. Names that it does not mount do
     /// no harm.
     pub cgroup_mounts: Vec<String>,
@@ -183,6 +191,7 @@ pub fn build(inputs: &Inputs) -> Result<(Spec, Vec<String>)> {
         .set_cgroups_path(Some(PathBuf::from(inputs.cgroups_path)))
         .set_namespaces(Some(namespaces::namespaces(inputs)))
         .set_devices(Some(resources::device_nodes(inputs.devices)))
+        .set_intel_rdt(resources::rdt(inputs.classes))
         .set_seccomp(security::seccomp(inputs.security(), &bounding, inputs.host)?)
         .set_rootfs_propagation(mounts::rootfs_propagation(inputs.mounts))
         .set_masked_paths(security::masked_paths(inputs.security())?)
@@ -226,6 +235,10 @@ fn annotations(inputs: &Inputs) -> HashMap<String, String> {
         ("image-name", image),
     ];
     all.extend(ours.map(|(key, value)| (format!("io.kubernetes.cri.{key}"), value.to_owned())));
+    if !inputs.cgroups_path.starts_with('/') {
+        // Below systemd's scope crun would make a cgroup of its own, where nobody looks for limits and processes.
+        all.insert("run.oci.systemd.subgroup".to_owned(), String::new());
+    }
     all
 }
 
@@ -267,6 +280,15 @@ mod tests {
         let annotations = fixture.build().0.annotations().clone().unwrap();
         assert_eq!((annotations.len(), annotations["example.com/a"].as_str()), (8, "1"));
         assert_eq!(annotations["io.kubernetes.cri.sandbox-id"], "s1");
+    }
+
+    #[test]
+    fn a_scope_of_systemd_is_the_containers_own() {
+        let fixture = Fixture::new();
+        let inputs = super::Inputs { cgroups_path: "kubepods.slice:crisp:c1", ..fixture.inputs() };
+        let spec = super::build(&inputs).unwrap().0;
+        assert_eq!(spec.linux().as_ref().unwrap().cgroups_path().as_ref().unwrap().to_str(), Some("kubepods.slice:crisp:c1"));
+        assert_eq!(spec.annotations().as_ref().unwrap()["run.oci.systemd.subgroup"], "");
     }
 
     #[test]

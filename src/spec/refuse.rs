@@ -8,10 +8,8 @@ use crate::api::runtime::{
 };
 use crate::error::{Code, Error, Result};
 
-/// Annotations by which other runtimes are told of devices, cache and block I/O classes.
+/// Annotations by which other runtimes are told of devices.
 const DEVICE_ANNOTATIONS: &str = "cdi.k8s.io/";
-const CLASS_ANNOTATIONS: [&str; 2] = ["io.kubernetes.cri.rdt-class", "io.kubernetes.cri.blockio-class"];
-const SANDBOX_CLASS_ANNOTATIONS: [&str; 2] = ["rdt.resources.beta.kubernetes.io/", "blockio.resources.beta.kubernetes.io/"];
 
 /// Everything of a container's request that is not honoured.
 pub fn container(config: &ContainerConfig, sandbox: &PodSandboxConfig, host: &HostFacts) -> Result<()> {
@@ -21,7 +19,7 @@ pub fn container(config: &ContainerConfig, sandbox: &PodSandboxConfig, host: &Ho
     if !config.CDI_devices.is_empty() {
         return Err(Error::unimplemented("CDI_devices: not built yet"));
     }
-    annotations(config, sandbox)?;
+    annotations(config)?;
     for asked in &config.mounts {
         mount(asked, host)?;
     }
@@ -40,21 +38,11 @@ pub fn container(config: &ContainerConfig, sandbox: &PodSandboxConfig, host: &Ho
     apparmor(security, host)
 }
 
-fn annotations(config: &ContainerConfig, sandbox: &PodSandboxConfig) -> Result<()> {
-    let refused = |key: &str| Err(Error::unimplemented(format!("annotation {key}: not built yet")));
-    for key in config.annotations.keys() {
-        if key.starts_with(DEVICE_ANNOTATIONS) || CLASS_ANNOTATIONS.contains(&key.as_str()) {
-            return refused(key);
-        }
+fn annotations(config: &ContainerConfig) -> Result<()> {
+    match config.annotations.keys().find(|key| key.starts_with(DEVICE_ANNOTATIONS)) {
+        Some(key) => Err(Error::unimplemented(format!("annotation {key}: not built yet"))),
+        None => Ok(()),
     }
-    for key in sandbox.annotations.keys() {
-        let scope = SANDBOX_CLASS_ANNOTATIONS.iter().find_map(|prefix| key.strip_prefix(prefix));
-        let ours = |scope: &str| scope == "pod" || scope.strip_prefix("container.") == Some(config.metadata.name.as_str());
-        if scope.is_some_and(ours) {
-            return refused(key);
-        }
-    }
-    Ok(())
 }
 
 /// A mount that cannot be made as asked. Called before its host path is created.
@@ -178,14 +166,9 @@ mod tests {
     }
 
     #[test]
-    fn annotations_that_ask_for_devices_or_classes() {
+    fn annotations_that_ask_for_devices() {
         let on_container = |key: &'static str| move |f: &mut Fixture| drop(f.config.annotations.insert(key.into(), "x".into()));
-        let on_sandbox = |key: &'static str| move |f: &mut Fixture| drop(f.sandbox.annotations.insert(key.into(), "x".into()));
         refused(on_container("cdi.k8s.io/gpu"), Code::Unimplemented, "cdi.k8s.io/gpu");
-        refused(on_container("io.kubernetes.cri.rdt-class"), Code::Unimplemented, "rdt-class");
-        refused(on_sandbox("blockio.resources.beta.kubernetes.io/pod"), Code::Unimplemented, "blockio");
-        refused(on_sandbox("rdt.resources.beta.kubernetes.io/container.app"), Code::Unimplemented, "rdt");
-        accepted(on_sandbox("rdt.resources.beta.kubernetes.io/container.other"));
         accepted(on_container("example.com/a"));
     }
 

@@ -11,6 +11,9 @@ pub mod console;
 /// Crash points of debug builds.
 #[cfg(feature = "engine")]
 pub mod crash;
+/// Lists of CPUs and memory nodes.
+#[cfg(feature = "engine")]
+pub mod cpulist;
 /// CPU time of processes.
 #[cfg(feature = "daemon")]
 pub mod cputime;

@@ -16,6 +16,7 @@ mod network;
 mod objects;
 mod python;
 mod registry;
+mod resources;
 mod restart;
 mod shim;
 mod snapshot;
