@@ -17,6 +17,9 @@ const V1: [(&str, &[&str]); 3] = [
 ];
 const V2: [&str; 6] = ["cpu.weight", "cpu.max", "cpuset.cpus", "cpuset.mems", "memory.max", "memory.swap.max"];
 
+/// More bytes than any limit of v1 means.
+const UNLIMITED: u64 = 1 << 62;
+
 /// Writes are repeated in this many rounds: one limit may stand in the way of another (memory and memory+swap, quota and
 /// period) until that is back.
 const ROUNDS: usize = 3;
@@ -94,6 +97,10 @@ impl Saved {
             ("cpuset.cpus" | "cpuset.mems", Some(dir)) => set_cpuset(dir, &name, self.text.trim()),
             ("io.max", _) => self.write(lines_to_restore(&now, &self.text, "rbps=max wbps=max riops=max wiops=max")),
             ("io.weight" | "io.bfq.weight", _) => self.write(lines_to_restore(&now, &self.text, "default")),
+            // "No limit" of v1 reads as a number, which hugetlb rounds to another one when it is written.
+            (name, _) if name.ends_with("limit_in_bytes") && self.text.trim().parse().is_ok_and(|bytes: u64| bytes > UNLIMITED) => {
+                self.write(vec!["-1".to_owned()])
+            }
             _ => self.write(self.text.lines().map(str::to_owned).collect()),
         }
     }
@@ -251,6 +258,15 @@ mod tests {
         assert_eq!(kept, limits);
         drop(tree);
         kept.restore().expect("what has gone needs nothing");
+    }
+
+    #[test]
+    fn no_limit_of_v1_is_written_as_such() {
+        let tree = Tree::new(&[("hugetlb.2MB.limit_in_bytes", "9223372036854771712\n")]);
+        let limits = Limits::read(&tree.cgroup(&["hugetlb"], false), ["2MB"].into_iter(), [].into_iter());
+        tree.write("hugetlb.2MB.limit_in_bytes", "5\n");
+        limits.restore().unwrap();
+        assert_eq!(tree.read("hugetlb.2MB.limit_in_bytes"), "-1");
     }
 
     #[test]

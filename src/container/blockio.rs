@@ -221,7 +221,9 @@ mod tests {
 Classes:
   slow:
     - Weight: 80
-    - Devices: [/dev/sd[a-z], /dev/vd?]
+    - Devices:
+        - /dev/sd[a-z]
+        - /dev/vd?
       ThrottleReadBps: 50M
       ThrottleWriteBps: \"10Mi\"
       ThrottleReadIOPS: 10k

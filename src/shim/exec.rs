@@ -46,6 +46,7 @@ pub struct Exec {
     /// Once the OCI runtime has started it and until it is reaped.
     pub pid: Option<i32>,
     place: Option<Place>,
+    oom_score_adj: Option<i64>,
     pub kill: bool,
     /// Connections that wait for the kill.
     killers: Vec<u32>,
@@ -102,6 +103,7 @@ impl Shim {
             keep: request.keep,
             pid: None,
             place,
+            oom_score_adj: request.process["oomScoreAdj"].as_i64(),
             kill: false,
             killers: vec![],
             outcome: None,
@@ -162,6 +164,10 @@ impl Shim {
         match pid {
             Ok(pid) => {
                 exec.pid = Some(pid);
+                // crun leaves it as ours is, runc as it was when the container was created.
+                if let Some(adj) = exec.oom_score_adj {
+                    let _ = std::fs::write(format!("/proc/{pid}/oom_score_adj"), adj.to_string());
+                }
                 // The OCI runtime takes no option for it: we move it.
                 if let Some(place) = exec.place.as_ref().filter(|p| p.option.is_none()) {
                     for dir in place.cgroup.dirs() {

@@ -13,7 +13,7 @@ use crate::harness::{handlers, Container, Host, Sandbox};
 
 const SLEEP: [&str; 2] = ["sleep", "1000000"];
 /// Holds some 20 MB that cannot be reclaimed.
-const HOLD: [&str; 3] = ["sh", "-c", "x=$(head -c 20000000 /dev/zero | tr '\\0' a); echo held; sleep 1000000"];
+const HOLD: [&str; 3] = ["sh", "-c", "x=$(yes | head -c 20000000); echo held; sleep 1000000"];
 
 fn v2() -> bool {
     Path::new("/sys/fs/cgroup/cgroup.controllers").exists()
@@ -102,9 +102,12 @@ fn launch(host: &Host, sandbox: &Sandbox, name: &str, command: &[&str]) -> Conta
     container
 }
 
+/// Of all processes of the container.
 fn oom_score_adj(host: &Host, container: &Container) -> Vec<String> {
-    let (_, text, _) = host.exec(container, &["sh", "-c", "for p in /proc/[0-9]*; do cat $p/oom_score_adj; done"]);
-    let mut all: Vec<String> = text.lines().map(str::to_owned).collect();
+    let dirs = cgroups(host, container);
+    let pids = value(&dirs, "cgroup.procs");
+    let score = |pid: &str| std::fs::read_to_string(format!("/proc/{pid}/oom_score_adj")).expect("read a score").trim().to_owned();
+    let mut all: Vec<String> = pids.lines().map(score).collect();
     all.sort();
     all.dedup();
     all
@@ -114,7 +117,7 @@ fn oom_score_adj(host: &Host, container: &Container) -> Vec<String> {
 fn limits_of_a_start_are_the_kernels() {
     let host = start_host();
     for handler in handlers() {
-        let sandbox = host.sandbox("start", &handler);
+        let sandbox = host.sandbox(&format!("start-{handler}"), &handler);
         let script = "ulimit -n; ulimit -Hn; ulimit -c; cat /proc/self/oom_score_adj; echo done; sleep 1000000";
         let container = launch(&host, &sandbox, "main", &["sh", "-c", script]);
         container.log.wait_for("done");
@@ -131,7 +134,7 @@ fn limits_of_a_start_are_the_kernels() {
 fn an_update_changes_each_limit_and_outlives_the_daemon() {
     let mut host = start_host();
     for handler in handlers() {
-        let sandbox = host.sandbox("update", &handler);
+        let sandbox = host.sandbox(&format!("update-{handler}"), &handler);
         let container = launch(&host, &sandbox, "main", &["sh", "-c", "sleep 1000000 & sleep 1000000"]);
         let created = host.create_with(&sandbox, "created", &SLEEP, |config| *resources(config) = first());
         let new = LinuxContainerResources {
@@ -155,6 +158,7 @@ fn an_update_changes_each_limit_and_outlives_the_daemon() {
         for container in [&container, &created] {
             assert_eq!(limits(&host, container), expected, "{handler}");
             assert_eq!(oom_score_adj(&host, container), ["400"], "{handler}");
+            assert_eq!(host.exec(container, &["cat", "/proc/self/oom_score_adj"]).1, "400\n", "{handler}");
         }
         host.daemon.stop(Signal::SIGKILL);
         host.daemon.run();
@@ -187,7 +191,7 @@ fn an_update_changes_each_limit_and_outlives_the_daemon() {
 fn a_memory_limit_below_the_usage() {
     let host = start_host();
     for handler in handlers() {
-        let sandbox = host.sandbox("small", &handler);
+        let sandbox = host.sandbox(&format!("small-{handler}"), &handler);
         let container = launch(&host, &sandbox, "main", &HOLD);
         container.log.wait_for("held");
         let new = LinuxContainerResources {
@@ -229,7 +233,7 @@ fn a_memory_limit_below_the_usage() {
 fn an_update_whose_last_step_fails_is_taken_back() {
     let host = start_host();
     for handler in handlers() {
-        let sandbox = host.sandbox("undo", &handler);
+        let sandbox = host.sandbox(&format!("undo-{handler}"), &handler);
         let full = launch(&host, &sandbox, "full", &SLEEP);
         let bare = host.launch(&sandbox, "bare", &SLEEP);
         for container in [&full, &bare] {
@@ -273,7 +277,7 @@ fn an_update_that_a_crash_cuts_short_is_taken_back() {
         host.daemon.options.environment = vec![("CRISP_CRASH_AT".into(), step.into())];
         host.daemon.run();
         host.daemon.wait_ready();
-        let sandbox = host.sandbox("crash", &handler);
+        let sandbox = host.sandbox(&format!("crash-{handler}"), &handler);
         let container = launch(&host, &sandbox, "main", &SLEEP);
         let new =
             LinuxContainerResources { memory_limit_in_bytes: 96 << 20, cpuset_cpus: "1".into(), oom_score_adj: 400, ..Default::default() };
@@ -300,7 +304,7 @@ fn an_update_that_a_crash_cuts_short_is_taken_back() {
 fn a_cpuset_changes_under_a_running_exec() {
     let host = start_host();
     for handler in handlers() {
-        let sandbox = host.sandbox("exec", &handler);
+        let sandbox = host.sandbox(&format!("exec-{handler}"), &handler);
         let container = launch(&host, &sandbox, "main", &SLEEP);
         update(&host, &container, LinuxContainerResources { cpuset_cpus: "0-1".into(), ..Default::default() });
         assert_eq!(host.exec(&container, &["sh", "-c", "sleep 1000000 & echo"]).0, 0);
@@ -323,7 +327,7 @@ fn a_cpuset_changes_under_a_running_exec() {
 fn updates_at_the_same_time_are_all_there() {
     let host = start_host();
     for handler in handlers() {
-        let sandbox = host.sandbox("together", &handler);
+        let sandbox = host.sandbox(&format!("together-{handler}"), &handler);
         let container = launch(&host, &sandbox, "main", &SLEEP);
         let changes: [fn(&mut LinuxContainerResources); 5] = [
             |r| r.cpu_shares = 1024,
@@ -370,7 +374,7 @@ fn a_block_io_class_throttles() {
     std::fs::write(&file, text).expect("write the classes");
     let host = Host::start_with(|options| options.tables = format!("[resources]\nblockio_classes = \"{}\"\n", file.display()));
     for handler in handlers() {
-        let sandbox = host.sandbox("class", &handler);
+        let sandbox = host.sandbox(&format!("class-{handler}"), &handler);
         let container = host.create_with(&sandbox, "main", &SLEEP, |config| {
             config.annotations.insert("io.kubernetes.cri.blockio-class".into(), "slow".into());
         });
