@@ -217,7 +217,25 @@ fn registry_settings(config: &Config) -> image::RegistrySettings {
     image::RegistrySettings {
         certs_dir: Some(config.images.registry_dir.clone()),
         plain_http: config.images.plain_http.clone(),
+        stall: config.images.stall,
+        credentials: image::Sources {
+            hosts: config.images.auth.iter().map(|(host, auth)| (host.clone(), registry_auth(auth))).collect(),
+            docker_config: config.images.docker_config.clone(),
+            ..Default::default()
+        },
+        foreign_layers: config.images.foreign_layers,
         ..Default::default()
+    }
+}
+
+fn registry_auth(auth: &config::RegistryAuth) -> image::Auth {
+    image::Auth {
+        username: auth.username.clone(),
+        password: auth.password.clone(),
+        auth: auth.auth.clone(),
+        server_address: String::new(),
+        identity_token: auth.identity_token.clone(),
+        registry_token: auth.registry_token.clone(),
     }
 }
 

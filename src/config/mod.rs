@@ -1,6 +1,8 @@
 //! Configuration: `Raw` is what the file says, `Config` is what was checked. Unknown keys and bad values are errors with
 //! their line. `DEFAULT` is the commented file that `crispd config default` prints; a test keeps it equal to the defaults.
 
+/// `[images]`.
+mod images;
 /// `[stats]` and `[metrics]`.
 mod observe;
 /// [resources].
@@ -18,6 +20,7 @@ use toml::Spanned;
 use crate::error::{Error, Result};
 use crate::runtime::{Handler, Kind};
 
+pub use images::{Images, RegistryAuth};
 pub use observe::{Metrics, MetricsGroup, Stats};
 pub use resources::Resources;
 pub use streaming::{Streaming, Tls};
@@ -76,15 +79,6 @@ pub struct Cni {
 }
 
 #[derive(Clone, Debug)]
-pub struct Images {
-    pub registry_dir: PathBuf,
-    pub plain_http: Vec<String>,
-    pub preload_dir: PathBuf,
-    pub pinned: Vec<String>,
-    pub layer_downloads: usize,
-}
-
-#[derive(Clone, Debug)]
 pub struct Limits {
     /// Worker threads for calls that may block, at most.
     pub slow_threads: usize,
@@ -115,7 +109,7 @@ struct Raw {
     runtimes: BTreeMap<String, RawRuntime>,
     sysctls: BTreeMap<String, Spanned<String>>,
     cni: RawCni,
-    images: RawImages,
+    images: images::Raw,
     limits: RawLimits,
     resources: resources::Raw,
     streaming: streaming::Raw,
@@ -144,16 +138,6 @@ struct RawCni {
     plugin_timeout_seconds: Spanned<u64>,
     conf_template: Spanned<String>,
     extra_networks: bool,
-}
-
-#[derive(Deserialize)]
-#[serde(deny_unknown_fields, default)]
-struct RawImages {
-    registry_dir: Spanned<String>,
-    plain_http: Vec<String>,
-    preload_dir: Spanned<String>,
-    pinned: Vec<String>,
-    layer_downloads: Spanned<usize>,
 }
 
 #[derive(Deserialize)]
@@ -194,7 +178,7 @@ impl Default for Raw {
                 ("net.ipv4.ping_group_range".to_owned(), text("0 2147483647")),
             ]),
             cni: RawCni::default(),
-            images: RawImages::default(),
+            images: images::Raw::default(),
             limits: RawLimits::default(),
             resources: resources::Raw::default(),
             streaming: streaming::Raw::default(),
@@ -213,18 +197,6 @@ impl Default for RawCni {
             plugin_timeout_seconds: at(90),
             conf_template: text(""),
             extra_networks: false,
-        }
-    }
-}
-
-impl Default for RawImages {
-    fn default() -> RawImages {
-        RawImages {
-            registry_dir: text("/etc/crisp/certs.d"),
-            plain_http: Vec::new(),
-            preload_dir: text("/var/lib/crisp-preload"),
-            pinned: Vec::new(),
-            layer_downloads: at(3),
         }
     }
 }
@@ -386,13 +358,7 @@ fn check(c: &Checker, raw: Raw) -> Result<Config> {
             conf_template: c.optional_path("cni.conf_template", &raw.cni.conf_template)?,
             extra_networks: raw.cni.extra_networks,
         },
-        images: Images {
-            registry_dir: c.path("images.registry_dir", &raw.images.registry_dir)?,
-            plain_http: raw.images.plain_http,
-            preload_dir: c.path("images.preload_dir", &raw.images.preload_dir)?,
-            pinned: raw.images.pinned,
-            layer_downloads: c.number("images.layer_downloads", &raw.images.layer_downloads, 1, 64)?,
-        },
+        images: raw.images.check(c)?,
         limits: Limits {
             slow_threads: c.number("limits.slow_threads", &raw.limits.slow_threads, 4, 8192)?,
             queue: c.number("limits.queue", &raw.limits.queue, 16, 1 << 20)?,

@@ -11,6 +11,9 @@ pub mod devices;
 pub mod exec;
 /// What exits of shims and containers do.
 pub mod exit;
+/// Specs of messages, written down.
+#[cfg(test)]
+mod golden;
 /// What the host can do.
 pub mod host;
 /// Start, stop, kill, log.

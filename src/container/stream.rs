@@ -156,15 +156,12 @@ impl Containers {
     }
 
     /// Connects to the container's own stdio, next to whoever else has: its output from now on. Where the container has no stdin,
-    /// or it has ended, ours is closed. Resizing is for containers with a terminal.
+    /// or it has ended, ours is closed. Resizing is for containers with a terminal. `wanted.tty` says what the client makes of the bytes;
+    /// whether there is a terminal is the container's own affair, as with peers: its output is all stdout then.
     pub fn attach(&self, container: &Container, wanted: &Wanted, cancel: &Cancel) -> Result<Streams> {
         wanted.check()?;
         let id = container.id();
         self.can_stream(container, "attach to")?;
-        if wanted.tty != container.config.tty {
-            let text = format!("attach to container {id}: tty is {}, the container's is {}", wanted.tty, container.config.tty);
-            return Err(Error::invalid(text));
-        }
         let (pairs, ends) = pipes(wanted)?;
         let attached = Client::new(&container.meta.dir).attach(ends.each_ref().map(|e| e.as_ref().map(AsFd::as_fd)), cancel);
         let attached = attached.context(|| format!("attach to container {id}"))?;

@@ -25,12 +25,12 @@ use std::sync::atomic::AtomicU64;
 use std::sync::Arc;
 use std::time::Instant;
 
-pub use auth::Auth;
+pub use auth::{Auth, Sources};
 pub use catalog::Image;
 pub use digest::Digest;
 pub use manifest::Platform;
 pub use reference::{Reference, Version};
-pub use registry::RegistrySettings;
+pub use registry::{Proxies, RegistrySettings, Retries};
 
 use catalog::Catalog;
 use flight::Flights;
@@ -41,6 +41,15 @@ use crate::error::{Context, Result};
 use crate::sys::cancel::Cancel;
 use crate::sys::file;
 use crate::telemetry;
+
+/// Parsers of foreign bytes, for the fuzz targets.
+#[cfg(any(test, feature = "fuzz"))]
+pub(crate) mod parsers {
+    pub use super::auth::docker::Config as DockerConfig;
+    pub use super::auth::{parse_challenges, Challenge};
+    pub use super::manifest::{choose, compose, parse as manifest, parse_config, Document};
+    pub use super::registry::{content_range, hosts, retry_after};
+}
 
 /// What the daemon configures.
 #[derive(Clone, Debug)]
@@ -286,5 +295,11 @@ impl Images {
 
 #[cfg(test)]
 mod tests;
+#[cfg(test)]
+mod tests_fake;
+#[cfg(test)]
+mod tests_hostile;
+#[cfg(test)]
+mod tests_mirrors;
 #[cfg(test)]
 mod tests_registry;

@@ -6,7 +6,7 @@ use std::io::Write;
 use std::sync::atomic::Ordering;
 
 /// A tar of plain files and directories (names ending with a slash).
-fn tar(files: &[(&str, &[u8])]) -> Vec<u8> {
+pub(super) fn tar(files: &[(&str, &[u8])]) -> Vec<u8> {
     let mut builder = tar::Builder::new(Vec::new());
     for (name, data) in files {
         let mut h = tar::Header::new_gnu();

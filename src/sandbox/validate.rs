@@ -1,8 +1,7 @@
 //! Which sandbox configs are accepted. What a sandbox without a process cannot use (run_as_user, seccomp, capabilities,
 //! selinux_options and the like of LinuxSandboxSecurityContext) is accepted and does not apply; what matters for
 //! security and cannot be honoured is refused by name.
-//!
-//! `linux.overhead` and `linux.resources` are checked, kept and shown (`resources`). Also accepted and not applicable: `windows`.
+//! src/spec/fields.md has every field.
 
 use crate::api::runtime::{LinuxPodSandboxConfig, NamespaceMode, PodSandboxConfig, PodSandboxMetadata};
 use crate::error::{Error, Result};

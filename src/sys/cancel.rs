@@ -14,6 +14,8 @@ use crate::error::{Context, Error, Result};
 #[derive(Clone)]
 pub struct Cancel {
     shared: Arc<Shared>,
+    /// Those that this one is part of: it ends with each of them.
+    above: Vec<Arc<Shared>>,
     deadline: Option<Instant>,
 }
 
@@ -23,9 +25,30 @@ struct Shared {
     fd: OnceLock<Option<OwnedFd>>,
 }
 
+impl Shared {
+    fn new() -> Shared {
+        Shared { set: AtomicBool::new(false), fd: OnceLock::new() }
+    }
+
+    fn is_set(&self) -> bool {
+        self.set.load(Ordering::SeqCst)
+    }
+
+    /// Readable once cancelled. Stays readable.
+    fn fd(&self) -> Option<BorrowedFd<'_>> {
+        let fd = self.fd.get_or_init(|| rustix::event::eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK).ok());
+        if self.is_set() {
+            if let Some(fd) = fd {
+                let _ = rustix::io::write(fd, &1u64.to_ne_bytes());
+            }
+        }
+        fd.as_ref().map(|fd| fd.as_fd())
+    }
+}
+
 impl Cancel {
     pub fn new(deadline: Option<Instant>) -> Cancel {
-        Cancel { shared: Arc::new(Shared { set: AtomicBool::new(false), fd: OnceLock::new() }), deadline }
+        Cancel { shared: Arc::new(Shared::new()), above: Vec::new(), deadline }
     }
 
     pub fn never() -> Cancel {
@@ -35,7 +58,13 @@ impl Cancel {
     /// The same flag under a deadline that is at most `limit` from now.
     pub fn within(&self, limit: Duration) -> Cancel {
         let ours = Instant::now() + limit;
-        Cancel { shared: self.shared.clone(), deadline: Some(self.deadline.map_or(ours, |d| d.min(ours))) }
+        Cancel { deadline: Some(self.deadline.map_or(ours, |d| d.min(ours))), ..self.clone() }
+    }
+
+    /// A part of the call that can be cancelled alone; it ends with the call as well.
+    pub fn part(&self) -> Cancel {
+        let above = self.above.iter().chain([&self.shared]).cloned().collect();
+        Cancel { shared: Arc::new(Shared::new()), above, deadline: self.deadline }
     }
 
     /// Cancels: every waiter wakes.
@@ -47,7 +76,7 @@ impl Cancel {
     }
 
     pub fn is_cancelled(&self) -> bool {
-        self.shared.set.load(Ordering::SeqCst)
+        self.shared.is_set() || self.above.iter().any(|shared| shared.is_set())
     }
 
     pub fn deadline(&self) -> Option<Instant> {
@@ -70,17 +99,6 @@ impl Cancel {
         self.deadline.map(|d| d.saturating_duration_since(Instant::now()))
     }
 
-    /// Readable once cancelled. Stays readable.
-    fn fd(&self) -> Option<BorrowedFd<'_>> {
-        let fd = self.shared.fd.get_or_init(|| rustix::event::eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK).ok());
-        if self.is_cancelled() {
-            if let Some(fd) = fd {
-                let _ = rustix::io::write(fd, &1u64.to_ne_bytes());
-            }
-        }
-        fd.as_ref().map(|fd| fd.as_fd())
-    }
-
     /// Waits until one of `fds` is ready, the call is cancelled or its deadline passes (both errors), or `limit` has
     /// passed (Ok, with no flag set). Gives back the ready flags in the order of `fds`.
     pub fn poll(&self, fds: &[(BorrowedFd<'_>, PollFlags)], limit: Option<Duration>) -> Result<Vec<PollFlags>> {
@@ -97,9 +115,8 @@ impl Cancel {
                 PollTimeout::try_from(ms.min(i32::MAX as u128) as i32).unwrap_or(PollTimeout::MAX)
             });
             let mut set: Vec<PollFd> = fds.iter().map(|(fd, flags)| PollFd::new(*fd, *flags)).collect();
-            if let Some(fd) = self.fd() {
-                set.push(PollFd::new(fd, PollFlags::POLLIN));
-            }
+            let ends = self.above.iter().chain([&self.shared]).filter_map(|shared| shared.fd());
+            set.extend(ends.map(|fd| PollFd::new(fd, PollFlags::POLLIN)));
             match nix::poll::poll(&mut set, timeout) {
                 Ok(_) => {}
                 Err(nix::errno::Errno::EINTR) => continue,
@@ -135,6 +152,18 @@ mod tests {
         cancel.set();
         assert_eq!(t.join().unwrap().unwrap_err().code(), crate::error::Code::Cancelled);
         assert!(cancel.sleep(Duration::from_secs(60)).is_err());
+    }
+
+    #[test]
+    fn a_part_ends_alone_or_with_the_whole() {
+        let whole = Cancel::never();
+        let (one, other) = (whole.part(), whole.part().within(Duration::from_secs(60)));
+        one.set();
+        assert!(one.part().check().is_err() && other.check().is_ok() && whole.check().is_ok());
+        let t = std::thread::spawn(move || other.part().sleep(Duration::from_secs(60)));
+        std::thread::sleep(Duration::from_millis(20));
+        whole.set();
+        assert_eq!(t.join().unwrap().unwrap_err().code(), crate::error::Code::Cancelled);
     }
 
     #[test]

@@ -7,7 +7,7 @@ use grpcio::RpcStatusCode as Code;
 use protobuf::MessageField;
 
 use crate::archive;
-use crate::node::{refused, Answer, Node};
+use crate::node::{refused, Answer, Node, Options};
 use crate::registry::Registry;
 
 fn spec(image: &str) -> MessageField<ImageSpec> {
@@ -123,6 +123,20 @@ fn credentials() {
     remove(&node, &registry.id).expect("remove");
     let encoded = AuthConfig { auth: "bWU6c2VjcmV0".into(), server_address: registry.address.clone(), ..Default::default() };
     assert_eq!(with(encoded).expect("pull"), registry.id);
+}
+
+#[test]
+fn the_nodes_own_credentials_and_hosts() {
+    let registry = Registry::with_password(Some("bWU6c2VjcmV0"));
+    let tables = format!("[images.auth.{:?}]\nusername = \"me\"\npassword = \"secret\"\n", registry.address);
+    let node = Node::with(Options { tables, ..Default::default() });
+    let dir = node.path("certs").join(&registry.address);
+    std::fs::create_dir_all(&dir).expect("make the directory of the registry");
+    std::fs::write(dir.join("hosts.toml"), "server = \"http://x\"\nca = 1\n").expect("write hosts.toml");
+    let message = refused(pull(&node, &registry.image()), Code::FAILED_PRECONDITION, "hosts.toml: line 2: ca: expected");
+    assert!(!message.contains("secret"), "{message}");
+    std::fs::write(dir.join("hosts.toml"), format!("[host.\"http://{}\"]\n", registry.address)).expect("write hosts.toml");
+    assert_eq!(pull(&node, &registry.image()).expect("pull"), registry.id);
 }
 
 #[test]

@@ -18,6 +18,8 @@ mod descriptor;
 mod events;
 /// ExecSync.
 mod exec;
+/// The table of fields, field by field.
+mod fields;
 /// The ImageService.
 mod image;
 /// Status, RuntimeConfig, UpdateRuntimeConfig.

@@ -10,6 +10,7 @@ mod exposition;
 mod harness;
 mod images;
 mod lifecycle;
+mod login;
 mod logs;
 mod metrics;
 mod network;
