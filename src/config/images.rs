@@ -26,6 +26,10 @@ pub struct Images {
     pub preload_dir: PathBuf,
     pub pinned: Vec<String>,
     pub layer_downloads: usize,
+    /// Programs that judge images before a pull.
+    pub verifier_dir: Option<PathBuf>,
+    pub verifier_timeout: Duration,
+    pub max_verifiers: usize,
 }
 
 /// Credentials of one registry. `Debug` shows no secret.
@@ -56,8 +60,11 @@ pub(super) struct Raw {
     foreign_layers: bool,
     stall_seconds: Spanned<u64>,
     preload_dir: Spanned<String>,
-    pinned: Vec<String>,
+    pinned: Vec<Spanned<String>>,
     layer_downloads: Spanned<usize>,
+    verifier_dir: Spanned<String>,
+    verifier_timeout_seconds: Spanned<u64>,
+    max_verifiers: Spanned<usize>,
 }
 
 impl Default for Raw {
@@ -72,6 +79,9 @@ impl Default for Raw {
             preload_dir: text("/var/lib/crisp-preload"),
             pinned: Vec::new(),
             layer_downloads: at(3),
+            verifier_dir: text("/etc/crisp/image-verifiers"),
+            verifier_timeout_seconds: at(10),
+            max_verifiers: at(10),
         }
     }
 }
@@ -100,10 +110,20 @@ impl Raw {
             foreign_layers: self.foreign_layers,
             stall: Duration::from_secs(c.number("images.stall_seconds", &self.stall_seconds, 1, 3600)?),
             preload_dir: c.path("images.preload_dir", &self.preload_dir)?,
-            pinned: self.pinned,
+            pinned: check_pinned(c, &self.pinned)?,
             layer_downloads: c.number("images.layer_downloads", &self.layer_downloads, 1, 64)?,
+            verifier_dir: c.optional_path("images.verifier_dir", &self.verifier_dir)?,
+            verifier_timeout: Duration::from_secs(c.number("images.verifier_timeout_seconds", &self.verifier_timeout_seconds, 1, 3600)?),
+            max_verifiers: c.number("images.max_verifiers", &self.max_verifiers, 1, 1000)?,
         })
     }
+}
+
+fn check_pinned(c: &Checker, raw: &[Spanned<String>]) -> Result<Vec<String>> {
+    if let Some(bad) = raw.iter().find(|p| p.get_ref().is_empty() || p.get_ref().contains(char::is_whitespace)) {
+        return Err(c.error(bad, format!("images.pinned: expected a reference or a pattern, found {:?}", bad.get_ref())));
+    }
+    Ok(raw.iter().map(|pattern| pattern.get_ref().clone()).collect())
 }
 
 #[cfg(test)]

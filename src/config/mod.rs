@@ -47,6 +47,9 @@ pub struct Config {
     pub default_runtime: Option<String>,
     pub runtimes: BTreeMap<String, Handler>,
     pub snapshotter: Snapshotter,
+    /// Whether writable layers may stay unsynced.
+    pub volatile_layers: bool,
+    pub userns_rootfs: UsernsRootfs,
     /// Kept from image garbage collection; sandboxes of this version need none.
     pub sandbox_image: Option<String>,
     pub sysctls: BTreeMap<String, String>,
@@ -65,6 +68,15 @@ pub enum Snapshotter {
     Auto,
     Overlay,
     Copy,
+}
+
+/// How the files of an image come to be those of a user namespace.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum UsernsRootfs {
+    Auto,
+    Idmap,
+    Chown,
 }
 
 #[derive(Clone, Debug)]
@@ -105,6 +117,8 @@ struct Raw {
     shim: Spanned<String>,
     default_runtime: Spanned<String>,
     snapshotter: Snapshotter,
+    volatile_layers: bool,
+    userns_rootfs: UsernsRootfs,
     sandbox_image: String,
     runtimes: BTreeMap<String, RawRuntime>,
     sysctls: BTreeMap<String, Spanned<String>>,
@@ -171,6 +185,8 @@ impl Default for Raw {
             shim: text(""),
             default_runtime: text(""),
             snapshotter: Snapshotter::Auto,
+            volatile_layers: true,
+            userns_rootfs: UsernsRootfs::Auto,
             sandbox_image: String::new(),
             runtimes: BTreeMap::new(),
             sysctls: BTreeMap::from([
@@ -348,6 +364,8 @@ fn check(c: &Checker, raw: Raw) -> Result<Config> {
         default_runtime,
         runtimes,
         snapshotter: raw.snapshotter,
+        volatile_layers: raw.volatile_layers,
+        userns_rootfs: raw.userns_rootfs,
         sandbox_image: Some(raw.sandbox_image).filter(|i| !i.is_empty()),
         sysctls,
         cni: Cni {
@@ -469,6 +487,8 @@ mod tests {
             ("cgroup_driver = 3", "c.toml: line 1: invalid type"),
             ("run = \"/var/lib/crisp/run\"", "c.toml: line 1: run: /var/lib/crisp/run and root"),
             ("socket_group = \"no such group\"", "c.toml: line 1: socket_group"),
+            ("[images]\npinned = [\"a\",\n \"b c\"]", "c.toml: line 3: images.pinned: expected a reference"),
+            ("[images]\nverifier_timeout_seconds = 0", "c.toml: line 2: images.verifier_timeout_seconds: expected 1"),
             ("a = ", "c.toml: line 1:"),
         ] {
             let e = parse(source).unwrap_err();

@@ -8,7 +8,7 @@ use rustix::process::Resource;
 use crate::error::{Context, Error, Result};
 use crate::spec::security::BY_NUMBER;
 use crate::spec::HostFacts;
-use crate::sys::mount::{table, MountInfo};
+use crate::sys::mount::{self, table, MountInfo};
 
 const CGROUP: &str = "/sys/fs/cgroup";
 /// CGROUP2_SUPER_MAGIC of linux/magic.h
@@ -46,6 +46,7 @@ pub fn detect() -> Result<HostFacts> {
         cgroup_v2,
         cgroup_controllers: if cgroup_v2 { v2_controllers() } else { Vec::new() },
         cgroup_mounts: if cgroup_v2 { Vec::new() } else { cgroup_mounts(&mounts) },
+        host_mounts: mounts.iter().map(|m| &m.target).filter(|target| is_taken_from_host(target)).cloned().collect(),
         bounding: capabilities(capability_mask(&status, "CapBnd")?),
         arch: std::env::consts::ARCH.to_owned(),
         oom_score_adj_floor: if may_raise { -1000 } else { own_oom_score_adj()? },
@@ -60,7 +61,13 @@ pub fn detect() -> Result<HostFacts> {
         seccomp: Path::new("/proc/sys/kernel/seccomp/actions_avail").exists(),
         apparmor: read("/sys/module/apparmor/parameters/enabled").starts_with('Y'),
         selinux: Path::new("/sys/fs/selinux/enforce").exists(),
+        mount_setattr: mount::has_setattr(),
     })
+}
+
+/// Mount points that a container in a user namespace may have to take from the host.
+fn is_taken_from_host(target: &Path) -> bool {
+    target == Path::new("/dev/mqueue") || (target.starts_with("/sys") && target != Path::new("/sys"))
 }
 
 fn text(path: &str) -> Result<String> {

@@ -16,6 +16,8 @@ pub mod exit;
 mod golden;
 /// What the host can do.
 pub mod host;
+/// Images as volumes, and volumes that images declare.
+pub mod image_volumes;
 /// Start, stop, kill, log.
 pub mod lifecycle;
 /// Create, remove, lookup.
@@ -36,6 +38,8 @@ pub mod stream;
 pub mod update;
 /// The user of a container, from its rootfs.
 pub mod user;
+/// Id-mapped mounts.
+pub mod volumes;
 /// YAML as JSON values.
 mod yaml;
 

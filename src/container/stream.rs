@@ -148,6 +148,8 @@ impl Containers {
             return Ok(streams(Kind::Exec(exec, Some(terminal)), stdin, stdout, None));
         }
         let (pairs, ends) = pipes(wanted)?;
+        let user = container.status().user;
+        give(&ends, container.meta.owner(user.uid, user.gid))?;
         let null = File::options().read(true).write(true).open("/dev/null").context(|| "open /dev/null")?;
         let fds = ends.each_ref().map(|e| e.as_ref().map_or(null.as_fd(), AsFd::as_fd));
         let exec = client.exec(&request, fds, starting).context(what)?;
@@ -171,6 +173,14 @@ impl Containers {
 }
 
 type Ends = [Option<OwnedFd>; 3];
+
+/// The process's user must be able to open /dev/stdin, /dev/stdout and /dev/stderr.
+fn give(ends: &Ends, (uid, gid): (u32, u32)) -> Result<()> {
+    for end in ends.iter().flatten() {
+        nix::unistd::fchown(end, Some(uid.into()), Some(gid.into())).context(|| "give the pipes to the process's user")?;
+    }
+    Ok(())
+}
 
 /// Pipes for the streams that are wanted: our ends, which do not block, and the others.
 fn pipes(wanted: &Wanted) -> Result<(Ends, Ends)> {

@@ -8,7 +8,7 @@ use super::catalog::{Addition, Image};
 use super::digest::{chain_ids, Digest};
 use super::layers::{Stream, Wanted};
 use super::manifest::{self, Descriptor};
-use super::{Inner, Progress, Watch};
+use super::{Inner, Phase, Progress, Watch};
 use crate::error::{Code, Error, Result};
 use crate::sys::cancel::Cancel;
 use crate::sys::lock::{Lock, Rank};
@@ -81,6 +81,9 @@ pub(super) fn assemble(inner: &Arc<Inner>, parts: Parts, open: OpenLayer, cancel
         watch,
         error: Lock::new(Rank::Leaf, None),
     });
+    for i in 0..job.layers.len() {
+        job.report(i, Phase::Waiting, 0);
+    }
     let mut threads = Vec::new();
     for i in 1..missing.min(inner.bounds.layer_workers) {
         let job = job.clone();
@@ -134,22 +137,31 @@ impl Job {
             digest: Some(&descriptor.digest).filter(|_| self.have_digests),
             size: descriptor.size,
         };
-        self.report(descriptor, 0);
+        let mut made = false;
         self.inner.layers.ensure(&wanted, &self.cancel, || {
+            made = true;
+            self.report(i, Phase::Downloading, 0);
             let mut stream = (self.open)(descriptor)?;
             if let Some(watch) = &self.watch {
-                let meter = Meter { inner: stream.reader, descriptor: descriptor.clone(), watch: watch.clone(), done: 0, last: None };
-                stream.reader = Box::new(meter);
+                let (tell, start) = (watch.clone(), self.progress(i, Phase::Retrying, 0));
+                stream.breaks.on_break(move |received| tell(&Progress { done: received.min(start.total), ..start.clone() }));
+                let progress = self.progress(i, Phase::Downloading, 0);
+                stream.reader = Box::new(Meter { inner: stream.reader, progress, watch: watch.clone(), last: None });
             }
             Ok(stream)
         })?;
-        self.report(descriptor, descriptor.size);
+        self.report(i, if made { Phase::Done } else { Phase::Exists }, descriptor.size);
         Ok(())
     }
 
-    fn report(&self, descriptor: &Descriptor, done: u64) {
+    fn progress(&self, i: usize, phase: Phase, done: u64) -> Progress {
+        let descriptor = &self.layers[i];
+        Progress { place: i, layer: descriptor.digest.to_string(), phase, done, total: descriptor.size }
+    }
+
+    fn report(&self, i: usize, phase: Phase, done: u64) {
         if let Some(watch) = &self.watch {
-            watch(&Progress { layer: descriptor.digest.to_string(), done, total: descriptor.size });
+            watch(&self.progress(i, phase, done));
         }
     }
 }
@@ -157,19 +169,22 @@ impl Job {
 /// Reports what is read through it, not too often.
 struct Meter {
     inner: Box<dyn std::io::Read + Send>,
-    descriptor: Descriptor,
+    progress: Progress,
     watch: Watch,
-    done: u64,
     last: Option<Instant>,
 }
 
 impl std::io::Read for Meter {
     fn read(&mut self, buffer: &mut [u8]) -> std::io::Result<usize> {
         let n = self.inner.read(buffer)?;
-        self.done += n as u64;
-        if self.last.is_none_or(|t| t.elapsed() >= REPORT) {
+        self.progress.done += n as u64;
+        let received = n == 0 || self.progress.done == self.progress.total;
+        if received && self.progress.phase != Phase::Unpacking {
+            self.progress.phase = Phase::Unpacking;
+            (self.watch)(&self.progress);
+        } else if !received && self.last.is_none_or(|t| t.elapsed() >= REPORT) {
             self.last = Some(Instant::now());
-            (self.watch)(&Progress { layer: self.descriptor.digest.to_string(), done: self.done, total: self.descriptor.size });
+            (self.watch)(&self.progress);
         }
         Ok(n)
     }

@@ -5,12 +5,13 @@ use std::collections::{HashMap, HashSet};
 use std::io::Read;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use parking_lot::Condvar;
 use serde::{Deserialize, Serialize};
 
+use super::damage::Damaged;
 use super::decompress::Decompress;
 use super::digest::{is_hex, Digest, Verifier};
 use super::unpack::{self, Limits, Unpacked};
@@ -19,8 +20,11 @@ use crate::sys::cancel::Cancel;
 use crate::sys::file::{self, Durability};
 use crate::sys::lock::{Lock, Rank};
 use crate::sys::thread;
+use crate::telemetry;
 
-const MARKER: &str = "layer.json";
+pub(super) const MARKER: &str = "layer.json";
+/// Beside the marker: see `tape`.
+pub(super) const TAPE: &str = "tape";
 /// In the name of a directory that is being deleted.
 const GONE: &str = ".gone-";
 /// Between looks at cancellation while another pull makes the layer we want.
@@ -28,12 +32,22 @@ const LOOK: Duration = Duration::from_millis(100);
 
 /// What the marker says.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-struct Marker {
+pub(super) struct Marker {
     version: u32,
-    chain_id: Digest,
-    diff_id: Digest,
-    bytes: u64,
+    pub(super) chain_id: Digest,
+    pub(super) diff_id: Digest,
+    pub(super) bytes: u64,
     inodes: u64,
+    /// Whether there is a tape; none where an entry of the archive replaced another.
+    #[serde(default)]
+    pub(super) taped: bool,
+}
+
+impl Marker {
+    pub(super) fn write(&self, place: &Path) -> Result<()> {
+        let data = serde_json::to_vec(self).context(|| "write layer marker")?;
+        file::write(&place.join(MARKER), &data, 0o600, Durability::Synced)
+    }
 }
 
 /// Disk space and inodes.
@@ -43,20 +57,23 @@ pub struct Usage {
     pub inodes: u64,
 }
 
-struct State {
-    ready: HashMap<Digest, Usage>,
+#[derive(Default)]
+pub(super) struct State {
+    pub(super) ready: HashMap<Digest, Marker>,
     /// Being made or removed by somebody.
-    busy: HashSet<Digest>,
+    pub(super) busy: HashSet<Digest>,
     /// Layers that must stay, by who needs them: a container, or a pull under way.
-    holds: HashMap<String, Vec<Digest>>,
+    pub(super) holds: HashMap<String, Vec<Digest>>,
+    /// See `damage`.
+    pub(super) damaged: Damaged,
 }
 
 /// The layer store.
 pub struct Layers {
-    dir: PathBuf,
+    pub(super) dir: PathBuf,
     limits: Limits,
     serial: AtomicU64,
-    state: Lock<State>,
+    pub(super) state: Lock<State>,
     changed: Condvar,
 }
 
@@ -65,13 +82,35 @@ pub struct Layers {
 pub struct Stream {
     pub reader: Box<dyn Read + Send>,
     pub fault: Fault,
+    pub breaks: Breaks,
 }
 
 pub type Fault = Arc<Lock<Option<Error>>>;
 
+/// Where a reader that takes up a broken transfer again says so, for whoever shows progress.
+#[derive(Clone, Default)]
+pub struct Breaks(Arc<OnceLock<Tell>>);
+
+/// Told the bytes received before a retry.
+type Tell = Box<dyn Fn(u64) + Send + Sync>;
+
+impl Breaks {
+    /// `tell` is called with the bytes received so far at each break; it must not block.
+    pub fn on_break(&self, tell: impl Fn(u64) + Send + Sync + 'static) {
+        let _ = self.0.set(Box::new(tell));
+    }
+
+    /// A transfer broke after `received` bytes and is tried again.
+    pub fn broke(&self, received: u64) {
+        if let Some(tell) = self.0.get() {
+            tell(received);
+        }
+    }
+}
+
 impl Stream {
     pub fn new(reader: impl Read + Send + 'static) -> Stream {
-        Stream { reader: Box::new(reader), fault: Arc::new(Lock::new(Rank::Leaf, None)) }
+        Stream { reader: Box::new(reader), fault: Arc::new(Lock::new(Rank::Leaf, None)), breaks: Breaks::default() }
     }
 }
 
@@ -90,7 +129,7 @@ impl Layers {
     /// Opens the store: finds finished layers, removes half-made ones. Whatever is not ours is left alone.
     pub fn open(dir: &Path, limits: Limits) -> Result<Layers> {
         file::make_dir(dir, 0o711)?;
-        let mut ready = HashMap::new();
+        let mut state = State::default();
         let mut gone = Vec::new();
         let what = || format!("list {}", dir.display());
         for entry in std::fs::read_dir(dir).context(what)? {
@@ -99,8 +138,9 @@ impl Layers {
             let chain_id = Digest::parse(&format!("sha256:{name}"));
             match (chain_id, read_marker(&path)) {
                 (Ok(chain_id), Ok(marker)) if marker.chain_id == chain_id => {
-                    ready.insert(chain_id, Usage { bytes: marker.bytes, inodes: marker.inodes });
+                    state.ready.insert(chain_id, marker);
                 }
+                (_, Err(_)) if state.damaged.restore(&name, &path) => {}
                 (_, Err(e)) if is_hex(name.split('.').next().unwrap_or_default(), 64) && !path.join(MARKER).exists() => {
                     log::warn!("image: remove half-made layer {name} ({e})");
                     gone.push(set_aside(&path)?);
@@ -110,7 +150,6 @@ impl Layers {
             }
         }
         delete(gone);
-        let state = State { ready, busy: HashSet::new(), holds: HashMap::new() };
         Ok(Layers { dir: dir.to_owned(), limits, serial: AtomicU64::new(0), state: Lock::new(Rank::Leaf, state), changed: Condvar::new() })
     }
 
@@ -123,10 +162,37 @@ impl Layers {
         self.state.lock().ready.contains_key(chain_id)
     }
 
+    /// The chain IDs of all finished layers.
+    pub fn all(&self) -> Vec<Digest> {
+        self.state.lock().ready.keys().cloned().collect()
+    }
+
+    /// A layer's directory.
+    pub(super) fn place(&self, chain_id: &Digest) -> PathBuf {
+        self.dir.join(chain_id.hex())
+    }
+
+    /// What is known about a finished layer.
+    pub(super) fn marker(&self, chain_id: &Digest) -> Option<Marker> {
+        self.state.lock().ready.get(chain_id).cloned()
+    }
+
+    pub(super) fn is_busy(&self, chain_id: &Digest) -> bool {
+        self.state.lock().busy.contains(chain_id)
+    }
+
+    /// Finished layers that neither `used` nor a holder needs.
+    pub(super) fn unneeded(&self, used: &HashSet<Digest>) -> Vec<Digest> {
+        let state = self.state.lock();
+        let held: HashSet<&Digest> = state.holds.values().flatten().collect();
+        let free = |c: &&Digest| !used.contains(*c) && !held.contains(*c) && !state.busy.contains(*c);
+        state.ready.keys().filter(free).cloned().collect()
+    }
+
     /// Sum over all finished layers.
     pub fn usage(&self) -> Usage {
         let state = self.state.lock();
-        state.ready.values().fold(Usage::default(), |sum, u| Usage { bytes: sum.bytes + u.bytes, inodes: sum.inodes + u.inodes })
+        state.ready.values().fold(Usage::default(), |sum, m| Usage { bytes: sum.bytes + m.bytes, inodes: sum.inodes + m.inodes })
     }
 
     /// Keeps layers from being collected until `release`; replaces what the holder held before.
@@ -182,7 +248,7 @@ impl Layers {
         let bound = self.limits.max_bytes.saturating_mul(2).saturating_add(64 << 20);
         let result = (|| {
             let mut plain = Verifier::new(Decompress::new(&mut blob).context(|| "decompress").map_err(fault)?, bound);
-            let unpacked = unpack::unpack(&mut plain, diff, &self.limits, cancel)?;
+            let unpacked = unpack::unpack(&mut plain, diff, &diff.with_file_name(TAPE), &self.limits, cancel)?;
             let (diff_id, _) = plain.finish().context(|| "decompress").map_err(fault)?;
             if diff_id != *wanted.diff_id {
                 return Err(Error::precondition(format!("content is {diff_id}, the image config says {}", wanted.diff_id)));
@@ -208,7 +274,7 @@ impl Layers {
             unpack::inherit(&temp.join("diff"), &unpacked.implicit, &parents)?;
         }
         let place = self.dir.join(chain_id.hex());
-        file::remove_tree(&place)?;
+        self.make_room(chain_id, &place)?;
         std::fs::rename(temp, &place).context(|| format!("move layer to {}", place.display()))?;
         // The files must be on disk before the marker says so: one call for them all.
         let dir = std::fs::File::open(&self.dir).context(|| format!("open {}", self.dir.display()))?;
@@ -219,16 +285,17 @@ impl Layers {
             diff_id: wanted.diff_id.clone(),
             bytes: unpacked.bytes,
             inodes: unpacked.inodes,
+            taped: unpacked.taped,
         };
-        let data = serde_json::to_vec(&marker).context(|| "write layer marker")?;
-        file::write(&place.join(MARKER), &data, 0o600, Durability::Synced)?;
-        self.state.lock().ready.insert(chain_id.clone(), Usage { bytes: unpacked.bytes, inodes: unpacked.inodes });
+        marker.write(&place)?;
+        telemetry::layer_unpacked(unpacked.bytes);
+        self.state.lock().ready.insert(chain_id.clone(), marker);
         self.changed.notify_all();
         Ok(())
     }
 
     /// Takes the sole right to make a layer; None when it is there. Waits while another has the right.
-    fn claim(&self, chain_id: &Digest, cancel: &Cancel) -> Result<Option<Claim<'_>>> {
+    pub(super) fn claim(&self, chain_id: &Digest, cancel: &Cancel) -> Result<Option<Claim<'_>>> {
         let mut state = self.state.lock();
         loop {
             cancel.check()?;
@@ -240,6 +307,11 @@ impl Layers {
             }
             state.wait_for(&self.changed, LOOK);
         }
+    }
+
+    /// The guard of a right that was taken already.
+    pub(super) fn claimed(&self, chain_id: &Digest) -> Claim<'_> {
+        Claim { layers: self, chain_id: chain_id.clone() }
     }
 
     /// Waits for a layer that another worker of the same pull takes care of.
@@ -267,7 +339,7 @@ impl Layers {
             goes
         };
         let mut errors = ErrorList::default();
-        let mut gone = Vec::new();
+        let mut gone = self.useless_damaged();
         for chain_id in &goes {
             let _claim = Claim { layers: self, chain_id: chain_id.clone() };
             let place = self.dir.join(chain_id.hex());
@@ -281,7 +353,7 @@ impl Layers {
 }
 
 /// The sole right to one layer; given back on drop.
-struct Claim<'a> {
+pub(super) struct Claim<'a> {
     layers: &'a Layers,
     chain_id: Digest,
 }
@@ -305,7 +377,7 @@ impl Drop for Temp {
 }
 
 /// Moves a layer's directory out of the way, to a name that is free.
-fn set_aside(place: &Path) -> Result<PathBuf> {
+pub(super) fn set_aside(place: &Path) -> Result<PathBuf> {
     let name = place.file_name().unwrap_or_default().to_string_lossy().into_owned();
     if name.contains(GONE) {
         return Ok(place.to_owned());
@@ -317,7 +389,7 @@ fn set_aside(place: &Path) -> Result<PathBuf> {
 }
 
 /// Deletes directories on a thread of its own. What a crash leaves is found by the next `open`.
-fn delete(gone: Vec<PathBuf>) {
+pub(super) fn delete(gone: Vec<PathBuf>) {
     if gone.is_empty() {
         return;
     }
@@ -333,7 +405,7 @@ fn delete(gone: Vec<PathBuf>) {
     }
 }
 
-fn read_marker(dir: &Path) -> Result<Marker> {
+pub(super) fn read_marker(dir: &Path) -> Result<Marker> {
     let path = dir.join(MARKER);
     let data = file::read(&path, 64 << 10)?;
     let marker: Marker = serde_json::from_slice(&data).context(|| format!("parse {}", path.display()))?;
@@ -390,7 +462,8 @@ mod tests {
         let wanted = Wanted { diff_id: &id, chain: &chain, digest: None, size: 0 };
         layers.ensure(&wanted, &Cancel::never(), || panic!("opened again")).unwrap();
         assert_eq!(std::fs::read(layers.diff_dir(&id).join("a")).unwrap(), b"abc");
-        assert_eq!(layers.usage(), Usage { bytes: 8192, inodes: 2 });
+        // The directory, the file and the tape.
+        assert_eq!(layers.usage(), Usage { bytes: 3 * 4096, inodes: 3 });
         layers.hold_ready("c1", &chain).unwrap();
         assert_eq!(layers.collect(&HashSet::new()).unwrap(), 0);
         let again = Layers::open(dir.path(), limits()).unwrap();

@@ -35,6 +35,7 @@ fn once(inner: &Arc<Inner>, reference: &Reference, remote: &Arc<Remote>, cancel:
     let limit = inner.bounds.max_manifest_bytes;
     let mut fetched = remote.manifest(reference.version_text(), limit)?;
     let top = fetched.digest.clone();
+    inner.verifiers.admit(&reference.to_string(), &Descriptor::new(&fetched.media_type, top.clone(), fetched.data.len() as u64), cancel)?;
     let mut depth = 0;
     let manifest = loop {
         match manifest::parse(&fetched.data, &fetched.media_type).context(|| reference.to_string())? {

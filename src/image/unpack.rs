@@ -12,15 +12,17 @@ use std::path::{Path, PathBuf};
 use rustix::fs::{AtFlags, FileType, Gid, Mode, OFlags, Uid};
 use rustix::io::Errno;
 
+use super::tape::Tape;
 use super::tarball::{Entry, Kind, Tarball};
 use crate::error::{Code, Context, Error, Result};
 use crate::sys::cancel::Cancel;
+use crate::sys::file;
 use crate::sys::rooted::{self, Rooted};
 
-const WHITEOUT_PREFIX: &[u8] = b".wh.";
-const OPAQUE_NAME: &[u8] = b".wh..wh..opq";
+pub(super) const WHITEOUT_PREFIX: &[u8] = b".wh.";
+pub(super) const OPAQUE_NAME: &[u8] = b".wh..wh..opq";
 /// Names that only AUFS understands (its hard link and trash directories).
-const AUFS_PREFIX: &[u8] = b".wh..wh.";
+pub(super) const AUFS_PREFIX: &[u8] = b".wh..wh.";
 /// What a file or directory costs on disk besides its data: sums are rounded up to blocks of this size.
 const DISK_BLOCK: u64 = 4096;
 
@@ -40,28 +42,42 @@ pub struct Unpacked {
     pub inodes: u64,
     /// Directories that the layer does not name but has files in; their metadata is the layer's below.
     pub implicit: BTreeSet<PathBuf>,
+    /// Whether the tape is whole: the files and it are the archive again.
+    pub taped: bool,
 }
 
-/// Unpacks the tar stream into the empty directory `dir`. The stream is not read beyond the archive's end mark: the caller
-/// drains it, because digests count the tail too.
-pub fn unpack(stream: &mut dyn Read, dir: &Path, limits: &Limits, cancel: &Cancel) -> Result<Unpacked> {
+/// Unpacks the tar stream into the empty directory `dir`, reading it to its end: digests count the tail too. `tape` is a
+/// new file for what `fsck` needs.
+pub fn unpack(stream: &mut dyn Read, dir: &Path, tape: &Path, limits: &Limits, cancel: &Cancel) -> Result<Unpacked> {
     let mut unpacker = Unpacker {
         rooted: Rooted::open(dir)?,
         limits: limits.clone(),
         data: 0,
         entries: 0,
-        done: Unpacked { bytes: DISK_BLOCK, inodes: 1, implicit: BTreeSet::from([PathBuf::new()]) },
+        done: Unpacked { bytes: DISK_BLOCK, inodes: 1, implicit: BTreeSet::from([PathBuf::new()]), taped: false },
+        replaced: false,
         times: BTreeMap::new(),
         parent: None,
         owner: rustix::process::geteuid().is_root(),
         buffer: vec![0; 128 << 10],
     };
-    let mut tar = Tarball::new(stream);
+    let taping = || format!("write {}", tape.display());
+    let mut tar = Tarball::taped(stream, Tape::create(tape).context(taping)?);
     while let Some(entry) = tar.next_entry().context(|| "read layer archive").map_err(broken)? {
         cancel.check()?;
         let name = || format!("unpack {}", String::from_utf8_lossy(&entry.path[..entry.path.len().min(300)]));
         unpacker.add(&entry, &mut tar, cancel).context(name)?;
     }
+    let recorded = match tar.finish().context(|| "read layer archive").map_err(broken)? {
+        // A file that the archive itself replaced is nowhere to be read again.
+        Some(recorded) if !unpacker.replaced => recorded.finish().context(taping)?,
+        _ => None,
+    };
+    match recorded {
+        Some(bytes) => unpacker.count(bytes),
+        None => file::remove_file(tape)?,
+    }
+    unpacker.done.taped = recorded.is_some();
     unpacker.finish()
 }
 
@@ -80,6 +96,8 @@ struct Unpacker {
     times: BTreeMap<PathBuf, (i64, u32)>,
     /// The last parent directory: archives are ordered by directory.
     parent: Option<(PathBuf, OwnedFd)>,
+    /// An entry took the place of another one's.
+    replaced: bool,
     /// Owners and devices are root's to set.
     owner: bool,
     buffer: Vec<u8>,
@@ -218,11 +236,12 @@ impl Unpacker {
         self.parent = None;
         if !rooted::is_dir(&stat) {
             rustix::fs::unlinkat(parent, name, AtFlags::empty()).context(|| "replace")?;
+            self.replaced |= !rooted::is_whiteout(&stat);
             return Ok(rooted::is_whiteout(&stat));
         }
         if kind != Kind::Directory {
-            let path = rooted::proc_path(parent.as_fd(), name);
-            std::fs::remove_dir_all(&path).context(|| "replace directory")?;
+            self.replaced = true;
+            crate::sys::tree::remove_at(parent.as_fd(), name.as_os_str()).context(|| "replace directory")?;
         }
         Ok(false)
     }
@@ -427,7 +446,9 @@ mod tests {
 
         fn unpack(&self, items: &[Item]) -> Result<Unpacked> {
             let limits = Limits { max_entries: 10, max_bytes: 10_000 };
-            let result = unpack(&mut archive(items).as_slice(), &self.path(""), &limits, &Cancel::never());
+            let tape = self.dir.path().join("tape");
+            let result = unpack(&mut archive(items).as_slice(), &self.path(""), &tape, &limits, &Cancel::never());
+            crate::sys::file::remove_file(&tape).unwrap();
             assert_eq!(std::fs::read(self.dir.path().join("secret")).unwrap(), b"secret");
             assert_eq!(std::fs::metadata(self.dir.path().join("secret")).unwrap().nlink(), 1);
             assert_eq!(std::fs::read_dir(self.dir.path()).unwrap().count(), 2, "something was made outside");
@@ -494,7 +515,8 @@ mod tests {
             file("a", b"1"),
             link("b", EntryType::Link, "./a"),
         ]);
-        assert_eq!(made.unwrap().inodes, 3);
+        // The root, the link, the file, and the tape.
+        assert_eq!(made.unwrap().inodes, 4);
         assert!(site.path("l").symlink_metadata().unwrap().is_symlink());
         assert_eq!(site.path("b").metadata().unwrap().nlink(), 2);
     }
@@ -576,7 +598,7 @@ mod tests {
         let mut data = h.as_bytes().to_vec();
         data.extend([7u8; 512]);
         let limits = Limits { max_entries: 10, max_bytes: 10_000 };
-        unpack(&mut data.as_slice(), &site.path(""), &limits, &Cancel::never()).unwrap();
+        unpack(&mut data.as_slice(), &site.path(""), &site.dir.path().join("tape"), &limits, &Cancel::never()).unwrap();
         let text = std::fs::read(site.path("s")).unwrap();
         assert!(text.len() == 8192 && text[..4096] == [0; 4096] && text[4096..4608] == [7; 512] && text[4608..].iter().all(|b| *b == 0));
     }

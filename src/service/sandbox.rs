@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use super::{Call, Service};
-use crate::api::runtime::{RunPodSandboxRequest, RunPodSandboxResponse, UpdatePodSandboxResourcesRequest};
+use crate::api::runtime::{NamespaceMode, PodSandboxConfig, RunPodSandboxRequest, RunPodSandboxResponse, UpdatePodSandboxResourcesRequest};
 use crate::container::Container;
 use crate::error::{Context, Error, ErrorList, Result};
 use crate::sandbox::Resources;
@@ -15,6 +15,11 @@ use crate::sys::thread;
 /// their own grace first, so these are left-overs.
 const LEFTOVER_GRACE: Duration = Duration::ZERO;
 
+fn wants_user_namespace(config: &PodSandboxConfig) -> bool {
+    let options = &config.linux.security_context.namespace_options.userns_options;
+    options.as_ref().is_some_and(|o| o.mode.enum_value() == Ok(NamespaceMode::POD))
+}
+
 impl Service {
     pub(super) fn run_sandbox(&self, request: RunPodSandboxRequest, call: &Call) -> Result<RunPodSandboxResponse> {
         let Some(config) = request.config.into_option() else { return Err(Error::invalid("config is missing")) };
@@ -24,6 +29,10 @@ impl Service {
         // The sandbox's first container follows in a moment.
         self.warmer.request();
         let handler = self.handlers.get(&request.runtime_handler)?.name.clone();
+        if wants_user_namespace(&config) && !self.handlers.features(&handler).user_namespaces() {
+            let field = "linux.security_context.namespace_options.userns_options";
+            return Err(Error::precondition(format!("run sandbox: {field}: runtime handler {handler} has no user namespaces")));
+        }
         let id = self.sandboxes.run(config, &handler, &request.runtime_handler, &call.cancel).context(|| "run sandbox")?;
         call.about(&id);
         Ok(RunPodSandboxResponse { pod_sandbox_id: id, ..Default::default() })

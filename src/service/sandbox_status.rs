@@ -91,6 +91,7 @@ fn verbose(sandbox: &Sandbox, status: &Status) -> BTreeMap<String, String> {
         "network": {"namespace": meta.netns, "ready": status.network_ready, "ips": status.ips},
         "ipcNamespace": meta.ipc_pin(),
         "utsNamespace": meta.uts_pin(),
+        "userNamespace": meta.user_pin(),
         "cgroupParent": meta.cgroup_parent,
         "overhead": said(&status.overhead),
         "resources": said(&status.resources),

@@ -32,6 +32,7 @@ pub(crate) fn host() -> HostFacts {
         cgroup_v2: false,
         cgroup_controllers: Vec::new(),
         cgroup_mounts: vec!["cpu".into(), "memory".into()],
+        host_mounts: Vec::new(),
         bounding: BY_NUMBER.into_iter().collect(),
         arch: "x86_64".into(),
         oom_score_adj_floor: -1000,
@@ -42,6 +43,7 @@ pub(crate) fn host() -> HostFacts {
         seccomp: true,
         apparmor: false,
         selinux: false,
+        mount_setattr: true,
     }
 }
 
@@ -132,8 +134,7 @@ impl Fixture {
         self.mounts.push(ResolvedMount {
             container_path: PathBuf::from(container_path),
             host_path: PathBuf::from(host_path),
-            readonly: false,
-            propagation: Propagation::Private,
+            ..Default::default()
         });
         self.mounts.last_mut().unwrap()
     }

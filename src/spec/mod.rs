@@ -3,7 +3,7 @@
 //!
 //! No field of a request is ignored in silence: the table of fields below says of each what becomes of it, and tests hold it to that.
 //! Of the image's configuration: User, Env, Entrypoint, Cmd and WorkingDir are in the spec, StopSignal is what stop sends, Volumes are
-//! empty directories in the rootfs, ExposedPorts and Labels do not apply. hostname and sysctls are left out of the spec on purpose:
+//! directories of the container's own (`container::image_volumes`), ExposedPorts and Labels do not apply. hostname and sysctls are left out of the spec on purpose:
 //! the namespaces are joined, and a runtime would rewrite the sandbox's.
 #![doc = include_str!("fields.md")]
 
@@ -15,6 +15,7 @@ pub mod refuse;
 pub mod resources;
 pub mod seccomp;
 pub mod security;
+pub mod userns;
 
 #[cfg(test)]
 pub(crate) mod fixture;
@@ -33,6 +34,7 @@ pub use namespaces::{NamespacePaths, Pid};
 pub use process::exec_process;
 pub use resources::update::{update_resources, OomScoreAdj, Update};
 pub use resources::{Classes, ResolvedDevice};
+pub use userns::UserNamespace;
 
 /// crun 1.8.1 refuses 1.2.0; nothing here needs more.
 const OCI_VERSION: &str = "1.0.2";
@@ -123,6 +125,8 @@ pub struct HostFacts {
     /// What an OCI runtime may mount below a container's /sys/fs/cgroup, by name; nothing on v2. Names that it does not mount do
     /// no harm.
     pub cgroup_mounts: Vec<String>,
+    /// What is mounted on the host's /dev/mqueue and below its /sys.
+    pub host_mounts: Vec<PathBuf>,
     /// The daemon's bounding set: no container can have more.
     pub bounding: Capabilities,
     /// A name of `std::env::consts::ARCH`.
@@ -139,6 +143,8 @@ pub struct HostFacts {
     pub seccomp: bool,
     pub apparmor: bool,
     pub selinux: bool,
+    /// Whether mounts can be changed with all below them (mount_setattr(2), Linux 5.12).
+    pub mount_setattr: bool,
 }
 
 /// Builds the spec. The second value has a line for each thing that was given less than asked; the caller logs them once.
@@ -164,6 +170,9 @@ pub fn build(inputs: &Inputs) -> Result<(Spec, Vec<String>)> {
         .set_rootfs_propagation(mounts::rootfs_propagation(inputs.mounts))
         .set_masked_paths(security::masked_paths(inputs.security())?)
         .set_readonly_paths(security::readonly_paths(inputs)?);
+    if let Some([uids, gids]) = userns::mappings(inputs)? {
+        linux.set_uid_mappings(Some(uids)).set_gid_mappings(Some(gids));
+    }
 
     // Every member is set: the defaults of the type are somebody's taste.
     let mut spec = Spec::default();

@@ -61,3 +61,5 @@ mod spdy;
 mod streaming;
 /// Many things at once.
 mod together;
+/// Sandboxes of other users.
+mod userns;

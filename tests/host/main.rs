@@ -3,6 +3,7 @@
 //!
 //! `CRISP_TEST_DAEMON=containerd` runs what every CRI runtime must do against containerd: that checks the tests.
 
+mod archive;
 mod client;
 mod daemon;
 mod events;
@@ -13,6 +14,8 @@ mod lifecycle;
 mod login;
 mod logs;
 mod metrics;
+mod mounts;
+mod namespaces;
 mod network;
 mod objects;
 mod python;
@@ -28,4 +31,6 @@ mod streams;
 mod stats;
 mod trouble;
 mod unified;
+mod userns;
+mod volumes;
 mod websocket;

@@ -12,7 +12,7 @@ use super::endpoint::Ask;
 use super::retry::{next, unavailable, Attempt, Pace};
 use super::{Remote, Source};
 use crate::error::{Error, Result};
-use crate::image::layers::{Fault, Stream};
+use crate::image::layers::{Breaks, Fault, Stream};
 use crate::image::manifest::Descriptor;
 use crate::sys::lock::{Lock, Rank};
 use crate::telemetry;
@@ -38,9 +38,11 @@ pub(super) fn open(remote: &Arc<Remote>, sources: Vec<Source>, descriptor: &Desc
         stalled: false,
         what: format!("blob {}", descriptor.digest),
         fault: fault.clone(),
+        breaks: Breaks::default(),
     };
     download.connect(0)?;
-    Ok(Stream { reader: Box::new(download), fault })
+    let breaks = download.breaks.clone();
+    Ok(Stream { reader: Box::new(download), fault, breaks })
 }
 
 struct Download {
@@ -64,6 +66,8 @@ struct Download {
     stalled: bool,
     what: String,
     fault: Fault,
+    /// For whoever shows progress.
+    breaks: Breaks,
 }
 
 /// An opened answer.
@@ -94,6 +98,8 @@ impl Download {
             return Err(unavailable(format!("{} from {host}: {why}, at byte {} of {}", self.what, self.done, self.size)));
         }
         log::info!("image: {} from {host}: {why}; going on at byte {} of {}", self.what, self.done, self.size);
+        telemetry::pull_resumed();
+        self.breaks.broke(self.done);
         // The same host once more, at once; after that the others, in turn.
         let mut start = self.at;
         if self.failures > 1 {
