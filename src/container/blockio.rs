@@ -10,7 +10,7 @@ use oci_spec::runtime::{LinuxBlockIo, LinuxThrottleDevice, LinuxThrottleDeviceBu
 use serde::de::{Deserializer, Visitor};
 use serde::Deserialize;
 
-use super::yaml;
+use crate::cdi::yaml;
 use crate::error::{Context, Error, Result};
 use crate::sys::file;
 
@@ -59,7 +59,8 @@ impl BlockIoClasses {
         let file: File = match toml {
             true => toml::from_str(text).map_err(|e| Error::invalid(format!("parse TOML: {e}")))?,
             false if text.trim().is_empty() => File { classes: BTreeMap::new() },
-            false => serde_json::from_value(yaml::parse(text)?).context(|| "parse YAML")?,
+            false => serde_json::from_value(yaml::parse(text).map_err(|e| Error::invalid(format!("parse YAML: {e}")))?)
+                .context(|| "parse YAML")?,
         };
         for (class, items) in &file.classes {
             items.iter().try_for_each(Parameters::check).context(|| format!("class {class}"))?;

@@ -7,6 +7,8 @@ pub mod blockio;
 pub mod classes;
 /// Host devices of a container.
 pub mod devices;
+/// CDI devices and hooks, put into a spec.
+mod edits;
 /// ExecSync.
 pub mod exec;
 /// What exits of shims and containers do.
@@ -40,8 +42,6 @@ pub mod update;
 pub mod user;
 /// Id-mapped mounts.
 pub mod volumes;
-/// YAML as JSON values.
-mod yaml;
 
 pub use classes::Classes;
 pub use manager::{Change, Container, Containers, CreateInputs, LayerWatch, Settings};

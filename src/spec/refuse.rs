@@ -7,18 +7,11 @@ use crate::api::runtime::security_profile::ProfileType;
 use crate::api::runtime::{ContainerConfig, LinuxContainerSecurityContext, Mount, MountPropagation, PodSandboxConfig, SELinuxOption};
 use crate::error::{Code, Error, Result};
 
-/// Annotations by which other runtimes are told of devices.
-const DEVICE_ANNOTATIONS: &str = "cdi.k8s.io/";
-
 /// Everything of a container's request that is not honoured, but for its mounts: see [`mount`].
 pub fn container(config: &ContainerConfig, sandbox: &PodSandboxConfig, host: &HostFacts) -> Result<()> {
     if config.windows.is_some() {
         return Err(Error::invalid("windows: this is a Linux host"));
     }
-    if !config.CDI_devices.is_empty() {
-        return Err(Error::unimplemented("CDI_devices: not built yet"));
-    }
-    annotations(config)?;
     let Some(security) = config.linux.security_context.as_ref() else { return Ok(()) };
     if security.privileged && !sandbox.linux.security_context.privileged {
         return Err(Error::invalid("privileged: the sandbox is not privileged"));
@@ -27,13 +20,6 @@ pub fn container(config: &ContainerConfig, sandbox: &PodSandboxConfig, host: &Ho
         selinux(options, host)?;
     }
     apparmor(security, host)
-}
-
-fn annotations(config: &ContainerConfig) -> Result<()> {
-    match config.annotations.keys().find(|key| key.starts_with(DEVICE_ANNOTATIONS)) {
-        Some(key) => Err(Error::unimplemented(format!("annotation {key}: not built yet"))),
-        None => Ok(()),
-    }
 }
 
 /// A mount that cannot be made as asked. Called before its host path is created. `recursive_read_only`: whether the OCI runtime can.
@@ -129,7 +115,7 @@ mod tests {
 
     use super::super::fixture::{host, Fixture};
     use super::*;
-    use crate::api::runtime::{CDIDevice, ImageSpec, SecurityProfile, WindowsContainerConfig};
+    use crate::api::runtime::{ImageSpec, SecurityProfile, WindowsContainerConfig};
 
     fn refused(change: impl FnOnce(&mut Fixture), code: Code, word: &str) {
         let mut fixture = Fixture::new();
@@ -151,16 +137,8 @@ mod tests {
     }
 
     #[test]
-    fn windows_and_cdi() {
+    fn windows() {
         refused(|f| f.config.windows = MessageField::some(WindowsContainerConfig::default()), Code::InvalidArgument, "windows");
-        refused(|f| f.config.CDI_devices.push(CDIDevice::default()), Code::Unimplemented, "CDI_devices");
-    }
-
-    #[test]
-    fn annotations_that_ask_for_devices() {
-        let on_container = |key: &'static str| move |f: &mut Fixture| drop(f.config.annotations.insert(key.into(), "x".into()));
-        refused(on_container("cdi.k8s.io/gpu"), Code::Unimplemented, "cdi.k8s.io/gpu");
-        accepted(on_container("example.com/a"));
     }
 
     #[test]

@@ -267,7 +267,8 @@ impl Daemon {
     fn crispd_config(&self) -> String {
         let path = |name: &str| toml_text(&self.layout.path(name).display().to_string());
         let mut text = format!(
-            "socket = {}\nroot = {}\nrun = {}\nshim = {}\nlog_level = \"{}\"\ncgroup_driver = \"{}\"\n",
+            "socket = {}\nroot = {}\nrun = {}\nshim = {}\nlog_level = \"{}\"\ncgroup_driver = \"{}\"\n\
+             cdi_spec_dirs = [{}]\nhooks_dirs = [{}]\n",
             path("cri.sock"),
             path("root"),
             path("run"),
@@ -275,6 +276,8 @@ impl Daemon {
             // As in use when it is measured; as much as there is when it is tested.
             if cfg!(debug_assertions) { "debug" } else { "info" },
             if systemd() { "systemd" } else { "cgroupfs" },
+            path("cdi"),
+            path("hooks"),
         );
         if let Some((name, _)) = self.options.runtimes.first() {
             text += &format!("default_runtime = {}\n", toml_text(name));
