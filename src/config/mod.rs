@@ -78,6 +78,10 @@ pub struct Images {
     pub preload_dir: PathBuf,
     pub pinned: Vec<String>,
     pub layer_downloads: usize,
+    /// The same for all images together.
+    pub all_downloads: u64,
+    /// Percent of the file system.
+    pub keep_free_percent: u64,
 }
 
 #[derive(Clone, Debug)]
@@ -149,6 +153,8 @@ struct RawImages {
     preload_dir: Spanned<String>,
     pinned: Vec<String>,
     layer_downloads: Spanned<usize>,
+    all_downloads: Spanned<u64>,
+    keep_free_percent: Spanned<u64>,
 }
 
 #[derive(Deserialize)]
@@ -219,6 +225,8 @@ impl Default for RawImages {
             preload_dir: text("/var/lib/crisp-preload"),
             pinned: Vec::new(),
             layer_downloads: at(3),
+            all_downloads: at(6),
+            keep_free_percent: at(2),
         }
     }
 }
@@ -386,6 +394,8 @@ fn check(c: &Checker, raw: Raw) -> Result<Config> {
             preload_dir: c.path("images.preload_dir", &raw.images.preload_dir)?,
             pinned: raw.images.pinned,
             layer_downloads: c.number("images.layer_downloads", &raw.images.layer_downloads, 1, 64)?,
+            all_downloads: c.number("images.all_downloads", &raw.images.all_downloads, 1, 256)?,
+            keep_free_percent: c.number("images.keep_free_percent", &raw.images.keep_free_percent, 0, 90)?,
         },
         limits: Limits {
             slow_threads: c.number("limits.slow_threads", &raw.limits.slow_threads, 4, 8192)?,

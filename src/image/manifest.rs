@@ -187,9 +187,6 @@ fn check_layer(layer: &Descriptor) -> Result<()> {
     if !layer.urls.is_empty() || layer.media_type.contains("foreign") || layer.media_type.contains("nondistributable") {
         return wrong("foreign layers, which live at other addresses, are not fetched");
     }
-    if layer.media_type.ends_with("zstd") {
-        return wrong("compression zstd is not supported yet, only gzip");
-    }
     if layer.media_type.contains("encrypted") {
         return wrong("encrypted layers are not supported");
     }
@@ -197,7 +194,9 @@ fn check_layer(layer: &Descriptor) -> Result<()> {
         layer.media_type.as_str(),
         OCI_LAYER
             | "application/vnd.oci.image.layer.v1.tar+gzip"
+            | "application/vnd.oci.image.layer.v1.tar+zstd"
             | "application/vnd.docker.image.rootfs.diff.tar.gzip"
+            | "application/vnd.docker.image.rootfs.diff.tar.zstd"
             | "application/vnd.docker.image.rootfs.diff.tar"
     ) {
         return wrong(&format!("unknown media type {:?}", layer.media_type));
@@ -319,7 +318,7 @@ mod tests {
         refused(r#"{"schemaVersion":2}"#, "neither");
         refused(r#"{"schemaVersion":2,"schemaVersion":2}"#, "duplicate");
         let with = |l: String| format!(r#"{{"schemaVersion":2,"config":{d},"layers":[{l}]}}"#);
-        refused(&with(layer("application/vnd.oci.image.layer.v1.tar+zstd")), "zstd");
+        assert!(parse(with(layer("application/vnd.oci.image.layer.v1.tar+zstd")).as_bytes(), "").is_ok());
         refused(&with(layer("application/vnd.docker.image.rootfs.foreign.diff.tar.gzip")), "foreign");
         refused(&with(layer("text/plain")), "text/plain");
         let mut urls = descriptor(OCI_LAYER, None);

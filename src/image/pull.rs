@@ -10,6 +10,7 @@ use super::reference::{Reference, Version};
 use super::{Inner, Watch};
 use crate::error::{Context, Error, Result};
 use crate::sys::cancel::Cancel;
+use crate::sys::crash;
 
 /// Indexes inside of indexes.
 const DEPTH: usize = 4;
@@ -37,6 +38,7 @@ pub(super) fn pull(inner: &Arc<Inner>, reference: &Reference, auth: &Auth, cance
             }
         }
     };
+    crash::step("pull:1-manifest");
     let config_data = remote.blob(&manifest.config, inner.bounds.max_config_bytes, cancel)?;
     let mut names = vec![reference.with_digest(&top).to_string()];
     if let Version::Tag(_) = reference.version() {
@@ -53,5 +55,7 @@ pub(super) fn pull(inner: &Arc<Inner>, reference: &Reference, auth: &Auth, cance
     };
     let stop = cancel.clone();
     let open = move |layer: &Descriptor| remote.layer(layer, &stop);
-    assemble(inner, parts, Arc::new(open), cancel, Some(watch))
+    let image = assemble(inner, parts, Arc::new(open), cancel, Some(watch))?;
+    crash::step("pull:8-recorded");
+    Ok(image)
 }

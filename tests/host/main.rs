@@ -14,6 +14,7 @@ mod logs;
 mod metrics;
 mod network;
 mod objects;
+mod pulls;
 mod python;
 mod registry;
 mod restart;
