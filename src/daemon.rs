@@ -18,7 +18,7 @@ use crate::network::{self, Network};
 use crate::runtime::Handlers;
 use crate::sandbox::{self, Sandboxes};
 use crate::service::{Fact, Seats, Service};
-use crate::snapshot::{Kind, Snapshotter};
+use crate::snapshot::{Kind, Mapping, Snapshotter};
 use crate::stats::filesystem::{self, Disk};
 use crate::stats::metrics::Metrics;
 use crate::stats::sampler::Sampler;
@@ -120,7 +120,7 @@ impl Daemon {
         let dir = config.images.preload_dir.clone();
         crate::sys::thread::spawn("preload", move || preload.preload(&dir))?;
         let metrics = Metrics::new(&config.stats.groups, layout, config.root.join("snapshots"), disk.clone());
-        let layers_mountpoint = images.fs_info()?.container.mountpoint.to_string_lossy().into_owned();
+        let layers_mountpoint = images.fs_info((0, 0)).container.mountpoint.to_string_lossy().into_owned();
         let streaming = Arc::new(streaming::Server::start(&config.streaming, containers.clone())?);
         let service = Arc::new(Service {
             metrics,
@@ -217,7 +217,25 @@ fn registry_settings(config: &Config) -> image::RegistrySettings {
     image::RegistrySettings {
         certs_dir: Some(config.images.registry_dir.clone()),
         plain_http: config.images.plain_http.clone(),
+        stall: config.images.stall,
+        credentials: image::Sources {
+            hosts: config.images.auth.iter().map(|(host, auth)| (host.clone(), registry_auth(auth))).collect(),
+            docker_config: config.images.docker_config.clone(),
+            ..Default::default()
+        },
+        foreign_layers: config.images.foreign_layers,
         ..Default::default()
+    }
+}
+
+fn registry_auth(auth: &config::RegistryAuth) -> image::Auth {
+    image::Auth {
+        username: auth.username.clone(),
+        password: auth.password.clone(),
+        auth: auth.auth.clone(),
+        server_address: String::new(),
+        identity_token: auth.identity_token.clone(),
+        registry_token: auth.registry_token.clone(),
     }
 }
 
@@ -229,15 +247,26 @@ fn image_settings(config: &Config) -> image::Settings {
     settings.bounds.all_layers = config.images.all_downloads;
     settings.bounds.keep_free = config.images.keep_free_percent;
     settings.registry = registry_settings(config);
+    settings.verifiers = image::Verifiers {
+        dir: config.images.verifier_dir.clone(),
+        timeout: config.images.verifier_timeout,
+        max: config.images.max_verifiers,
+    };
     settings
 }
 
 fn snapshotter(config: &Config) -> Result<Snapshotter> {
-    match config.snapshotter {
+    let mut snapshots = match config.snapshotter {
         config::Snapshotter::Auto => Snapshotter::detect(&config.root),
         config::Snapshotter::Overlay => Snapshotter::new(&config.root, Kind::Overlay),
         config::Snapshotter::Copy => Snapshotter::new(&config.root, Kind::Copy),
-    }
+    }?;
+    snapshots.set_mapping(match config.userns_rootfs {
+        config::UsernsRootfs::Auto => Mapping::Auto,
+        config::UsernsRootfs::Idmap => Mapping::Idmap,
+        config::UsernsRootfs::Chown => Mapping::Chown,
+    });
+    Ok(snapshots)
 }
 
 fn sandbox_settings(config: &Config, events: Arc<dyn Listener<sandbox::Change>>) -> sandbox::Settings {

@@ -5,6 +5,7 @@ use std::path::PathBuf;
 
 use super::flags::{self, Credentials, Port, Volume};
 use super::help;
+use super::prune::Which;
 use super::words::{Stop, Word, Words};
 
 /// `crisp bench` and `crisp stats`.
@@ -30,19 +31,55 @@ pub struct Invocation {
 #[derive(Debug, PartialEq, Eq)]
 pub enum Command {
     Run(Run),
-    Ps { all: bool, quiet: bool },
-    Pods { quiet: bool },
-    Images { quiet: bool },
-    Pull { images: Vec<String>, credentials: Option<Credentials> },
-    Import { files: Vec<String>, name: Option<String> },
-    Logs { container: String, follow: bool, tail: Option<usize>, times: bool },
+    Ps {
+        all: bool,
+        quiet: bool,
+    },
+    Pods {
+        quiet: bool,
+    },
+    Images {
+        quiet: bool,
+    },
+    Pull {
+        images: Vec<String>,
+        credentials: Option<Credentials>,
+    },
+    Import {
+        files: Vec<String>,
+        name: Option<String>,
+    },
+    Logs {
+        container: String,
+        follow: bool,
+        tail: Option<usize>,
+        times: bool,
+    },
     Exec(stream::Exec),
     Attach(stream::Attach),
     PortForward(stream::Forward),
-    Stop { ids: Vec<String>, timeout: u32 },
-    Rm { ids: Vec<String>, force: bool },
-    Rmi { images: Vec<String> },
-    Inspect { ids: Vec<String> },
+    Stop {
+        ids: Vec<String>,
+        timeout: u32,
+    },
+    Rm {
+        ids: Vec<String>,
+        force: bool,
+    },
+    /// The images named, or those of a kind.
+    Rmi {
+        images: Vec<String>,
+        which: Option<Which>,
+    },
+    Prune {
+        dry_run: bool,
+    },
+    Fsck {
+        repair: bool,
+    },
+    Inspect {
+        ids: Vec<String>,
+    },
     Stats(bench::Stats),
     Bench(bench::Bench),
     Info,
@@ -178,11 +215,56 @@ fn command(words: &mut Words, name: &str, environment: Environment<'_>) -> Resul
             })?;
             Command::Rm { ids, force }
         }
-        "rmi" => Command::Rmi { images: words.values("IMAGE", |_, _| Ok(false))? },
+        "rmi" => rmi(words)?,
+        "prune" => {
+            let mut dry_run = false;
+            words.flags(|flag, _| match flag {
+                "-n" | "--dry-run" => set(&mut dry_run),
+                _ => Ok(false),
+            })?;
+            Command::Prune { dry_run }
+        }
+        "image" => {
+            let mut repair = false;
+            let what = words.values("fsck", |flag, _| match flag {
+                "--repair" => set(&mut repair),
+                _ => Ok(false),
+            })?;
+            match what.iter().map(String::as_str).collect::<Vec<_>>()[..] {
+                ["fsck"] => Command::Fsck { repair },
+                _ => return Err(words.wrong(&format!("unexpected {:?}; it is crisp image fsck", what.join(" ")))),
+            }
+        }
         "inspect" => Command::Inspect { ids: words.values("ID", |_, _| Ok(false))? },
         "info" => words.flags(|_, _| Ok(false)).map(|()| Command::Info)?,
         _ => words.flags(|_, _| Ok(false)).map(|()| Command::Version)?,
     })
+}
+
+fn rmi(words: &mut Words) -> Result<Command, Stop> {
+    let (mut images, mut all, mut unused) = (Vec::new(), false, false);
+    while let Some(word) = words.read()? {
+        match word {
+            Word::Value(image) => images.push(image),
+            Word::Rest(rest) => images.extend(rest),
+            Word::Flag(flag) => match flag.as_str() {
+                "-a" | "--all" => all = true,
+                "-q" | "--prune" => unused = true,
+                _ => return Err(words.unknown(&flag)),
+            },
+        }
+    }
+    let which = match (all, unused) {
+        (true, true) => return Err(words.wrong("--all and --prune exclude each other")),
+        (true, false) => Some(Which::All),
+        (false, true) => Some(Which::Unused),
+        (false, false) => None,
+    };
+    match (images.is_empty(), which) {
+        (true, None) => Err(words.wrong("no IMAGE")),
+        (false, Some(_)) => Err(words.wrong("--all and --prune take no IMAGE")),
+        _ => Ok(Command::Rmi { images, which }),
+    }
 }
 
 fn run(words: &mut Words, environment: Environment<'_>) -> Result<Run, Stop> {

@@ -15,9 +15,13 @@ use super::args::Run;
 use super::bench::workload::Workload;
 use super::client::{Client, SHORT};
 use super::failure::{Failure, Outcome};
+use super::prune::Which;
 use super::request::LOG_FILE;
-use super::{image, pull, run, stream};
-use crate::api::admin::{ImportImageRequest, ImportImageResponse, ImportedImage, LayerProgress, PullProgress, PullRequest};
+use super::{fsck, image, list, prune, pull, run, stream};
+use crate::api::admin::{
+    CheckImagesRequest, CheckProgress, ImportImageRequest, ImportImageResponse, ImportedImage, IncompleteImage, InfoRequest, InfoResponse,
+    LayerProgress, Problem, PullProgress, PullRequest,
+};
 use crate::api::runtime::*;
 
 /// What the daemon does and has been asked.
@@ -30,6 +34,10 @@ struct Script {
     logs: PathBuf,
     /// Whether sandboxes are listed: a run finds its own that way.
     sandbox: bool,
+    images: Vec<Image>,
+    incomplete: Vec<IncompleteImage>,
+    /// What a check tells.
+    check: Vec<CheckProgress>,
 }
 
 type Shared = Arc<Mutex<Script>>;
@@ -113,7 +121,8 @@ impl Fake {
         });
         builder = unary(builder, &script, "/runtime.v1.RuntimeService/ListContainers", |_, _: ListContainersRequest| {
             let mut answer = ListContainersResponse::new();
-            answer.containers.push(Container { id: "c1".into(), pod_sandbox_id: "s1".into(), ..Default::default() });
+            let image = "sha256:used".to_owned();
+            answer.containers.push(Container { id: "c1".into(), pod_sandbox_id: "s1".into(), image_ref: image, ..Default::default() });
             answer
         });
         builder = unary(builder, &script, "/runtime.v1.RuntimeService/ExecSync", |_, request: ExecSyncRequest| {
@@ -126,6 +135,33 @@ impl Fake {
         builder = unary(builder, &script, "/runtime.v1.RuntimeService/RemovePodSandbox", |_, _: RemovePodSandboxRequest| {
             RemovePodSandboxResponse::new()
         });
+        builder = unary(builder, &script, "/runtime.v1.ImageService/ListImages", |script, _: ListImagesRequest| ListImagesResponse {
+            images: script.images.clone(),
+            ..Default::default()
+        });
+        builder = unary(builder, &script, "/runtime.v1.ImageService/RemoveImage", |script, request: RemoveImageRequest| {
+            script.images.retain(|image| image.id != request.image.image);
+            RemoveImageResponse::new()
+        });
+        builder = unary(builder, &script, "/crisp.v1.Admin/Info", |script, _: InfoRequest| InfoResponse {
+            incomplete: script.incomplete.clone(),
+            ..Default::default()
+        });
+        let checks = script.clone();
+        builder = builder.add_server_streaming_handler(
+            &method(MethodType::ServerStreaming, "/crisp.v1.Admin/CheckImages"),
+            move |context: RpcContext<'_>, request: CheckImagesRequest, mut sink: ServerStreamingSink<CheckProgress>| {
+                let mut script = checks.lock().unwrap();
+                script.calls.push(format!("CheckImages repair={}", request.repair));
+                let messages = script.check.clone();
+                context.spawn(async move {
+                    for message in messages {
+                        sink.send((message, WriteFlags::default())).await.unwrap();
+                    }
+                    sink.close().await.unwrap();
+                });
+            },
+        );
         builder = unary(builder, &script, "/crisp.v1.Admin/ImportImage", |_, request: ImportImageRequest| {
             let image = ImportedImage { id: "sha256:1".into(), tags: vec![request.path, request.reference], ..Default::default() };
             ImportImageResponse { images: vec![image], ..Default::default() }
@@ -157,7 +193,7 @@ impl Fake {
 fn pull_with(context: &RpcContext<'_>, mut sink: ServerStreamingSink<PullProgress>, end: Result<&str, RpcStatusCode>) {
     let end = end.map(str::to_owned);
     context.spawn(async move {
-        for (bytes, state) in [(5, "pulling"), (10, "done")] {
+        for (bytes, state) in [(5, "downloading"), (10, "done")] {
             let layer = LayerProgress { digest: "sha256:a".into(), state: state.into(), bytes, total: 10, ..Default::default() };
             let progress = PullProgress { layers: vec![layer], ..Default::default() };
             sink.send((progress, WriteFlags::default())).await.unwrap();
@@ -243,6 +279,102 @@ fn imports_name_the_whole_path() {
     assert_eq!(out, format!("sha256:1 {} name\n", path.display()));
     let missing = image::import(&fake.client, &["/nonexistent.tar".to_owned()], None, false);
     assert!(text(missing).starts_with("import /nonexistent.tar: No such file"));
+}
+
+/// One that a container has, one that is pinned, one that nobody needs.
+fn with_images() -> Fake {
+    let fake = Fake::start("", |_, _, _| {});
+    let image = |id: &str, tag: &str, pinned| Image {
+        id: format!("sha256:{id}"),
+        repo_tags: vec![tag.to_owned()],
+        size: 1_000_000,
+        pinned,
+        ..Default::default()
+    };
+    fake.script.lock().unwrap().images =
+        vec![image("used", "q.io/a:1", false), image("pin", "q.io/b:1", true), image("free", "q.io/c:1", false)];
+    fake
+}
+
+fn left(fake: &Fake) -> Vec<String> {
+    fake.script.lock().unwrap().images.iter().map(|image| image.id.clone()).collect()
+}
+
+#[test]
+fn images_that_nobody_needs_are_removed() {
+    let fake = with_images();
+    let (text, code) = prune::prune(&fake.client, true, false).unwrap();
+    assert_eq!(text, "ID    SIZE     NAME\nfree  1.00 MB  q.io/c:1\n1 image would be removed, 1.00 MB as pulled\n");
+    assert_eq!((code, left(&fake).len()), (0, 3));
+    let (text, _) = prune::prune(&fake.client, false, true).unwrap();
+    let json: serde_json::Value = serde_json::from_str(&text).unwrap();
+    assert_eq!((json["removed"][0]["id"].as_str(), json["size"].as_str()), (Some("sha256:free"), Some("1000000")));
+    assert_eq!(left(&fake), ["sha256:used", "sha256:pin"]);
+    assert_eq!(prune::prune(&fake.client, false, false).unwrap().0, "no unused images\n");
+}
+
+#[test]
+fn a_removal_that_fails_is_told_and_not_counted() {
+    let fake = with_images();
+    fake.script.lock().unwrap().fails = "RemoveImage";
+    assert_eq!(prune::prune(&fake.client, false, false).unwrap(), ("no unused images\n".to_owned(), 1));
+    // Without the list of containers nothing is known to be free.
+    fake.script.lock().unwrap().fails = "ListContainers";
+    assert!(text(prune::prune(&fake.client, false, false)).starts_with("list containers: FAILED_PRECONDITION"));
+    assert_eq!(left(&fake).len(), 3);
+}
+
+#[test]
+fn rmi_of_all_and_of_unused_leaves_pinned_ones() {
+    let fake = with_images();
+    assert_eq!(prune::ids(&fake.client, Which::Unused).unwrap(), ["sha256:free"]);
+    assert_eq!(prune::ids(&fake.client, Which::All).unwrap(), ["sha256:used", "sha256:free"]);
+    fake.script.lock().unwrap().images.clear();
+    assert!(matches!(prune::ids(&fake.client, Which::All), Err(Failure::Silent(0))));
+}
+
+#[test]
+fn incomplete_images_are_shown() {
+    let fake = with_images();
+    let lacking = IncompleteImage {
+        id: "sha256:broken".into(),
+        names: vec!["q.io/d:1".into(), "q.io/d@sha256:0".into()],
+        reason: "layer x is damaged:\nbad".into(),
+        ..Default::default()
+    };
+    fake.script.lock().unwrap().incomplete.push(lacking);
+    let text = list::images(&fake.client, list::Form::Table).unwrap();
+    let lines: Vec<_> = text.lines().map(|line| line.split_whitespace().collect::<Vec<_>>().join(" ")).collect();
+    assert_eq!(
+        lines,
+        [
+            "IMAGE TAG ID SIZE PINNED",
+            "q.io/a 1 used 1.00 MB -",
+            "q.io/b 1 pin 1.00 MB yes",
+            "q.io/c 1 free 1.00 MB -",
+            "q.io/d 1 broken incomplete -",
+            "broken: layer x is damaged: bad; pull it again"
+        ]
+    );
+    assert!(!list::images(&fake.client, list::Form::Json).unwrap().contains("broken"));
+}
+
+#[test]
+fn a_check_ends_with_what_stays() {
+    let fake = Fake::start("", |_, _, _| {});
+    let problem = |action: &str| Problem { kind: "layer".into(), subject: "x".into(), action: action.into(), ..Default::default() };
+    let end = CheckProgress { finished: true, images: 1, ..Default::default() };
+    let found = |problem| vec![CheckProgress { problems: vec![problem], ..Default::default() }, end.clone()];
+    fake.script.lock().unwrap().check = found(problem(""));
+    assert_eq!(fsck::fsck(&fake.client, false, false).unwrap().1, 1);
+    fake.script.lock().unwrap().check = found(problem("marked"));
+    let (text_of, code) = fsck::fsck(&fake.client, true, true).unwrap();
+    let json: serde_json::Value = serde_json::from_str(&text_of).unwrap();
+    assert_eq!((json["problems"][0]["action"].as_str(), json["images"].as_i64(), code), (Some("marked"), Some(1), 0));
+    // A stream that just ends has not said that all is well.
+    fake.script.lock().unwrap().check.clear();
+    assert!(text(fsck::fsck(&fake.client, false, false)).contains("ended it in between"));
+    assert_eq!(fake.calls(), ["CheckImages repair=false", "CheckImages repair=true", "CheckImages repair=false"]);
 }
 
 #[test]

@@ -95,7 +95,8 @@ Lists sandboxes, the youngest first.
         about: "list images",
         json: true,
         text: "\
-Lists the images that are here, one line per name.
+Lists the images that are here, one line per name. Images that must be pulled again, because parts of them are missing,
+are marked; -o json lists whole ones alone.
 
   -q, --quiet          whole ids alone
 ",
@@ -106,7 +107,8 @@ Lists the images that are here, one line per name.
         about: "pull images from a registry",
         json: true,
         text: "\
-Pulls each IMAGE and prints its id. Progress goes to stderr: a bar on a terminal, lines otherwise.
+Pulls each IMAGE and prints its id. Progress goes to stderr: bars with speed and time left on a terminal, lines
+otherwise.
 
   --creds USER:PASS    credentials for the registry; better in $CRISP_CREDS, which other users cannot see
 ",
@@ -117,7 +119,7 @@ Pulls each IMAGE and prints its id. Progress goes to stderr: a bar on a terminal
         about: "take images from files, without a registry",
         json: true,
         text: "\
-Takes in the images of each FILE: an OCI or docker archive (tar, also gzip) or an OCI layout directory. The daemon reads
+Takes in the images of each FILE: an OCI or docker archive (tar, also gzip or zstd) or an OCI layout directory. The daemon reads
 the file, so it must be on the daemon's host.
 
   --name REFERENCE     name for the image, if there is one FILE with one image; else the names in the archive
@@ -204,7 +206,44 @@ Removes containers, and sandboxes with all their containers.
   -f, --force          stop what still runs
 ",
     },
-    Topic { name: "rmi", synopsis: "IMAGE…", about: "remove images", json: false, text: "Removes images with all their names.\n" },
+    Topic {
+        name: "rmi",
+        synopsis: "IMAGE…|--all|--prune",
+        about: "remove images",
+        json: false,
+        text: "\
+Removes images with all their names. Layers that a container has stay until it is removed.
+
+  -a, --all            all images but pinned ones
+  -q, --prune          all images that no container has, but pinned ones
+",
+    },
+    Topic {
+        name: "prune",
+        synopsis: "[-n]",
+        about: "remove images that nobody needs",
+        json: true,
+        text: "\
+Removes the images that no container has, running or not, and shows them; pinned images stay.
+
+  -n, --dry-run        show them, remove nothing
+",
+    },
+    Topic {
+        name: "image",
+        synopsis: "fsck [--repair]",
+        about: "verify and repair what is stored of images",
+        json: true,
+        text: "\
+Reads all that is stored of images: the index, manifests and configs against their digests, and each unpacked layer, file
+by file, against the digest that the image has for it. It takes as long as the disk needs to read it all, and disturbs
+nobody. Ends with 1 if there is damage that stays.
+
+  --repair             a damaged layer is marked: images that need it are incomplete until the next pull of one, which
+                       fetches this layer alone; damaged documents go to the quarantine directory; the index is
+                       written anew; what nobody needs is removed
+",
+    },
     Topic {
         name: "inspect",
         synopsis: "ID|IMAGE…",

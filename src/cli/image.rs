@@ -2,12 +2,12 @@
 
 use serde_json::json;
 
-use super::client::{Client, FOREVER, LONG, SHORT};
+use super::client::{Client, FOREVER, SHORT};
 use super::failure::{During, Failure, Outcome};
 use super::flags::Credentials;
-use super::{json, pull};
+use super::{json, prune, pull};
 use crate::api::admin::ImportImageRequest;
-use crate::api::runtime::{Image, ImageSpec, ImageStatusRequest, RemoveImageRequest};
+use crate::api::runtime::{Image, ImageSpec, ImageStatusRequest};
 use crate::error::Context;
 
 /// The image that `name` (a reference, an id or the start of one) means here, if any.
@@ -55,8 +55,7 @@ pub fn import(client: &Client, files: &[String], name: Option<&str>, json: bool)
 pub fn remove(client: &Client, name: &str) -> Outcome<String> {
     // The call itself succeeds for what is not there, which would hide a typing error.
     let image = find(client, name)?.ok_or_else(|| Failure::failed(format!("no image {name:?}; crisp images lists them")))?;
-    let request = RemoveImageRequest { image: spec(&image.id), ..RemoveImageRequest::default() };
-    client.images().remove_image(&request, LONG).during(|| format!("remove image {name}"))?;
+    prune::remove(client, &image.id)?;
     Ok(image.id)
 }
 

@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use serde_json::json;
 
 use super::client::{Client, SHORT};
-use super::failure::{During, Outcome};
+use super::failure::{one_line, During, Outcome};
 use super::json;
 use super::table::{age, now, short_id, size, Table};
 use crate::api::admin::InfoRequest;
@@ -112,13 +112,28 @@ pub fn images(client: &Client, form: Form) -> Outcome<String> {
         Form::Quiet => return Ok(answer.images.iter().map(|image| format!("{}\n", image.id)).collect()),
         Form::Table => {}
     }
-    let mut table = Table::new(&["IMAGE", "TAG", "ID", "SIZE"]);
+    let mut table = Table::new(&["IMAGE", "TAG", "ID", "SIZE", "PINNED"]);
     for image in &answer.images {
         for (repository, tag) in names(image) {
-            table.row([repository, tag, short_id(&image.id), size(image.size)]);
+            let pinned = if image.pinned { "yes" } else { "" };
+            table.row([repository, tag, short_id(&image.id), size(image.size), pinned.to_owned()]);
         }
     }
-    Ok(table.to_string())
+    // Other servers do not have the admin service.
+    let incomplete = match client.admin().info(&InfoRequest::new(), SHORT) {
+        Ok(info) => info.incomplete,
+        Err(error) if error.is_unimplemented() => Vec::new(),
+        Err(error) => return Err(error).during(|| "read info"),
+    };
+    let mut notes = String::new();
+    for image in incomplete {
+        let by_name = Image { repo_tags: image.names.iter().filter(|n| !n.contains('@')).cloned().collect(), ..Image::new() };
+        for (repository, tag) in names(&by_name) {
+            table.row([repository, tag, short_id(&image.id), "incomplete".to_owned(), String::new()]);
+        }
+        notes.push_str(&format!("{}: {}; pull it again\n", short_id(&image.id), one_line(&image.reason)));
+    }
+    Ok(format!("{table}{notes}"))
 }
 
 /// Repository and tag of each name; of an image without tags, each repository it came from.

@@ -21,6 +21,8 @@ mod fake;
 pub mod flags;
 /// Log files that grow.
 pub mod follow;
+/// `crisp image fsck`.
+pub mod fsck;
 /// `--help`.
 pub mod help;
 /// Commands on images.
@@ -35,6 +37,8 @@ pub mod list;
 pub mod log;
 /// Commands on containers and sandboxes.
 pub mod object;
+/// Images that nobody needs.
+pub mod prune;
 /// Pulls with progress.
 pub mod pull;
 /// Requests of `crisp run`.
@@ -115,7 +119,12 @@ fn dispatch(invocation: Invocation) -> Outcome<u8> {
             let objects = resolve::objects(&client)?;
             return each(&ids, |id| object::remove(&client, &objects, id, force));
         }
-        Command::Rmi { images } => return each(&images, |name| image::remove(&client, name)),
+        Command::Rmi { images, which: None } => return each(&images, |name| image::remove(&client, name)),
+        Command::Rmi { which: Some(which), .. } => {
+            return each(&prune::ids(&client, which)?, |id| prune::remove(&client, id).map(|()| id.to_owned()))
+        }
+        Command::Prune { dry_run } => return finish(prune::prune(&client, dry_run, json)?),
+        Command::Fsck { repair } => return finish(fsck::fsck(&client, repair, json)?),
         Command::Ps { all, quiet } => list::containers(&client, all, form(quiet))?,
         Command::Pods { quiet } => list::sandboxes(&client, form(quiet))?,
         Command::Images { quiet } => list::images(&client, form(quiet))?,
@@ -126,6 +135,11 @@ fn dispatch(invocation: Invocation) -> Outcome<u8> {
         Command::Version => list::version(&client, json)?,
     };
     print(&text).map(|()| 0)
+}
+
+/// Prints the text and ends with the code.
+fn finish((text, code): (String, u8)) -> Outcome<u8> {
+    print(&text).map(|()| code)
 }
 
 /// Does something to each word and prints the id it gives. One that fails does not stop the others, nor does a reader

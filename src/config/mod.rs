@@ -1,6 +1,8 @@
 //! Configuration: `Raw` is what the file says, `Config` is what was checked. Unknown keys and bad values are errors with
 //! their line. `DEFAULT` is the commented file that `crispd config default` prints; a test keeps it equal to the defaults.
 
+/// `[images]`.
+mod images;
 /// `[stats]` and `[metrics]`.
 mod observe;
 /// [streaming].
@@ -16,6 +18,7 @@ use toml::Spanned;
 use crate::error::{Error, Result};
 use crate::runtime::{Handler, Kind};
 
+pub use images::{Images, RegistryAuth};
 pub use observe::{Metrics, MetricsGroup, Stats};
 pub use streaming::{Streaming, Tls};
 
@@ -41,6 +44,7 @@ pub struct Config {
     pub default_runtime: Option<String>,
     pub runtimes: BTreeMap<String, Handler>,
     pub snapshotter: Snapshotter,
+    pub userns_rootfs: UsernsRootfs,
     /// Kept from image garbage collection; sandboxes of this version need none.
     pub sandbox_image: Option<String>,
     pub sysctls: BTreeMap<String, String>,
@@ -60,6 +64,15 @@ pub enum Snapshotter {
     Copy,
 }
 
+/// How the files of an image come to be those of a user namespace.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum UsernsRootfs {
+    Auto,
+    Idmap,
+    Chown,
+}
+
 #[derive(Clone, Debug)]
 pub struct Cni {
     pub conf_dir: PathBuf,
@@ -69,19 +82,6 @@ pub struct Cni {
     pub conf_template: Option<PathBuf>,
     /// Whether the annotation `crisp.dev/networks` is obeyed.
     pub extra_networks: bool,
-}
-
-#[derive(Clone, Debug)]
-pub struct Images {
-    pub registry_dir: PathBuf,
-    pub plain_http: Vec<String>,
-    pub preload_dir: PathBuf,
-    pub pinned: Vec<String>,
-    pub layer_downloads: usize,
-    /// The same for all images together.
-    pub all_downloads: u64,
-    /// Percent of the file system.
-    pub keep_free_percent: u64,
 }
 
 #[derive(Clone, Debug)]
@@ -111,11 +111,12 @@ struct Raw {
     shim: Spanned<String>,
     default_runtime: Spanned<String>,
     snapshotter: Snapshotter,
+    userns_rootfs: UsernsRootfs,
     sandbox_image: String,
     runtimes: BTreeMap<String, RawRuntime>,
     sysctls: BTreeMap<String, Spanned<String>>,
     cni: RawCni,
-    images: RawImages,
+    images: images::Raw,
     limits: RawLimits,
     streaming: streaming::Raw,
     stats: observe::RawStats,
@@ -143,18 +144,6 @@ struct RawCni {
     plugin_timeout_seconds: Spanned<u64>,
     conf_template: Spanned<String>,
     extra_networks: bool,
-}
-
-#[derive(Deserialize)]
-#[serde(deny_unknown_fields, default)]
-struct RawImages {
-    registry_dir: Spanned<String>,
-    plain_http: Vec<String>,
-    preload_dir: Spanned<String>,
-    pinned: Vec<String>,
-    layer_downloads: Spanned<usize>,
-    all_downloads: Spanned<u64>,
-    keep_free_percent: Spanned<u64>,
 }
 
 #[derive(Deserialize)]
@@ -188,6 +177,7 @@ impl Default for Raw {
             shim: text(""),
             default_runtime: text(""),
             snapshotter: Snapshotter::Auto,
+            userns_rootfs: UsernsRootfs::Auto,
             sandbox_image: String::new(),
             runtimes: BTreeMap::new(),
             sysctls: BTreeMap::from([
@@ -195,7 +185,7 @@ impl Default for Raw {
                 ("net.ipv4.ping_group_range".to_owned(), text("0 2147483647")),
             ]),
             cni: RawCni::default(),
-            images: RawImages::default(),
+            images: images::Raw::default(),
             limits: RawLimits::default(),
             streaming: streaming::Raw::default(),
             stats: observe::RawStats::default(),
@@ -213,20 +203,6 @@ impl Default for RawCni {
             plugin_timeout_seconds: at(90),
             conf_template: text(""),
             extra_networks: false,
-        }
-    }
-}
-
-impl Default for RawImages {
-    fn default() -> RawImages {
-        RawImages {
-            registry_dir: text("/etc/crisp/certs.d"),
-            plain_http: Vec::new(),
-            preload_dir: text("/var/lib/crisp-preload"),
-            pinned: Vec::new(),
-            layer_downloads: at(3),
-            all_downloads: at(6),
-            keep_free_percent: at(2),
         }
     }
 }
@@ -378,6 +354,7 @@ fn check(c: &Checker, raw: Raw) -> Result<Config> {
         default_runtime,
         runtimes,
         snapshotter: raw.snapshotter,
+        userns_rootfs: raw.userns_rootfs,
         sandbox_image: Some(raw.sandbox_image).filter(|i| !i.is_empty()),
         sysctls,
         cni: Cni {
@@ -388,15 +365,7 @@ fn check(c: &Checker, raw: Raw) -> Result<Config> {
             conf_template: c.optional_path("cni.conf_template", &raw.cni.conf_template)?,
             extra_networks: raw.cni.extra_networks,
         },
-        images: Images {
-            registry_dir: c.path("images.registry_dir", &raw.images.registry_dir)?,
-            plain_http: raw.images.plain_http,
-            preload_dir: c.path("images.preload_dir", &raw.images.preload_dir)?,
-            pinned: raw.images.pinned,
-            layer_downloads: c.number("images.layer_downloads", &raw.images.layer_downloads, 1, 64)?,
-            all_downloads: c.number("images.all_downloads", &raw.images.all_downloads, 1, 256)?,
-            keep_free_percent: c.number("images.keep_free_percent", &raw.images.keep_free_percent, 0, 90)?,
-        },
+        images: raw.images.check(c)?,
         limits: Limits {
             slow_threads: c.number("limits.slow_threads", &raw.limits.slow_threads, 4, 8192)?,
             queue: c.number("limits.queue", &raw.limits.queue, 16, 1 << 20)?,
@@ -506,6 +475,8 @@ mod tests {
             ("cgroup_driver = 3", "c.toml: line 1: invalid type"),
             ("run = \"/var/lib/crisp/run\"", "c.toml: line 1: run: /var/lib/crisp/run and root"),
             ("socket_group = \"no such group\"", "c.toml: line 1: socket_group"),
+            ("[images]\npinned = [\"a\",\n \"b c\"]", "c.toml: line 3: images.pinned: expected a reference"),
+            ("[images]\nverifier_timeout_seconds = 0", "c.toml: line 2: images.verifier_timeout_seconds: expected 1"),
             ("a = ", "c.toml: line 1:"),
         ] {
             let e = parse(source).unwrap_err();

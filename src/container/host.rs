@@ -45,6 +45,7 @@ pub fn detect() -> Result<HostFacts> {
     Ok(HostFacts {
         cgroup_v2,
         cgroup_mounts: if cgroup_v2 { Vec::new() } else { cgroup_mounts(&mounts) },
+        host_mounts: mounts.iter().map(|m| &m.target).filter(|target| is_taken_from_host(target)).cloned().collect(),
         bounding: capabilities(capability_mask(&status, "CapBnd")?),
         arch: std::env::consts::ARCH.to_owned(),
         oom_score_adj_floor: if may_raise { -1000 } else { own_oom_score_adj()? },
@@ -56,6 +57,11 @@ pub fn detect() -> Result<HostFacts> {
         apparmor: read("/sys/module/apparmor/parameters/enabled").starts_with('Y'),
         selinux: Path::new("/sys/fs/selinux/enforce").exists(),
     })
+}
+
+/// Mount points that a container in a user namespace may have to take from the host.
+fn is_taken_from_host(target: &Path) -> bool {
+    target == Path::new("/dev/mqueue") || (target.starts_with("/sys") && target != Path::new("/sys"))
 }
 
 fn text(path: &str) -> Result<String> {

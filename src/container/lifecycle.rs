@@ -76,6 +76,7 @@ impl Containers {
 
     fn shim_config(&self, container: &Container) -> ShimConfig {
         let (meta, status) = (&container.meta, container.status());
+        let (uid, gid) = meta.owner(status.user.uid, status.user.gid);
         ShimConfig {
             version: protocol::VERSION,
             id: meta.id.clone(),
@@ -86,8 +87,8 @@ impl Containers {
             stdin: container.config.stdin,
             stdin_once: container.config.stdin_once,
             // The container's user must be able to open /dev/stdout.
-            stdio_uid: Some(status.user.uid),
-            stdio_gid: Some(status.user.gid),
+            stdio_uid: Some(uid),
+            stdio_gid: Some(gid),
             runtime_timeout_ms: self.settings.runtime_timeout.as_millis() as u64,
         }
     }

@@ -17,7 +17,7 @@ use crate::error::{Context, Error, ErrorList, Result};
 use crate::event::{self, Listener};
 use crate::image::{Image, Images};
 use crate::runtime::Handler;
-use crate::snapshot::Snapshotter;
+use crate::snapshot::{Owners, Snapshotter};
 use crate::spec::{self, Defaults, HostFacts, NamespacePaths, SandboxFiles};
 use crate::store::{new_id, now_ns, Claim, Index, Names, Records};
 use crate::sys::cancel::Cancel;
@@ -205,6 +205,7 @@ impl Containers {
             stop_signal: super::lifecycle::stop_signal(config, &image)?,
             cgroups_path: crate::cgroup::path::below(inputs.cgroup_parent, &id),
             target: inputs.target.clone(),
+            userns: inputs.namespaces.user.as_ref().map(|user| user.maps),
             dir: self.settings.run.join("containers").join(&id),
             id,
         };
@@ -231,7 +232,7 @@ impl Containers {
         if !wanted.runtime_handler.is_empty() {
             return Err(Error::invalid(format!("config.image.runtime_handler: no images of runtime handler {:?}", wanted.runtime_handler)));
         }
-        self.images.status(&wanted.image)?.ok_or_else(|| Error::not_found(format!("image {} is not on this host", wanted.image)))
+        self.images.require(&wanted.image)
     }
 
     /// Makes the container step by step, each recorded before it is done.
@@ -242,16 +243,20 @@ impl Containers {
         let resources = resources.transpose().context(|| "encode resources")?.unwrap_or_default();
         self.update(container, |s| s.resources = resources)?;
         crash::step("create:1-recorded");
-        file::make_dir(&meta.dir, 0o700)?;
+        make_bundle(meta)?;
         let held = self.images.hold_again(&meta.id, &meta.chain)?;
-        self.snapshots.prepare(&meta.id, &held.layers, &meta.rootfs())?;
+        let user_namespace = inputs.namespaces.user.as_ref();
+        let owners = user_namespace.map(|user| Owners { maps: user.maps, namespace: &user.path });
+        self.snapshots.prepare(&meta.id, &held.layers, &meta.rootfs(), owners.as_ref())?;
         crash::step("create:2-snapshot");
         let rootfs = meta.rootfs();
         let defaults = image.config.config().as_ref();
         let image_user = defaults.and_then(|c| c.user().as_deref()).unwrap_or_default();
         let image_dir = defaults.and_then(|c| c.working_dir().as_deref()).unwrap_or_default();
         let user = super::user::resolve(&rootfs, &config.linux.security_context, image_user)?;
-        let mounts = super::mounts::resolve(&config.mounts, &self.settings.host)?;
+        let mut mounts = super::mounts::resolve(&config.mounts, &self.settings.host)?;
+        super::volumes::place(&meta.dir, &config.mounts, &mut mounts, user_namespace, &self.settings.shim)?;
+        crash::step("create:3-volumes");
         let devices = super::devices::collect(config)?;
         let working_dir = spec::process::working_dir(&config.working_dir, image_dir)?;
         super::mounts::make_directories(&rootfs, &working_dir, &image.volumes())?;
@@ -338,11 +343,22 @@ impl Containers {
         errors.keep(self.snapshots.remove(&meta.id, &meta.rootfs()));
         crash::step("remove:1-snapshot");
         errors.keep(self.images.release(&meta.id));
+        errors.keep(super::volumes::remove(&meta.dir));
         if errors.is_empty() {
             errors.keep(file::remove_tree(&meta.dir));
         }
         errors.finish()
     }
+}
+
+/// The container's directory. Root of a user namespace must be able to pass through it to its root filesystem, and no one else.
+fn make_bundle(meta: &Metadata) -> Result<()> {
+    use std::os::unix::fs::PermissionsExt;
+    file::make_dir(&meta.dir, 0o700)?;
+    let Some(maps) = meta.userns else { return Ok(()) };
+    let what = || format!("give {} to the user namespace", meta.dir.display());
+    std::os::unix::fs::chown(&meta.dir, None, Some(maps.root().1)).context(what)?;
+    std::fs::set_permissions(&meta.dir, std::fs::Permissions::from_mode(0o710)).context(what)
 }
 
 /// What subscribers are told of a change of state. Entering the index is the creation, leaving it the deletion. A container that

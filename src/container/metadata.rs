@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use serde::{Deserialize, Serialize};
 
 use crate::runtime::Handler;
+use crate::sys::idmap::IdMaps;
 
 /// Immutable facts, beside the config message.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -33,6 +34,9 @@ pub struct Metadata {
     pub cgroups_path: String,
     /// The container whose PID namespace this one joins (PID mode TARGET).
     pub target: Option<String>,
+    /// Maps of the sandbox's user namespace; None, and missing in older records: the host's.
+    #[serde(default)]
+    pub userns: Option<IdMaps>,
     /// `run/containers/<id>`
     pub dir: PathBuf,
 }
@@ -40,6 +44,11 @@ pub struct Metadata {
 impl Metadata {
     pub fn rootfs(&self) -> PathBuf {
         self.dir.join("rootfs")
+    }
+
+    /// The ids of a user of the container on the host.
+    pub fn owner(&self, uid: u32, gid: u32) -> (u32, u32) {
+        self.userns.map_or((uid, gid), |maps| maps.owner(uid, gid))
     }
 
     pub fn spec_path(&self) -> PathBuf {

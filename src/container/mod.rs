@@ -7,6 +7,9 @@ pub mod devices;
 pub mod exec;
 /// What exits of shims and containers do.
 pub mod exit;
+/// Specs of messages, written down.
+#[cfg(test)]
+mod golden;
 /// What the host can do.
 pub mod host;
 /// Start, stop, kill, update, log.
@@ -27,6 +30,8 @@ pub mod status;
 pub mod stream;
 /// The user of a container, from its rootfs.
 pub mod user;
+/// Id-mapped mounts.
+pub mod volumes;
 
 pub use manager::{Change, Container, Containers, CreateInputs, LayerWatch, Settings};
 pub use metadata::Metadata;

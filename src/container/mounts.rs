@@ -59,7 +59,7 @@ pub fn make_directories(rootfs: &Path, working_dir: &Path, volumes: &[String]) -
 }
 
 /// The request's words without a look at the host.
-fn check(mount: &Mount) -> Result<ResolvedMount> {
+pub(super) fn check(mount: &Mount) -> Result<ResolvedMount> {
     let invalid = |what: &str| Error::invalid(format!("mount {}: {what}", mount.container_path));
     if !mount.container_path.starts_with('/') {
         return Err(invalid("container_path is not absolute"));

@@ -61,7 +61,7 @@ impl Containers {
             self.release(&container)?;
             return self.records.remove(&meta.id);
         }
-        if let Err(e) = self.images.hold_again(&meta.id, &meta.chain) {
+        if let Err(e) = self.images.hold_restored(&meta.id, &meta.chain) {
             // It may run on: its layers are mounted. But it cannot be trusted to start.
             log::error!("container {}: {e}", meta.id);
         }
@@ -132,7 +132,9 @@ impl Containers {
                 continue;
             }
             errors.keep(self.snapshots.remove(&id, &bundle.join("rootfs")));
-            errors.keep(file::remove_tree(&bundle));
+            if errors.keep(super::volumes::remove(&bundle)).is_some() {
+                errors.keep(file::remove_tree(&bundle));
+            }
         }
         for id in self.snapshots.list()? {
             if !known(&id) {

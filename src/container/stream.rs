@@ -148,6 +148,8 @@ impl Containers {
             return Ok(streams(Kind::Exec(exec, Some(terminal)), stdin, stdout, None));
         }
         let (pairs, ends) = pipes(wanted)?;
+        let user = container.status().user;
+        give(&ends, container.meta.owner(user.uid, user.gid))?;
         let null = File::options().read(true).write(true).open("/dev/null").context(|| "open /dev/null")?;
         let fds = ends.each_ref().map(|e| e.as_ref().map_or(null.as_fd(), AsFd::as_fd));
         let exec = client.exec(&request, fds, starting).context(what)?;
@@ -156,15 +158,12 @@ impl Containers {
     }
 
     /// Connects to the container's own stdio, next to whoever else has: its output from now on. Where the container has no stdin,
-    /// or it has ended, ours is closed. Resizing is for containers with a terminal.
+    /// or it has ended, ours is closed. Resizing is for containers with a terminal. `wanted.tty` says what the client makes of the bytes;
+    /// whether there is a terminal is the container's own affair, as with peers: its output is all stdout then.
     pub fn attach(&self, container: &Container, wanted: &Wanted, cancel: &Cancel) -> Result<Streams> {
         wanted.check()?;
         let id = container.id();
         self.can_stream(container, "attach to")?;
-        if wanted.tty != container.config.tty {
-            let text = format!("attach to container {id}: tty is {}, the container's is {}", wanted.tty, container.config.tty);
-            return Err(Error::invalid(text));
-        }
         let (pairs, ends) = pipes(wanted)?;
         let attached = Client::new(&container.meta.dir).attach(ends.each_ref().map(|e| e.as_ref().map(AsFd::as_fd)), cancel);
         let attached = attached.context(|| format!("attach to container {id}"))?;
@@ -174,6 +173,14 @@ impl Containers {
 }
 
 type Ends = [Option<OwnedFd>; 3];
+
+/// The process's user must be able to open /dev/stdin, /dev/stdout and /dev/stderr.
+fn give(ends: &Ends, (uid, gid): (u32, u32)) -> Result<()> {
+    for end in ends.iter().flatten() {
+        nix::unistd::fchown(end, Some(uid.into()), Some(gid.into())).context(|| "give the pipes to the process's user")?;
+    }
+    Ok(())
+}
 
 /// Pipes for the streams that are wanted: our ends, which do not block, and the others.
 fn pipes(wanted: &Wanted) -> Result<(Ends, Ends)> {

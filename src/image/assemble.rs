@@ -11,7 +11,7 @@ use super::digest::{chain_ids, Digest};
 use super::layers::{Claimed, Made, Stream};
 use super::make::Wanted;
 use super::manifest::{self, Descriptor};
-use super::{Inner, Progress, Watch};
+use super::{Inner, Phase, Progress, Watch};
 use crate::error::{Code, Error, Result};
 use crate::sys::cancel::Cancel;
 use crate::sys::crash;
@@ -105,6 +105,9 @@ pub(super) fn assemble(inner: &Arc<Inner>, parts: Parts, open: OpenLayer, cancel
         cancel: cancel.clone(),
         watch,
     });
+    for i in 0..job.layers.len() {
+        job.report(i, Phase::Waiting, 0);
+    }
     let mut threads = Vec::new();
     for i in 1..missing.len().min(inner.bounds.layer_workers) {
         let job = job.clone();
@@ -136,22 +139,23 @@ pub(super) fn assemble(inner: &Arc<Inner>, parts: Parts, open: OpenLayer, cancel
 impl Job {
     /// Takes layers, the lowest that is free first, until none is left.
     fn work(&self) {
-        while let Some(i) = self.step().unwrap_or_else(|e| {
-            self.fail(e);
-            None
-        }) {
-            self.report(&self.layers[i], self.layers[i].size);
+        loop {
+            match self.step() {
+                Ok(true) => {}
+                Ok(false) => return,
+                Err(e) => return self.fail(e),
+            }
         }
     }
 
-    /// One layer: the number of what was done, None when there is nothing left to begin with.
-    fn step(&self) -> Result<Option<usize>> {
+    /// One layer; false when there is none left to begin with.
+    fn step(&self) -> Result<bool> {
         let (i, claim) = loop {
             self.cancel.check()?;
             let claimed = {
                 let mut work = self.work.lock();
                 if work.left.is_empty() {
-                    return Ok(None);
+                    return Ok(false);
                 }
                 let claimed = self.inner.layers.claim(work.left.iter().map(|i| (*i, &self.chain[*i])));
                 if let Claimed::Here(i) | Claimed::Ours(i, _) = &claimed {
@@ -167,13 +171,15 @@ impl Job {
             }
         };
         let make = |claim| {
-            self.report(&self.layers[i], 0);
+            self.report(i, Phase::Downloading, 0);
             self.inner.layers.make(claim, &self.wanted(i), &self.cancel, || self.open(i))
         };
+        let phase = if claim.is_some() { Phase::Done } else { Phase::Exists };
         let made = claim.map(make).transpose()?;
         self.work.lock().made.insert(i, made);
         self.commit()?;
-        Ok(Some(i))
+        self.report(i, phase, self.layers[i].size);
+        Ok(true)
     }
 
     /// Commits what has all layers below it committed, unless another worker is at it, who will then see this too.
@@ -219,18 +225,24 @@ impl Job {
     }
 
     fn open(&self, i: usize) -> Result<Stream> {
-        let descriptor = &self.layers[i];
-        let mut stream = (self.open)(descriptor)?;
+        let mut stream = (self.open)(&self.layers[i])?;
         if let Some(watch) = &self.watch {
-            let meter = Meter { inner: stream.reader, descriptor: descriptor.clone(), watch: watch.clone(), done: 0, last: None };
-            stream.reader = Box::new(meter);
+            let (tell, start) = (watch.clone(), self.progress(i, Phase::Retrying, 0));
+            stream.breaks.on_break(move |received| tell(&Progress { done: received.min(start.total), ..start.clone() }));
+            let progress = self.progress(i, Phase::Downloading, 0);
+            stream.reader = Box::new(Meter { inner: stream.reader, progress, watch: watch.clone(), last: None });
         }
         Ok(stream)
     }
 
-    fn report(&self, descriptor: &Descriptor, done: u64) {
+    fn progress(&self, i: usize, phase: Phase, done: u64) -> Progress {
+        let descriptor = &self.layers[i];
+        Progress { place: i, layer: descriptor.digest.to_string(), phase, done, total: descriptor.size }
+    }
+
+    fn report(&self, i: usize, phase: Phase, done: u64) {
         if let Some(watch) = &self.watch {
-            watch(&Progress { layer: descriptor.digest.to_string(), done, total: descriptor.size });
+            watch(&self.progress(i, phase, done));
         }
     }
 }
@@ -238,19 +250,22 @@ impl Job {
 /// Reports what is read through it, not too often.
 struct Meter {
     inner: Box<dyn std::io::Read + Send>,
-    descriptor: Descriptor,
+    progress: Progress,
     watch: Watch,
-    done: u64,
     last: Option<Instant>,
 }
 
 impl std::io::Read for Meter {
     fn read(&mut self, buffer: &mut [u8]) -> std::io::Result<usize> {
         let n = self.inner.read(buffer)?;
-        self.done += n as u64;
-        if self.last.is_none_or(|t| t.elapsed() >= REPORT) {
+        self.progress.done += n as u64;
+        let received = n == 0 || self.progress.done == self.progress.total;
+        if received && self.progress.phase != Phase::Unpacking {
+            self.progress.phase = Phase::Unpacking;
+            (self.watch)(&self.progress);
+        } else if !received && self.last.is_none_or(|t| t.elapsed() >= REPORT) {
             self.last = Some(Instant::now());
-            (self.watch)(&Progress { layer: self.descriptor.digest.to_string(), done: self.done, total: self.descriptor.size });
+            (self.watch)(&self.progress);
         }
         Ok(n)
     }

@@ -2,17 +2,20 @@
 
 use std::collections::{BTreeSet, HashMap, HashSet};
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::Arc;
 
 use oci_spec::image::ImageConfiguration;
 
 use super::digest::{chain_ids, is_hex, Digest};
+use super::fsck::{Checked, Part, Problem};
 use super::layers::{Layers, Usage};
-use super::manifest::{self, Descriptor, Document, Platform};
-use super::metadata::{Layout, Record};
+use super::manifest::{self, Descriptor, Document, Platform, OCI_MANIFEST};
+use super::metadata::{quarantine_file, Layout, Record};
+use super::pins::Pins;
 use super::reference::{Reference, Version};
 use super::Bounds;
-use crate::error::{Context, Error, Result};
+use crate::error::{Error, Result};
 use crate::sys::file::{self, Durability};
 use crate::sys::lock::{Lock, Rank};
 
@@ -70,6 +73,16 @@ struct Body {
     chain: Vec<Digest>,
 }
 
+/// An image that is known and not usable.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Incomplete {
+    pub id: String,
+    /// Tags, then digests.
+    pub names: Vec<String>,
+    /// What is missing, or why.
+    pub reason: String,
+}
+
 #[derive(Clone)]
 struct Known {
     record: Record,
@@ -82,7 +95,11 @@ struct State {
     bodies: HashMap<Digest, Body>,
     /// Whole images by id; one with a missing layer is in `bodies` alone.
     images: HashMap<Digest, Arc<Image>>,
+    /// The others.
+    incomplete: HashMap<Digest, Incomplete>,
     names: HashMap<String, Digest>,
+    /// Manifests and configs whose blob on disk is not what it was, with what is wrong.
+    damaged: HashMap<Digest, String>,
 }
 
 /// The catalog. Changes are made by one at a time: written first, seen then.
@@ -90,7 +107,9 @@ pub struct Catalog {
     layout: Layout,
     bounds: Bounds,
     platform: Platform,
-    pinned: HashSet<String>,
+    pins: Pins,
+    /// False once the index or a record was lost: blobs that no record names stay then, and layers, until a repair.
+    trusted: AtomicBool,
     writer: Lock<()>,
     state: Lock<State>,
 }
@@ -105,8 +124,8 @@ pub struct Addition<'a> {
 }
 
 impl Catalog {
-    /// Restores the catalog. False beside it when the index was unreadable: layers must not be collected then, a pull
-    /// will want them again.
+    /// Restores the catalog. False beside it when the index or a record was unreadable: layers that nothing seems to need
+    /// must stay then, a pull will want them again.
     pub fn open(
         dir: &Path,
         quarantine: &Path,
@@ -116,15 +135,15 @@ impl Catalog {
         layers: &Layers,
     ) -> Result<(Catalog, bool)> {
         let layout = Layout::open(dir)?;
-        let pinned =
-            pinned.iter().map(|p| Reference::parse(p).map(|r| r.to_string())).collect::<Result<_>>().context(|| "pinned images")?;
+        let pins = Pins::new(pinned)?;
         let loaded = layout.load(quarantine)?;
-        let trusted = loaded.is_some();
+        let mut trusted = loaded.is_some();
         let catalog = Catalog {
             layout,
             bounds,
             platform,
-            pinned,
+            pins,
+            trusted: AtomicBool::new(true),
             writer: Lock::new(Rank::Names, ()),
             state: Lock::new(Rank::Index, State::default()),
         };
@@ -138,12 +157,14 @@ impl Catalog {
                 Err(e) => {
                     let name = record.name.clone().unwrap_or_else(|| record.manifest.digest.to_string());
                     log::error!("image: record of {name}: {e}; quarantined");
+                    trusted = false;
                     quarantine_record(quarantine, i, &record)?;
                 }
             }
         }
         catalog.rebuild(&mut state, layers);
         *catalog.state.lock() = state;
+        catalog.trusted.store(trusted, Ordering::Relaxed);
         Ok((catalog, trusted))
     }
 
@@ -174,15 +195,23 @@ impl Catalog {
         }
         state.bodies.retain(|id, _| by_id.contains_key(id));
         state.images.clear();
+        let before = std::mem::take(&mut state.incomplete);
         for (id, (tags, digests)) in by_id {
             let Some(body) = state.bodies.get(&id) else { continue };
-            if let Some(missing) = body.chain.iter().find(|c| !layers.is_ready(c)) {
-                log::warn!("image: {id} lacks layer {missing}; it must be pulled again");
+            let blobs = state.known.iter().filter(|k| k.id == id).map(|k| &k.record.manifest.digest).chain([&id]);
+            let damage = blobs.filter_map(|blob| state.damaged.get(blob).map(|why| format!("blob {blob}: {why}"))).next();
+            let lack = || body.chain.iter().find(|c| !layers.is_ready(c)).map(|c| layers.why_missing(c));
+            if let Some(reason) = damage.or_else(lack) {
+                if !before.contains_key(&id) {
+                    log::warn!("image: {id} must be pulled again: {reason}");
+                }
+                let names = tags.into_iter().chain(digests).collect();
+                state.incomplete.insert(id.clone(), Incomplete { id: id.to_string(), names, reason });
                 continue;
             }
             let image = Image {
                 id: id.to_string(),
-                pinned: tags.iter().chain(&digests).any(|n| self.pinned.contains(n)),
+                pinned: self.pins.hold(id.as_str(), tags.iter().chain(&digests)),
                 repo_tags: tags.into_iter().collect(),
                 repo_digests: digests.into_iter().collect(),
                 size: body.size,
@@ -199,6 +228,18 @@ impl Catalog {
         self.layout.write_blob(&Digest::of(addition.config_data), addition.config_data)?;
         self.layout.write_blob(&addition.manifest.digest, addition.manifest_data)?;
         let (id, body) = self.read(addition.manifest)?;
+        // A manifest that was damaged and may not come again: this one says the same about the image.
+        let damaged = {
+            let mut state = self.state.lock();
+            state.damaged.remove(&id);
+            state.damaged.remove(&addition.manifest.digest);
+            state.damaged.clone()
+        };
+        let mended = |old: &Known| {
+            let manifest =
+                if old.id == id && damaged.contains_key(&old.record.manifest.digest) { addition.manifest } else { &old.record.manifest };
+            Known { record: Record { name: old.record.name.clone(), manifest: manifest.clone() }, id: old.id.clone() }
+        };
         let mut known: Vec<Known> = Vec::new();
         let mut displaced: Vec<Known> = Vec::new();
         for old in self.state.lock().known.iter() {
@@ -206,7 +247,7 @@ impl Catalog {
                 Some(name) if addition.names.contains(name) => displaced.push(old.clone()),
                 // A nameless record of this image has served its time.
                 None if old.id == id => {}
-                _ => known.push(old.clone()),
+                _ => known.push(mended(old)),
             }
         }
         // An image that lost its last name stays until it is removed by id.
@@ -228,12 +269,15 @@ impl Catalog {
     /// Forgets an image with all its names. Its layers are the caller's to collect.
     pub fn remove(&self, id: &Digest, layers: &Layers) -> Result<()> {
         let _writer = self.writer.lock();
-        let known: Vec<Known> = self.state.lock().known.iter().filter(|k| k.id != *id).cloned().collect();
+        let blobs = |known: &[Known]| known.iter().flat_map(|k| [k.id.clone(), k.record.manifest.digest.clone()]).collect::<HashSet<_>>();
+        let (goes, known): (Vec<Known>, Vec<Known>) = self.state.lock().known.iter().cloned().partition(|k| k.id == *id);
+        let mut keep = blobs(&known);
         self.replace(known, None, layers)?;
-        let keep = {
-            let state = self.state.lock();
-            state.known.iter().flat_map(|k| [k.id.clone(), k.record.manifest.digest.clone()]).collect()
-        };
+        // What no record names may be all that is left of an image whose record was lost.
+        if !self.trusted.load(Ordering::Relaxed) {
+            let goes = blobs(&goes);
+            keep.extend(self.layout.blobs()?.into_iter().filter(|blob| !goes.contains(blob)));
+        }
         self.layout.keep_blobs(&keep)
     }
 
@@ -258,11 +302,124 @@ impl Catalog {
         resolve(&self.state.lock(), text)
     }
 
+    /// The incomplete image behind a reference.
+    pub fn incomplete(&self, text: &str) -> Result<Option<Incomplete>> {
+        let state = self.state.lock();
+        Ok(resolve(&state, text)?.and_then(|id| state.incomplete.get(&id).cloned()))
+    }
+
+    /// All incomplete images, by id.
+    pub fn all_incomplete(&self) -> Vec<Incomplete> {
+        let mut all: Vec<Incomplete> = self.state.lock().incomplete.values().cloned().collect();
+        all.sort_by(|a, b| a.id.cmp(&b.id));
+        all
+    }
+
     /// All images, by id.
     pub fn list(&self) -> Vec<Arc<Image>> {
         let mut all: Vec<Arc<Image>> = self.state.lock().images.values().cloned().collect();
         all.sort_by(|a, b| a.id.cmp(&b.id));
         all
+    }
+
+    /// Looks again for layers that have gone.
+    pub fn refresh(&self, layers: &Layers) {
+        self.rebuild(&mut self.state.lock(), layers);
+    }
+
+    /// Names, else ids, of the images that have a layer.
+    pub fn users(&self, chain_id: &Digest) -> Vec<String> {
+        let state = self.state.lock();
+        let ids = state.bodies.iter().filter(|(_, body)| body.chain.contains(chain_id)).map(|(id, _)| id);
+        let mut users: Vec<String> = ids.map(|id| name_of(&state, id)).collect();
+        users.sort();
+        users
+    }
+
+    /// Verifies the index and the blobs. A repair writes the index anew, from what is known or, if that was lost, from the
+    /// blobs; puts damaged blobs into quarantine; and removes what no image needs.
+    pub fn check(&self, repair: bool, quarantine: &Path, layers: &Layers) -> Result<(Vec<Problem>, Checked)> {
+        let _writer = self.writer.lock();
+        let (known, damaged) = {
+            let state = self.state.lock();
+            (state.known.clone(), state.damaged.clone())
+        };
+        let mut problems = Vec::new();
+        let mut new: Vec<Known> = Vec::new();
+        let done = |words: &str| if repair { words.to_owned() } else { String::new() };
+        let records: Vec<Record> = known.iter().map(|k| k.record.clone()).collect();
+        if let Some(message) = self.layout.differs(&records) {
+            let path = self.layout.index_path();
+            if repair && path.exists() {
+                quarantine_file(&path, quarantine)?;
+            }
+            let action = done("put into quarantine and written anew");
+            problems.push(Problem { part: Part::Index, subject: path.display().to_string(), message, action, images: Vec::new() });
+        }
+        let needed: BTreeSet<Digest> = known.iter().flat_map(|k| [k.record.manifest.digest.clone(), k.id.clone()]).collect();
+        let mut bad = HashMap::new();
+        for digest in &needed {
+            let limit = self.bounds.max_manifest_bytes.max(self.bounds.max_config_bytes);
+            let Err(e) = self.layout.read_blob(digest, limit) else { continue };
+            let path = self.layout.blob_path(digest);
+            if repair && path.exists() {
+                quarantine_file(&path, quarantine)?;
+            }
+            let images = {
+                let state = self.state.lock();
+                let suffer = |k: &&Known| k.id == *digest || k.record.manifest.digest == *digest;
+                known.iter().filter(suffer).map(|k| name_of(&state, &k.id)).collect::<BTreeSet<_>>().into_iter().collect()
+            };
+            // What a check before this one has found is not done again.
+            let action = if damaged.contains_key(digest) { String::new() } else { done("put into quarantine; marked for the next pull") };
+            problems.push(Problem { part: Part::Blob, subject: digest.to_string(), message: e.to_string(), action, images });
+            bad.insert(digest.clone(), e.to_string());
+        }
+        for digest in self.layout.blobs()?.into_iter().filter(|d| !needed.contains(d)) {
+            // Of an index that was lost, the manifests tell what images there were, though not their names.
+            let lost = if self.trusted.load(Ordering::Relaxed) { None } else { self.lost_image(&digest) };
+            if let Some(found) = lost {
+                let (message, action) = ("manifest of an image that the index has lost".to_owned(), done("recorded without a name"));
+                let images = vec![found.id.to_string()];
+                problems.push(Problem { part: Part::Index, subject: digest.to_string(), message, action, images });
+                new.push(found);
+            }
+        }
+        let mut keep: HashSet<Digest> = needed.iter().cloned().collect();
+        keep.extend(new.iter().flat_map(|k| [k.record.manifest.digest.clone(), k.id.clone()]));
+        for digest in self.layout.blobs()?.into_iter().filter(|d| !keep.contains(d)) {
+            let (message, action) = ("blob that no image needs".to_owned(), done("removed"));
+            problems.push(Problem { part: Part::Orphan, subject: digest.to_string(), message, action, images: Vec::new() });
+        }
+        let blobs = if repair { keep.len() } else { needed.len() };
+        if repair {
+            let mut bodies = Vec::new();
+            for known in &new {
+                bodies.push(self.read(&known.record.manifest)?);
+            }
+            let all: Vec<Known> = known.into_iter().chain(new).collect();
+            let records: Vec<Record> = all.iter().map(|k| k.record.clone()).collect();
+            self.layout.save(&records)?;
+            self.layout.keep_blobs(&keep)?;
+            self.trusted.store(true, Ordering::Relaxed);
+            let mut state = self.state.lock();
+            state.known = all;
+            state.bodies.extend(bodies);
+            state.damaged.extend(bad);
+            self.rebuild(&mut state, layers);
+        }
+        let images = self.state.lock().bodies.len();
+        Ok((problems, Checked { images, layers: 0, blobs }))
+    }
+
+    /// The image whose manifest a blob is.
+    fn lost_image(&self, digest: &Digest) -> Option<Known> {
+        let data = self.layout.read_blob(digest, self.bounds.max_manifest_bytes).ok()?;
+        let Document::Manifest(_) = manifest::parse(&data, "").ok()? else { return None };
+        let media_type = serde_json::from_slice::<serde_json::Value>(&data).ok()?["mediaType"].as_str().unwrap_or(OCI_MANIFEST).to_owned();
+        let manifest = Descriptor::new(&media_type, digest.clone(), data.len() as u64);
+        let (id, _) = self.read(&manifest).ok()?;
+        Some(Known { record: Record { name: None, manifest }, id })
     }
 
     /// Chain IDs that some record needs.
@@ -309,6 +466,13 @@ fn resolve(state: &State, text: &str) -> Result<Option<Digest>> {
         (Some(_), Some(_)) => Err(Error::invalid(format!("image id {text} is ambiguous"))),
         (found, _) => Ok(found.cloned()),
     }
+}
+
+/// The first name of an image, tags before digests; else its id.
+fn name_of(state: &State, id: &Digest) -> String {
+    let mut names: Vec<&String> = state.known.iter().filter(|k| k.id == *id).filter_map(|k| k.record.name.as_ref()).collect();
+    names.sort_by_key(|name| (name.contains('@'), *name));
+    names.first().map_or_else(|| id.to_string(), |name| (*name).clone())
 }
 
 fn quarantine_record(dir: &Path, i: usize, record: &Record) -> Result<()> {

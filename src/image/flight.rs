@@ -30,7 +30,29 @@ struct Flight {
     /// Readable once `result` is set.
     done: OwnedFd,
     result: Lock<Option<Result<Arc<Image>>>>,
-    watchers: Lock<Vec<Watch>>,
+    audience: Lock<Audience>,
+}
+
+/// Who watches a pull, and what there is to see: who joins late sees the same as the others.
+struct Audience {
+    watchers: Vec<Watch>,
+    /// The last report of each layer.
+    layers: Vec<Progress>,
+}
+
+impl Audience {
+    fn tell(&mut self, progress: &Progress) {
+        match self.layers.iter_mut().find(|l| l.place == progress.place) {
+            Some(layer) => layer.clone_from(progress),
+            None => self.layers.push(progress.clone()),
+        }
+        self.watchers.iter().for_each(|watch| watch(progress));
+    }
+
+    fn enter(&mut self, watch: Watch) {
+        self.layers.iter().for_each(|progress| watch(progress));
+        self.watchers.push(watch);
+    }
 }
 
 impl Flights {
@@ -52,7 +74,9 @@ impl Flights {
             match table.get_mut(key) {
                 Some(entry) => {
                     entry.waiters += 1;
-                    entry.flight.watchers.lock().extend(watch);
+                    if let Some(watch) = watch {
+                        entry.flight.audience.lock().enter(watch);
+                    }
                     entry.flight.clone()
                 }
                 None => {
@@ -82,20 +106,17 @@ impl Flights {
             cancel: Cancel::never(),
             done,
             result: Lock::new(Rank::Leaf, None),
-            watchers: Lock::new(Rank::Leaf, watch.into_iter().collect()),
+            audience: Lock::new(Rank::Status, Audience { watchers: watch.into_iter().collect(), layers: Vec::new() }),
         });
         let (flights, ours, key) = (self.clone(), flight.clone(), key.to_owned());
         thread::spawn("pull", move || {
             let reporter = ours.clone();
-            let report: Watch = Arc::new(move |progress: &Progress| {
-                let watchers = reporter.watchers.lock().clone();
-                watchers.iter().for_each(|watch| watch(progress));
-            });
+            let report: Watch = Arc::new(move |progress: &Progress| reporter.audience.lock().tell(progress));
             let result = std::panic::catch_unwind(AssertUnwindSafe(|| body(&ours.cancel, report)))
                 .unwrap_or_else(|_| Err(Error::internal("the pull panicked")));
             // Off the table first: who comes now starts afresh and sees what this pull made.
             flights.forget(&key, &ours);
-            ours.watchers.lock().clear();
+            ours.audience.lock().watchers.clear();
             *ours.result.lock() = Some(result);
             let _ = rustix::io::write(&ours.done, &1u64.to_ne_bytes());
         })?;
@@ -125,6 +146,7 @@ impl Flights {
 mod tests {
     use super::*;
     use crate::error::Code;
+    use crate::image::Phase;
     use std::sync::mpsc;
     use std::time::Duration;
 
@@ -163,6 +185,46 @@ mod tests {
         assert_eq!(end.recv_timeout(Duration::from_secs(5)).unwrap(), Code::Cancelled);
         threads.remove(0).join().unwrap().unwrap_err();
         assert!(flights.table.lock().is_empty());
+    }
+
+    #[test]
+    fn who_joins_late_sees_the_same() {
+        let flights = Arc::new(Flights::new());
+        let (go, gate) = mpsc::channel::<()>();
+        let (told, first_told) = mpsc::channel();
+        let seen = [Arc::new(Lock::new(Rank::Leaf, Vec::new())), Arc::new(Lock::new(Rank::Leaf, Vec::new()))];
+        let watch = |i: usize| -> Watch {
+            let seen = seen[i].clone();
+            Arc::new(move |p: &Progress| seen.lock().push((p.place, p.phase, p.done)))
+        };
+        let report = |place, phase, done| Progress { place, layer: "l".into(), phase, done, total: 9 };
+        let first = {
+            let (flights, watch) = (flights.clone(), watch(0));
+            std::thread::spawn(move || {
+                flights.join("a", &Cancel::never(), Some(watch), move |_, watch| {
+                    watch(&report(0, Phase::Waiting, 0));
+                    watch(&report(1, Phase::Waiting, 0));
+                    watch(&report(0, Phase::Downloading, 5));
+                    told.send(()).unwrap();
+                    gate.recv().unwrap();
+                    watch(&report(1, Phase::Done, 9));
+                    Err(Error::not_found("nothing"))
+                })
+            })
+        };
+        first_told.recv().unwrap();
+        let second = {
+            let (flights, watch) = (flights.clone(), watch(1));
+            std::thread::spawn(move || flights.join("a", &Cancel::never(), Some(watch), |_, _| unreachable!("it is under way")))
+        };
+        while seen[1].lock().len() < 2 {
+            std::thread::yield_now();
+        }
+        go.send(()).unwrap();
+        first.join().unwrap().unwrap_err();
+        second.join().unwrap().unwrap_err();
+        assert_eq!(*seen[1].lock(), [(0, Phase::Downloading, 5), (1, Phase::Waiting, 0), (1, Phase::Done, 9)]);
+        assert_eq!(seen[0].lock().len(), 4);
     }
 
     #[test]

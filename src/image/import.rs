@@ -1,4 +1,4 @@
-//! Images from files: OCI layout directories, OCI archives and docker-archives (tar, plain or gzip).
+//! Images from files: OCI layout directories, OCI archives and docker-archives (tar, plain or compressed).
 
 use std::collections::HashMap;
 use std::fs::File;
@@ -14,7 +14,7 @@ use super::catalog::Image;
 use super::decompress::Decompress;
 use super::digest::Digest;
 use super::layers::Stream;
-use super::manifest::{self, Descriptor, Document, OCI_CONFIG, OCI_LAYER, OCI_MANIFEST};
+use super::manifest::{self, Descriptor, Document, Platform, OCI_CONFIG, OCI_LAYER, OCI_MANIFEST};
 use super::metadata::NAME;
 use super::reference::{Reference, Version};
 use super::tarball::{Kind, Tarball};
@@ -127,7 +127,7 @@ fn open(path: &Path, scratch: &Path, cancel: &Cancel) -> Result<Source> {
     let file = match Decompress::new(&file, cancel).context(|| "read")? {
         Decompress::Plain(_) => file,
         // Members are read out of order and at once: that needs a plain archive.
-        Decompress::Gzip(_) | Decompress::Zstd(_) => inflate(&file, scratch, cancel)?,
+        _ => inflate(&file, scratch, cancel)?,
     };
     (&file).seek(SeekFrom::Start(0)).context(|| "seek")?;
     let members = index(&file)?;
@@ -193,11 +193,12 @@ struct LayoutIndex {
 fn import_layout(inner: &Arc<Inner>, source: &Source, name: Option<&Reference>, cancel: &Cancel) -> Result<Vec<Arc<Image>>> {
     let data = source.read("index.json", inner.bounds.max_manifest_bytes)?;
     let index: LayoutIndex = serde_json::from_slice(&data).context(|| "parse index.json")?;
-    if name.is_some() && index.manifests.len() > 1 {
+    let tops = for_this_host(&index.manifests, &inner.platform)?;
+    if name.is_some() && tops.len() > 1 {
         return Err(Error::invalid("a name was given, but the archive has several images"));
     }
     let mut images = Vec::new();
-    for top in &index.manifests {
+    for top in tops {
         let names = match name {
             Some(name) => vec![name.clone()],
             None => annotated_name(top).into_iter().collect(),
@@ -215,14 +216,37 @@ fn import_layout(inner: &Arc<Inner>, source: &Source, name: Option<&Reference>, 
         };
         let from = source.clone();
         let open = move |layer: &Descriptor| from.open(&blob_name(&layer.digest)).map(|(reader, _)| Stream::new(reader));
-        images.push(assemble(inner, parts, Arc::new(open), &one_image(cancel), None)?);
+        images.push(assemble(inner, parts, Arc::new(open), &cancel.part(), None)?);
     }
     Ok(images)
 }
 
-/// A failure of one image cancels its layers; the caller's flag must not be touched by it.
-fn one_image(cancel: &Cancel) -> Cancel {
-    Cancel::new(cancel.deadline())
+/// The images of a layout, of those that stand there once per platform the best one. What is for other platforms alone is
+/// left out, unless there is nothing else.
+fn for_this_host<'a>(entries: &'a [Descriptor], platform: &Platform) -> Result<Vec<&'a Descriptor>> {
+    let mut chosen: Vec<&Descriptor> = Vec::new();
+    let mut none = None;
+    for entry in entries {
+        let Some(for_platform) = &entry.platform else {
+            chosen.push(entry);
+            continue;
+        };
+        let name = annotated_name(entry).map(|n| n.to_string());
+        let same = |other: &&Descriptor| other.platform.is_some() && annotated_name(other).map(|n| n.to_string()) == name;
+        let rivals: Vec<Descriptor> = entries.iter().filter(same).cloned().collect();
+        match manifest::choose(&rivals, platform) {
+            Ok(best) if best == entry && !chosen.contains(&entry) => chosen.push(entry),
+            Ok(_) => {}
+            Err(e) => {
+                log::debug!("image: import: {} of {} is not for this host", entry.digest, for_platform);
+                none.get_or_insert(e);
+            }
+        }
+    }
+    match none {
+        Some(e) if chosen.is_empty() => Err(e),
+        _ => Ok(chosen),
+    }
 }
 
 fn resolve(inner: &Inner, source: &Source, top: &Descriptor) -> Result<(Descriptor, Vec<u8>, manifest::Manifest)> {
@@ -301,7 +325,7 @@ fn import_docker(inner: &Arc<Inner>, source: &Source, name: Option<&Reference>, 
             let file = files.get(&layer.digest).ok_or_else(|| Error::internal("layer without a file"))?;
             from.open(file).map(|(reader, _)| Stream::new(reader))
         };
-        images.push(assemble(inner, parts, Arc::new(open), &one_image(cancel), None)?);
+        images.push(assemble(inner, parts, Arc::new(open), &cancel.part(), None)?);
     }
     Ok(images)
 }

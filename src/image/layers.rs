@@ -5,10 +5,11 @@ use std::collections::{HashMap, HashSet};
 use std::io::Read;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 use serde::{Deserialize, Serialize};
 
+use super::damage::Damaged;
 use super::digest::{is_hex, Digest};
 use super::make::{self, Wanted};
 use super::room::Room;
@@ -21,19 +22,34 @@ use crate::sys::crash;
 use crate::sys::file::{self, Durability};
 use crate::sys::lock::{Lock, Rank};
 use crate::sys::thread;
+use crate::telemetry;
 
-const MARKER: &str = "layer.json";
+pub(super) const MARKER: &str = "layer.json";
+/// The layer's files.
+pub(super) const DIFF: &str = "diff";
+/// Beside the marker: see `tape`.
+pub(super) const TAPE: &str = "tape";
 /// In the name of a directory that is being deleted.
 const GONE: &str = ".gone-";
 
 /// What the marker says.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-struct Marker {
+pub(super) struct Marker {
     version: u32,
-    chain_id: Digest,
-    diff_id: Digest,
-    bytes: u64,
+    pub(super) chain_id: Digest,
+    pub(super) diff_id: Digest,
+    pub(super) bytes: u64,
     inodes: u64,
+    /// Whether there is a tape; none where an entry of the archive replaced another.
+    #[serde(default)]
+    pub(super) taped: bool,
+}
+
+impl Marker {
+    pub(super) fn write(&self, place: &Path) -> Result<()> {
+        let data = serde_json::to_vec(self).context(|| "write layer marker")?;
+        file::write(&place.join(MARKER), &data, 0o600, Durability::Synced)
+    }
 }
 
 /// Disk space and inodes.
@@ -43,22 +59,25 @@ pub struct Usage {
     pub inodes: u64,
 }
 
-struct State {
-    ready: HashMap<Digest, Usage>,
+#[derive(Default)]
+pub(super) struct State {
+    pub(super) ready: HashMap<Digest, Marker>,
     /// Being made or removed by somebody.
-    busy: HashSet<Digest>,
+    pub(super) busy: HashSet<Digest>,
     /// Layers that must stay, by who needs them: a container, or a pull under way.
-    holds: HashMap<String, Vec<Digest>>,
+    pub(super) holds: HashMap<String, Vec<Digest>>,
+    /// See `damage`.
+    pub(super) damaged: Damaged,
     /// Counts what may interest somebody who found a layer busy.
     changes: u64,
 }
 
 /// The layer store.
 pub struct Layers {
-    dir: PathBuf,
+    pub(super) dir: PathBuf,
     limits: Limits,
     serial: AtomicU64,
-    state: Awaited<State>,
+    pub(super) state: Awaited<State>,
     /// Layers on their way at a time, for all pulls together.
     slots: Slots,
     pub room: Room,
@@ -69,13 +88,35 @@ pub struct Layers {
 pub struct Stream {
     pub reader: Box<dyn Read + Send>,
     pub fault: Fault,
+    pub breaks: Breaks,
 }
 
 pub type Fault = Arc<Lock<Option<Error>>>;
 
+/// Where a reader that takes up a broken transfer again says so, for whoever shows progress.
+#[derive(Clone, Default)]
+pub struct Breaks(Arc<OnceLock<Tell>>);
+
+/// Told the bytes received before a retry.
+type Tell = Box<dyn Fn(u64) + Send + Sync>;
+
+impl Breaks {
+    /// `tell` is called with the bytes received so far at each break; it must not block.
+    pub fn on_break(&self, tell: impl Fn(u64) + Send + Sync + 'static) {
+        let _ = self.0.set(Box::new(tell));
+    }
+
+    /// A transfer broke after `received` bytes and is tried again.
+    pub fn broke(&self, received: u64) {
+        if let Some(tell) = self.0.get() {
+            tell(received);
+        }
+    }
+}
+
 impl Stream {
     pub fn new(reader: impl Read + Send + 'static) -> Stream {
-        Stream { reader: Box::new(reader), fault: Arc::new(Lock::new(Rank::Leaf, None)) }
+        Stream { reader: Box::new(reader), fault: Arc::new(Lock::new(Rank::Leaf, None)), breaks: Breaks::default() }
     }
 }
 
@@ -103,7 +144,7 @@ impl Layers {
     /// Opens the store: finds finished layers, removes half-made ones. Whatever is not ours is left alone.
     pub fn open(dir: &Path, limits: Limits, room: Room, slots: Slots) -> Result<Layers> {
         file::make_dir(dir, 0o711)?;
-        let mut ready = HashMap::new();
+        let mut state = State::default();
         let mut gone = Vec::new();
         let what = || format!("list {}", dir.display());
         for entry in std::fs::read_dir(dir).context(what)? {
@@ -112,8 +153,9 @@ impl Layers {
             let chain_id = Digest::parse(&format!("sha256:{name}"));
             match (chain_id, read_marker(&path)) {
                 (Ok(chain_id), Ok(marker)) if marker.chain_id == chain_id => {
-                    ready.insert(chain_id, Usage { bytes: marker.bytes, inodes: marker.inodes });
+                    state.ready.insert(chain_id, marker);
                 }
+                (_, Err(_)) if state.damaged.restore(&name, &path) => {}
                 (_, Err(e)) if is_hex(name.split('.').next().unwrap_or_default(), 64) && !path.join(MARKER).exists() => {
                     log::warn!("image: remove half-made layer {name} ({e})");
                     gone.push(set_aside(&path)?);
@@ -123,7 +165,6 @@ impl Layers {
             }
         }
         delete(gone);
-        let state = State { ready, busy: HashSet::new(), holds: HashMap::new(), changes: 0 };
         Ok(Layers { dir: dir.to_owned(), limits, serial: AtomicU64::new(0), state: Awaited::new(Rank::Leaf, state), slots, room })
     }
 
@@ -136,10 +177,37 @@ impl Layers {
         self.state.lock().ready.contains_key(chain_id)
     }
 
+    /// The chain IDs of all finished layers.
+    pub fn all(&self) -> Vec<Digest> {
+        self.state.lock().ready.keys().cloned().collect()
+    }
+
+    /// A layer's directory.
+    pub(super) fn place(&self, chain_id: &Digest) -> PathBuf {
+        self.dir.join(chain_id.hex())
+    }
+
+    /// What is known about a finished layer.
+    pub(super) fn marker(&self, chain_id: &Digest) -> Option<Marker> {
+        self.state.lock().ready.get(chain_id).cloned()
+    }
+
+    pub(super) fn is_busy(&self, chain_id: &Digest) -> bool {
+        self.state.lock().busy.contains(chain_id)
+    }
+
+    /// Finished layers that neither `used` nor a holder needs.
+    pub(super) fn unneeded(&self, used: &HashSet<Digest>) -> Vec<Digest> {
+        let state = self.state.lock();
+        let held: HashSet<&Digest> = state.holds.values().flatten().collect();
+        let free = |c: &&Digest| !used.contains(*c) && !held.contains(*c) && !state.busy.contains(*c);
+        state.ready.keys().filter(free).cloned().collect()
+    }
+
     /// Sum over all finished layers.
     pub fn usage(&self) -> Usage {
         let state = self.state.lock();
-        state.ready.values().fold(Usage::default(), |sum, u| Usage { bytes: sum.bytes + u.bytes, inodes: sum.inodes + u.inodes })
+        state.ready.values().fold(Usage::default(), |sum, m| Usage { bytes: sum.bytes + m.bytes, inodes: sum.inodes + m.inodes })
     }
 
     /// Keeps layers from being collected until `release`; replaces what the holder held before.
@@ -169,10 +237,15 @@ impl Layers {
                 return Claimed::Here(number);
             }
             if state.busy.insert(chain_id.clone()) {
-                return Claimed::Ours(number, Claim { state: self.state.clone(), chain_id: chain_id.clone() });
+                return Claimed::Ours(number, self.claimed(chain_id));
             }
         }
         Claimed::Busy(state.changes)
+    }
+
+    /// The guard of a right that was taken already.
+    pub(super) fn claimed(&self, chain_id: &Digest) -> Claim {
+        Claim { state: self.state.clone(), chain_id: chain_id.clone() }
     }
 
     /// Waits until something has changed since `claim` said Busy.
@@ -186,13 +259,13 @@ impl Layers {
         let temp = Temp(self.dir.join(format!("{}.tmp-{serial}", claim.chain_id.hex())));
         let _slot = self.slots.take(1, cancel)?;
         file::remove_tree(&temp.0)?;
-        let diff = temp.0.join("diff");
+        let diff = temp.0.join(DIFF);
         file::make_dir(&temp.0, 0o700)?;
         file::make_dir(&diff, 0o755)?;
         crash::step("pull:2-begun");
         let stream = open()?;
         let fault = stream.fault.clone();
-        let unpacked = make::make(stream.reader, wanted, &diff, &self.limits, &self.room, cancel);
+        let unpacked = make::make(stream.reader, wanted, &temp.0, &self.limits, &self.room, cancel);
         // A fault goes unchanged: some errors are known to clients by their first word.
         let unpacked = match (unpacked, fault.lock().take()) {
             (Err(_), Some(fault)) => return Err(fault),
@@ -208,9 +281,9 @@ impl Layers {
     pub fn commit(&self, mut batch: Vec<Made>) -> Result<()> {
         for made in &mut batch {
             let parents: Vec<PathBuf> = made.below.iter().rev().map(|c| self.diff_dir(c)).collect();
-            unpack::inherit(&made.temp.0.join("diff"), &made.unpacked.implicit, &parents)?;
+            unpack::inherit(&made.temp.0.join(DIFF), &made.unpacked.implicit, &parents)?;
             let place = self.dir.join(made.claim.chain_id.hex());
-            file::remove_tree(&place)?;
+            self.make_room(&made.claim.chain_id, &place)?;
             std::fs::rename(&made.temp.0, &place).context(|| format!("move layer to {}", place.display()))?;
             // Without a marker it is still half-made, and goes with `made`.
             made.temp.0 = place;
@@ -220,13 +293,18 @@ impl Layers {
         rustix::fs::syncfs(&dir).context(|| format!("sync {}", self.dir.display()))?;
         crash::step("pull:5-synced");
         for mut made in batch {
-            let (chain_id, usage) = (made.claim.chain_id.clone(), Usage { bytes: made.unpacked.bytes, inodes: made.unpacked.inodes });
-            let marker =
-                Marker { version: 1, chain_id: chain_id.clone(), diff_id: made.diff_id.clone(), bytes: usage.bytes, inodes: usage.inodes };
-            let data = serde_json::to_vec(&marker).context(|| "write layer marker")?;
-            file::write(&made.temp.0.join(MARKER), &data, 0o600, Durability::Synced)?;
+            let marker = Marker {
+                version: 1,
+                chain_id: made.claim.chain_id.clone(),
+                diff_id: made.diff_id.clone(),
+                bytes: made.unpacked.bytes,
+                inodes: made.unpacked.inodes,
+                taped: made.unpacked.taped,
+            };
+            marker.write(&made.temp.0)?;
             made.temp.keep();
-            self.state.change(|state| state.ready.insert(chain_id, usage));
+            telemetry::layer_unpacked(marker.bytes);
+            self.state.change(|state| state.ready.insert(marker.chain_id.clone(), marker));
             crash::step("pull:6-committed");
         }
         Ok(())
@@ -246,9 +324,9 @@ impl Layers {
             goes
         });
         let mut errors = ErrorList::default();
-        let mut gone = Vec::new();
+        let mut gone = self.useless_damaged();
         for chain_id in &goes {
-            let _claim = Claim { state: self.state.clone(), chain_id: chain_id.clone() };
+            let _claim = self.claimed(chain_id);
             let place = self.dir.join(chain_id.hex());
             // The marker first: what a crash leaves is then half-made, not half-there.
             errors.keep(file::remove_file(&place.join(MARKER)));
@@ -295,7 +373,7 @@ impl Drop for Temp {
 }
 
 /// Moves a layer's directory out of the way, to a name that is free.
-fn set_aside(place: &Path) -> Result<PathBuf> {
+pub(super) fn set_aside(place: &Path) -> Result<PathBuf> {
     let name = place.file_name().unwrap_or_default().to_string_lossy().into_owned();
     if name.contains(GONE) {
         return Ok(place.to_owned());
@@ -307,7 +385,7 @@ fn set_aside(place: &Path) -> Result<PathBuf> {
 }
 
 /// Deletes directories on a thread of its own. What a crash leaves is found by the next `open`.
-fn delete(gone: Vec<PathBuf>) {
+pub(super) fn delete(gone: Vec<PathBuf>) {
     if gone.is_empty() {
         return;
     }
@@ -323,7 +401,7 @@ fn delete(gone: Vec<PathBuf>) {
     }
 }
 
-fn read_marker(dir: &Path) -> Result<Marker> {
+pub(super) fn read_marker(dir: &Path) -> Result<Marker> {
     let path = dir.join(MARKER);
     let data = file::read(&path, 64 << 10)?;
     let marker: Marker = serde_json::from_slice(&data).context(|| format!("parse {}", path.display()))?;
@@ -388,7 +466,8 @@ mod tests {
         let chain = [id.clone()];
         assert!(matches!(layers.claim([(7, &id)].into_iter()), Claimed::Here(7)));
         assert_eq!(std::fs::read(layers.diff_dir(&id).join("a")).unwrap(), b"abc");
-        assert_eq!(layers.usage(), Usage { bytes: 8192, inodes: 2 });
+        // The directory, the file and the tape.
+        assert_eq!(layers.usage(), Usage { bytes: 3 * 4096, inodes: 3 });
         layers.hold_ready("c1", &chain).unwrap();
         assert_eq!(layers.collect(&HashSet::new()).unwrap(), 0);
         let again = open(dir.path());

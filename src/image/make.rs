@@ -6,6 +6,7 @@ use std::path::Path;
 
 use super::decompress::Decompress;
 use super::digest::{Digest, Verifier};
+use super::layers::{DIFF, TAPE};
 use super::pipe::{pipe, Reader, Writer};
 use super::room::Room;
 use super::unpack::{self, Limits, Unpacked};
@@ -37,7 +38,8 @@ pub fn make(stream: Box<dyn Read + Send>, wanted: &Wanted, dir: &Path, limits: &
     let blob = Verifier::new(stream, wanted.size);
     let stop = cancel.clone();
     let bringer = thread::spawn("bring", move || bring(blob, writer, &stop))?;
-    let result = unpack::unpack(&mut reader, dir, limits, room, cancel).and_then(|unpacked| check(reader, wanted, unpacked));
+    let result = unpack::unpack(&mut reader, &dir.join(DIFF), &dir.join(TAPE), limits, room, cancel)
+        .and_then(|unpacked| check(reader, wanted, unpacked));
     if let Err(e) = &result {
         cancel.check()?;
         if e.code() != Code::FailedPrecondition {

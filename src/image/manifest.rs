@@ -37,6 +37,11 @@ impl Descriptor {
     pub fn new(media_type: &str, digest: Digest, size: u64) -> Descriptor {
         Descriptor { media_type: media_type.to_owned(), digest, size, urls: Vec::new(), platform: None, annotations: BTreeMap::new() }
     }
+
+    /// A layer that may live outside of registries, at the addresses in its descriptor.
+    pub fn is_foreign(&self) -> bool {
+        !self.urls.is_empty() || self.media_type.contains("foreign") || self.media_type.contains("nondistributable")
+    }
 }
 
 fn null_is_empty<'de, T: Deserialize<'de> + Default, D: serde::Deserializer<'de>>(d: D) -> std::result::Result<T, D::Error> {
@@ -120,6 +125,8 @@ struct Raw {
     schema_version: Option<u32>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     media_type: Option<String>,
+    #[serde(default, skip_serializing)]
+    artifact_type: Option<String>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     config: Option<Descriptor>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -166,7 +173,8 @@ pub fn parse(data: &[u8], media_type: &str) -> Result<Document> {
         return Err(wrong("neither an index nor an image manifest".to_owned()));
     };
     if !matches!(config.media_type.as_str(), OCI_CONFIG | DOCKER_CONFIG) {
-        return Err(wrong(format!("config of type {:?}: this is an artifact, not an image", config.media_type)));
+        let kind = raw.artifact_type.filter(|t| !t.is_empty()).unwrap_or(config.media_type);
+        return Err(wrong(format!("this is an artifact of type {kind:?}, not an image")));
     }
     for layer in &layers {
         check_layer(layer)?;
@@ -184,9 +192,6 @@ fn known(media_type: &str) -> Option<bool> {
 
 fn check_layer(layer: &Descriptor) -> Result<()> {
     let wrong = |why: &str| Err(Error::precondition(format!("layer {}: {why}", layer.digest)));
-    if !layer.urls.is_empty() || layer.media_type.contains("foreign") || layer.media_type.contains("nondistributable") {
-        return wrong("foreign layers, which live at other addresses, are not fetched");
-    }
     if layer.media_type.contains("encrypted") {
         return wrong("encrypted layers are not supported");
     }
@@ -198,6 +203,11 @@ fn check_layer(layer: &Descriptor) -> Result<()> {
             | "application/vnd.docker.image.rootfs.diff.tar.gzip"
             | "application/vnd.docker.image.rootfs.diff.tar.zstd"
             | "application/vnd.docker.image.rootfs.diff.tar"
+            | "application/vnd.docker.image.rootfs.foreign.diff.tar"
+            | "application/vnd.docker.image.rootfs.foreign.diff.tar.gzip"
+            | "application/vnd.oci.image.layer.nondistributable.v1.tar"
+            | "application/vnd.oci.image.layer.nondistributable.v1.tar+gzip"
+            | "application/vnd.oci.image.layer.nondistributable.v1.tar+zstd"
     ) {
         return wrong(&format!("unknown media type {:?}", layer.media_type));
     }
@@ -209,6 +219,7 @@ pub fn compose(config: &Descriptor, layers: &[Descriptor]) -> Result<Vec<u8>> {
     let raw = Raw {
         schema_version: Some(2),
         media_type: Some(OCI_MANIFEST.to_owned()),
+        artifact_type: None,
         config: Some(config.clone()),
         layers: Some(layers.to_vec()),
         manifests: None,
@@ -313,17 +324,28 @@ mod tests {
         let layer = |t: &str| serde_json::to_string(&descriptor(t, None)).unwrap();
         refused(&format!(r#"{{"schemaVersion":2,"config":{d},"layers":[],"manifests":[]}}"#), "both");
         refused(r#"{"schemaVersion":1,"fsLayers":[]}"#, "schema 1");
-        refused(&format!(r#"{{"schemaVersion":2,"config":{},"layers":[]}}"#, layer("application/vnd.oci.empty.v1+json")), "artifact");
+        refused(
+            &format!(r#"{{"schemaVersion":2,"config":{},"layers":[]}}"#, layer("application/vnd.oci.empty.v1+json")),
+            "artifact of type \"application/vnd.oci.empty",
+        );
+        let config = layer("application/vnd.oci.empty.v1+json");
+        refused(
+            &format!(r#"{{"schemaVersion":2,"artifactType":"a/chart","config":{config},"layers":[]}}"#),
+            "artifact of type \"a/chart\"",
+        );
+        refused(r#"{"schemaVersion":2,"artifactType":"a/b","blobs":[]}"#, "artifact");
         refused(&format!(r#"{{"schemaVersion":2,"mediaType":"{OCI_INDEX}","config":{d},"layers":[]}}"#), "claims");
         refused(r#"{"schemaVersion":2}"#, "neither");
         refused(r#"{"schemaVersion":2,"schemaVersion":2}"#, "duplicate");
         let with = |l: String| format!(r#"{{"schemaVersion":2,"config":{d},"layers":[{l}]}}"#);
         assert!(parse(with(layer("application/vnd.oci.image.layer.v1.tar+zstd")).as_bytes(), "").is_ok());
-        refused(&with(layer("application/vnd.docker.image.rootfs.foreign.diff.tar.gzip")), "foreign");
         refused(&with(layer("text/plain")), "text/plain");
         let mut urls = descriptor(OCI_LAYER, None);
         urls.urls = vec!["http://evil/".into()];
-        refused(&with(serde_json::to_string(&urls).unwrap()), "foreign");
+        for foreign in [serde_json::to_string(&urls).unwrap(), layer("application/vnd.docker.image.rootfs.foreign.diff.tar.gzip")] {
+            let Document::Manifest(manifest) = parse(with(foreign).as_bytes(), "").unwrap() else { panic!("a manifest") };
+            assert!(manifest.layers[0].is_foreign());
+        }
         assert!(parse(with(layer(OCI_LAYER)).as_bytes(), OCI_INDEX).is_err());
         assert!(parse(with(layer(OCI_LAYER)).as_bytes(), "application/json").is_ok());
     }

@@ -49,7 +49,7 @@ impl Layout {
         Ok(Layout { dir: dir.to_owned() })
     }
 
-    fn blob_path(&self, digest: &Digest) -> PathBuf {
+    pub fn blob_path(&self, digest: &Digest) -> PathBuf {
         self.dir.join("blobs/sha256").join(digest.hex())
     }
 
@@ -110,24 +110,59 @@ impl Layout {
         Ok(Some(records))
     }
 
+    /// What is wrong with the index file, which should hold these entries.
+    pub fn differs(&self, records: &[Record]) -> Option<String> {
+        let path = self.dir.join("index.json");
+        if records.is_empty() && !path.exists() {
+            return None;
+        }
+        let index = file::read(&path, INDEX_LIMIT)
+            .and_then(|data| serde_json::from_slice::<Index>(&data).context(|| format!("parse {}", path.display())));
+        match (index, to_index(records)) {
+            (Ok(found), Ok(want)) if found.manifests == want.manifests => None,
+            (Ok(_), _) => Some("it does not name the images that are known".to_owned()),
+            (Err(e), _) => Some(e.to_string()),
+        }
+    }
+
+    pub fn index_path(&self) -> PathBuf {
+        self.dir.join("index.json")
+    }
+
+    /// Digests of all blobs there are, by the files' names.
+    pub fn blobs(&self) -> Result<Vec<Digest>> {
+        let dir = self.dir.join("blobs/sha256");
+        let what = || format!("list {}", dir.display());
+        let mut found = Vec::new();
+        for entry in std::fs::read_dir(&dir).context(what)? {
+            let name = entry.context(what)?.file_name().to_string_lossy().into_owned();
+            found.extend(Digest::parse(&format!("sha256:{name}")).ok());
+        }
+        found.sort();
+        Ok(found)
+    }
+
     /// Replaces the index.
     pub fn save(&self, records: &[Record]) -> Result<()> {
-        let entry = |record: &Record| {
-            let mut manifest = record.manifest.clone();
-            if let Some(name) = &record.name {
-                manifest.annotations.insert(NAME.to_owned(), name.clone());
-            }
-            serde_json::to_value(manifest).context(|| "write image index")
-        };
-        let manifests = records.iter().map(entry).collect::<Result<_>>()?;
-        let index = Index { schema_version: 2, media_type: OCI_INDEX.to_owned(), manifests };
-        let data = serde_json::to_vec(&index).context(|| "write image index")?;
+        let data = serde_json::to_vec(&to_index(records)?).context(|| "write image index")?;
         file::write(&self.dir.join("index.json"), &data, 0o600, Durability::Synced)
     }
 }
 
+fn to_index(records: &[Record]) -> Result<Index> {
+    let entry = |record: &Record| {
+        let mut manifest = record.manifest.clone();
+        if let Some(name) = &record.name {
+            manifest.annotations.insert(NAME.to_owned(), name.clone());
+        }
+        serde_json::to_value(manifest).context(|| "write image index")
+    };
+    let manifests = records.iter().map(entry).collect::<Result<_>>()?;
+    Ok(Index { schema_version: 2, media_type: OCI_INDEX.to_owned(), manifests })
+}
+
 /// Moves a file to the quarantine directory under a name that is free.
-fn quarantine_file(path: &Path, quarantine: &Path) -> Result<PathBuf> {
+pub fn quarantine_file(path: &Path, quarantine: &Path) -> Result<PathBuf> {
     file::make_dir(quarantine, 0o700)?;
     let stamp = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).map_or(0, |d| d.as_nanos());
     let to = quarantine.join(format!("{}-{stamp}", path.file_name().unwrap_or_default().to_string_lossy()));

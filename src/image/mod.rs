@@ -5,17 +5,21 @@
 //! incomplete is seen.
 
 mod assemble;
+mod audit;
 mod auth;
 mod catalog;
+mod damage;
 pub(crate) mod decompress;
 mod digest;
 mod flight;
 mod frames;
+mod fsck;
 mod import;
 mod layers;
 mod make;
 mod manifest;
 mod metadata;
+mod pins;
 mod pipe;
 mod preload;
 mod pull;
@@ -23,20 +27,24 @@ mod reference;
 mod registry;
 mod room;
 mod slots;
+mod tape;
 pub(crate) mod tarball;
 mod unpack;
+mod verify;
 
+use std::collections::HashSet;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::AtomicU64;
 use std::sync::Arc;
-use std::time::Instant;
 
-pub use auth::Auth;
-pub use catalog::Image;
+pub use auth::{Auth, Sources};
+pub use catalog::{Image, Incomplete};
 pub use digest::Digest;
+pub use fsck::{Check, Checked, Problem};
 pub use manifest::Platform;
 pub use reference::{Reference, Version};
-pub use registry::RegistrySettings;
+pub use registry::{Proxies, RegistrySettings, Retries};
+pub use verify::Verifiers;
 
 use catalog::Catalog;
 use flight::Flights;
@@ -45,10 +53,20 @@ use registry::Client;
 use room::Room;
 use slots::Slots;
 
-use crate::error::{Context, Result};
+use crate::error::{Code, Context, Error, Result};
 use crate::sys::cancel::Cancel;
 use crate::sys::file;
+use crate::sys::lock::{Lock, Rank};
 use crate::telemetry;
+
+/// Parsers of foreign bytes, for the fuzz targets.
+#[cfg(any(test, feature = "fuzz"))]
+pub(crate) mod parsers {
+    pub use super::auth::docker::Config as DockerConfig;
+    pub use super::auth::{parse_challenges, Challenge};
+    pub use super::manifest::{choose, compose, parse as manifest, parse_config, Document};
+    pub use super::registry::{content_range, hosts, retry_after};
+}
 
 /// What the daemon configures.
 #[derive(Clone, Debug)]
@@ -58,8 +76,9 @@ pub struct Settings {
     pub bounds: Bounds,
     pub registry: RegistrySettings,
     pub platform: Platform,
-    /// References that garbage collection must leave alone.
+    /// Images that garbage collection must leave alone: references or patterns of them, see `Pins`.
     pub pinned: Vec<String>,
+    pub verifiers: Verifiers,
 }
 
 impl Settings {
@@ -71,6 +90,7 @@ impl Settings {
             registry: RegistrySettings::default(),
             platform: Platform::host(),
             pinned: Vec::new(),
+            verifiers: Verifiers::default(),
         }
     }
 }
@@ -109,11 +129,45 @@ impl Default for Bounds {
     }
 }
 
-/// How far a layer is.
+/// What happens to a layer during a pull.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Phase {
+    /// For its turn, or for another pull that makes it.
+    #[default]
+    Waiting,
+    /// Received, and unpacked as it comes.
+    Downloading,
+    /// The connection broke; it is taken up again.
+    Retrying,
+    /// All of it is received; the rest is unpacked, or waits for the layer below.
+    Unpacking,
+    /// It was here before.
+    Exists,
+    Done,
+}
+
+impl Phase {
+    /// The word for it in the admin service.
+    pub fn name(self) -> &'static str {
+        match self {
+            Phase::Waiting => "waiting",
+            Phase::Downloading => "downloading",
+            Phase::Retrying => "retrying",
+            Phase::Unpacking => "unpacking",
+            Phase::Exists => "exists",
+            Phase::Done => "done",
+        }
+    }
+}
+
+/// How far a layer is. The first reports of a pull are those of all its layers, in the manifest's order.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Progress {
+    /// Place in the manifest, from 0: a manifest may have one digest twice.
+    pub place: usize,
     /// Digest of the layer as the manifest has it.
     pub layer: String,
+    pub phase: Phase,
     /// Bytes received; `total` when it is there.
     pub done: u64,
     pub total: u64,
@@ -127,7 +181,7 @@ pub type Watch = Arc<dyn Fn(&Progress) + Send + Sync>;
 pub struct Held {
     /// The layers' directories, top first, as overlayfs wants them.
     pub layers: Vec<PathBuf>,
-    /// Chain IDs, lowest first: what the holder records to `hold_again` after a restart.
+    /// Chain IDs, lowest first: what the holder records to hold them again after a restart.
     pub chain: Vec<String>,
 }
 
@@ -159,9 +213,11 @@ struct Inner {
     catalog: Catalog,
     layers: Layers,
     client: Arc<Client>,
+    verifiers: Verifiers,
     flights: Arc<Flights>,
-    /// False until a restart when the index was lost: see `Catalog::open`.
-    may_collect: bool,
+    /// Layers that no image needs only because its record was lost: kept until the next start, when the image has been
+    /// pulled again, or until a repair.
+    spared: Lock<HashSet<Digest>>,
     /// For short-lived files without a name.
     scratch: PathBuf,
     serial: AtomicU64,
@@ -176,7 +232,7 @@ impl Images {
         let dir = root.join("layers");
         let (room, slots) = (Room::new(&dir, settings.bounds.keep_free), Slots::new(settings.bounds.all_layers));
         let layers = Layers::open(&dir, limits, room, slots)?;
-        let (catalog, may_collect) = Catalog::open(
+        let (catalog, trusted) = Catalog::open(
             &root.join("images"),
             &root.join("quarantine"),
             settings.bounds.clone(),
@@ -185,6 +241,7 @@ impl Images {
             &layers,
         )
         .context(|| "open the image store")?;
+        let spared = if trusted { HashSet::new() } else { layers.all().into_iter().collect() };
         Ok(Images {
             inner: Arc::new(Inner {
                 scratch: root.join("images"),
@@ -194,8 +251,9 @@ impl Images {
                 catalog,
                 layers,
                 client: Arc::new(Client::new(settings.registry)),
+                verifiers: settings.verifiers,
                 flights: Arc::new(Flights::new()),
-                may_collect,
+                spared: Lock::new(Rank::Leaf, spared),
                 serial: AtomicU64::new(0),
             }),
         })
@@ -210,9 +268,9 @@ impl Images {
         let key = format!("{reference} {}", auth.fingerprint());
         let inner = self.inner.clone();
         let body = move |cancel: &Cancel, watch: Watch| {
-            let begin = Instant::now();
+            let meter = telemetry::image_pull();
             let pulled = pull::pull(&inner, &reference, &auth, cancel, watch);
-            telemetry::image_pulled(pulled.is_ok(), begin.elapsed());
+            meter.ended(ending(&pulled));
             pulled
         };
         self.inner.flights.join(&key, cancel, watch, body)
@@ -231,8 +289,8 @@ impl Images {
 
     /// Imports every image of an OCI layout directory, an OCI archive or a docker-archive (tar or tar.gz). Names come
     /// from the archive, or `name` for its only image.
-    pub fn import(&self, path: &Path, name: Option<&str>) -> Result<Vec<Arc<Image>>> {
-        import::import(&self.inner, path, name, &Cancel::never())
+    pub fn import(&self, path: &Path, name: Option<&str>, cancel: &Cancel) -> Result<Vec<Arc<Image>>> {
+        import::import(&self.inner, path, name, cancel)
     }
 
     /// Imports the files of a directory that have not been imported before (by name, size and time). What is wrong with one
@@ -248,14 +306,36 @@ impl Images {
         self.collect()
     }
 
+    /// The image of a reference, which must be here: NOT_FOUND else, or FAILED_PRECONDITION when parts of it are missing.
+    pub fn require(&self, reference: &str) -> Result<Arc<Image>> {
+        if let Some(image) = self.status(reference)? {
+            return Ok(image);
+        }
+        match self.inner.catalog.incomplete(reference)? {
+            Some(part) => Err(Error::precondition(format!("image {reference} is incomplete: {}; pull it again", part.reason))),
+            None => Err(Error::not_found(format!("image {reference} is not on this host; pull it first"))),
+        }
+    }
+
+    /// Images that are known and not usable, because parts of them are missing.
+    pub fn incomplete(&self) -> Vec<Incomplete> {
+        self.inner.catalog.all_incomplete()
+    }
+
     /// Holds the layers of an image for a container, until `release`.
     pub fn hold(&self, image: &str, holder: &str) -> Result<Held> {
-        let image =
-            self.status(image)?.ok_or_else(|| crate::error::Error::not_found(format!("image {image} is not here; pull it first")))?;
+        let image = self.require(image)?;
         self.hold_again(holder, &image.chain)
     }
 
-    /// Holds known layers: for containers found at start, whose image may be gone.
+    /// Holds the layers of a container found at start, whose image may be gone. What there is of them is held even if one is
+    /// missing, which is an error.
+    pub fn hold_restored(&self, holder: &str, chain: &[String]) -> Result<()> {
+        let ids: Vec<Digest> = chain.iter().map(|c| Digest::parse(c)).collect::<Result<_>>()?;
+        self.inner.layers.hold_restored(&format!("container/{holder}"), &ids)
+    }
+
+    /// Holds layers by their chain IDs.
     pub fn hold_again(&self, holder: &str, chain: &[String]) -> Result<Held> {
         let ids: Vec<Digest> = chain.iter().map(|c| Digest::parse(c)).collect::<Result<_>>()?;
         self.inner.layers.hold_ready(&format!("container/{holder}"), &ids).context(|| format!("hold layers for {holder}"))?;
@@ -269,42 +349,70 @@ impl Images {
         self.collect()
     }
 
-    /// Removes layers that no image and no container needs. Called once at start, after the containers' `hold_again`.
+    /// Removes layers that no image and no container needs. Called once at start, after the containers' `hold_restored`.
     pub fn collect(&self) -> Result<()> {
-        if !self.inner.may_collect {
-            return Ok(());
-        }
-        self.inner.layers.collect(&self.inner.catalog.used()).context(|| "remove unused layers").map(drop)
+        let mut used = self.inner.catalog.used();
+        used.extend(self.inner.spared.lock().iter().cloned());
+        self.inner.layers.collect(&used).context(|| "remove unused layers").map(drop)
     }
 
-    /// Space used by images, from sums kept since the layers were unpacked, and by containers. On one file system (the
-    /// usual case) both say the same, as containerd does; a file system of its own for containers is asked as a whole.
-    pub fn fs_info(&self) -> Result<FsInfo> {
+    /// Number of layers, and the bytes they take.
+    pub fn layers(&self) -> (usize, u64) {
+        (self.inner.layers.all().len(), self.inner.layers.usage().bytes)
+    }
+
+    /// Verifies all that is stored, and with `repair` mends what can be. `tell` gets how far it is, and the problems; an error
+    /// of its ends the check. Reads everything: it belongs on a thread that may take its time.
+    pub fn check(&self, repair: bool, cancel: &Cancel, tell: &mut dyn FnMut(Check) -> Result<()>) -> Result<Checked> {
+        fsck::check(&self.inner, repair, cancel, tell)
+    }
+
+    /// Space used by images: from sums kept since the layers were unpacked, so nothing is walked. `writable` is what the
+    /// containers' writable layers use. On one file system (the usual case) both have one mount point: kubelet takes two for two
+    /// file systems.
+    pub fn fs_info(&self, writable: (u64, u64)) -> FsInfo {
         let (layers, metadata) = (self.inner.layers.usage(), self.inner.catalog.usage());
         let usage = Usage { bytes: layers.bytes + metadata.bytes, inodes: layers.inodes + metadata.inodes };
         let image = FsUsage { mountpoint: self.inner.root.clone(), used_bytes: usage.bytes, inodes_used: usage.inodes };
         let snapshots = self.inner.root.join("snapshots");
         let device = |path: &Path| std::fs::metadata(path).map(|m| std::os::unix::fs::MetadataExt::dev(&m)).ok();
-        let container = match (device(&snapshots), device(&self.inner.root.join("layers"))) {
-            (Some(a), Some(b)) if a != b => {
-                let fs = rustix::fs::statvfs(&snapshots).context(|| format!("ask for the space of {}", snapshots.display()))?;
-                FsUsage {
-                    mountpoint: snapshots,
-                    used_bytes: fs.f_blocks.saturating_sub(fs.f_bfree) * fs.f_frsize,
-                    inodes_used: fs.f_files.saturating_sub(fs.f_ffree),
-                }
-            }
-            _ => image.clone(),
+        let mountpoint = match (device(&snapshots), device(&self.inner.root.join("layers"))) {
+            (Some(a), Some(b)) if a != b => snapshots,
+            _ => self.inner.root.clone(),
         };
-        Ok(FsInfo { image, container })
+        FsInfo { image, container: FsUsage { mountpoint, used_bytes: writable.0, inodes_used: writable.1 } }
+    }
+}
+
+/// How a pull ended, as a label of metrics.
+fn ending(result: &Result<Arc<Image>>) -> &'static str {
+    let Err(e) = result else { return "ok" };
+    match e.code() {
+        Code::Unknown if e.message().starts_with(verify::REJECTED) => "rejected",
+        Code::Unknown | Code::Unavailable => "unavailable",
+        Code::Cancelled => "cancelled",
+        Code::DeadlineExceeded => "timeout",
+        Code::NotFound => "not_found",
+        Code::PermissionDenied => "denied",
+        Code::ResourceExhausted => "exhausted",
+        Code::FailedPrecondition | Code::InvalidArgument => "invalid",
+        _ => "internal",
     }
 }
 
 #[cfg(test)]
 mod tests;
 #[cfg(test)]
-mod tests_registry;
+mod tests_fake;
+#[cfg(test)]
+mod tests_fsck;
+#[cfg(test)]
+mod tests_hostile;
+#[cfg(test)]
+mod tests_mirrors;
 #[cfg(test)]
 mod tests_pull;
+#[cfg(test)]
+mod tests_registry;
 #[cfg(test)]
 mod tests_unpack;

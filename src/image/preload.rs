@@ -8,6 +8,7 @@ use serde::{Deserialize, Serialize};
 
 use super::Images;
 use crate::error::{Context, Result};
+use crate::sys::cancel::Cancel;
 use crate::sys::file::{self, Durability};
 
 /// What makes a file the same file.
@@ -39,7 +40,9 @@ fn all(images: &Images, dir: &Path, record: &Path) -> Result<()> {
     for entry in entries {
         let path = entry.context(what)?.path();
         let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
-        let Ok(meta) = std::fs::metadata(&path) else { continue };
+        // Of a layout directory the index says what is in it.
+        let index = path.join("index.json");
+        let Ok(meta) = std::fs::metadata(if index.is_file() { &index } else { &path }) else { continue };
         if name.starts_with('.') || !meta.is_file() {
             continue;
         }
@@ -50,7 +53,7 @@ fn all(images: &Images, dir: &Path, record: &Path) -> Result<()> {
         if seen.get(&name).is_some_and(|s| (s.size, s.mtime, s.mtime_nsec) == (now.size, now.mtime, now.mtime_nsec)) {
             continue;
         }
-        match images.import(&path, None) {
+        match images.import(&path, None, &Cancel::never()) {
             Ok(made) => {
                 now.images = made.iter().map(|i| i.id.clone()).collect();
                 log::info!("image: preloaded {}: {}", path.display(), now.images.join(", "));

@@ -8,6 +8,8 @@ use crate::error::{Error, Result};
 const DEFAULT_DOMAIN: &str = "docker.io";
 /// Longest name without tag and digest.
 const NAME_LIMIT: usize = 255;
+/// Longest text that can be a reference at all: a name, a tag, the longest digest of the image-spec, and Docker's own prefix.
+const TEXT_LIMIT: usize = 640;
 
 /// A normalised reference. With a digest the tag is dropped: the digest alone says what is meant.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
@@ -26,6 +28,10 @@ pub enum Version {
 impl Reference {
     /// Parses and normalises; INVALID_ARGUMENT says which part is wrong.
     pub fn parse(text: &str) -> Result<Reference> {
+        if text.len() > TEXT_LIMIT {
+            let start: String = text.chars().take(64).collect();
+            return Err(Error::invalid(format!("image reference {start:?}…: longer than {TEXT_LIMIT} characters")));
+        }
         let wrong = |why: &str| Error::invalid(format!("image reference {text:?}: {why}"));
         if text.is_empty() {
             return Err(wrong("empty"));
@@ -242,6 +248,15 @@ mod tests {
             assert!(Reference::parse(bad).is_err(), "{bad:?}");
         }
         assert!(Reference::parse(&format!("q.io/{}", "a".repeat(300))).is_err());
+        assert!(Reference::parse(&format!("q.io/{}", "a".repeat(250))).is_ok());
+        assert!(Reference::parse(&format!("q.io/a:{}", "t".repeat(128))).is_ok());
+        assert!(Reference::parse(&format!("q.io/a:{}", "t".repeat(129))).is_err());
+        let e = Reference::parse(&"a".repeat(1 << 20)).unwrap_err();
+        assert!(e.message().len() < 200, "{}", e.message().len());
+        let e = Reference::parse(&format!("a@sha512:{}", "0".repeat(128))).unwrap_err();
+        assert!(e.message().contains("algorithm \"sha512\" is not supported, only sha256"), "{e}");
+        let e = Reference::parse(&format!("a:-t@{D}")).unwrap_err();
+        assert!(e.message().contains("tag"), "a tag beside a digest must be one: {e}");
     }
 
     proptest::proptest! {

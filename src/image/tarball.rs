@@ -4,9 +4,13 @@
 
 use std::io::{BufRead, BufReader, Error, ErrorKind, Read, Result, Seek};
 
+use super::tape::Tape;
+
 const BLOCK: usize = 512;
 /// Bytes of extension headers of one entry.
 const EXTENSION_LIMIT: u64 = 1 << 20;
+/// Bytes after the end mark.
+const TAIL_LIMIT: u64 = 64 << 20;
 /// Data pieces of one sparse file.
 const PIECES_LIMIT: usize = 1 << 16;
 
@@ -57,6 +61,7 @@ pub struct Tarball<R> {
     padding: u64,
     global: Pax,
     ended: bool,
+    tape: Option<Tape>,
 }
 
 #[derive(Clone, Default)]
@@ -81,7 +86,63 @@ fn bad(what: impl Into<String>) -> Error {
 
 impl<R: Read> Tarball<R> {
     pub fn new(inner: R) -> Tarball<R> {
-        Tarball { inner, position: 0, left: 0, padding: 0, global: Pax::default(), ended: false }
+        Tarball { inner, position: 0, left: 0, padding: 0, global: Pax::default(), ended: false, tape: None }
+    }
+
+    /// As `new`; what is not read as a member's data goes to `tape`.
+    pub fn taped(inner: R, tape: Tape) -> Tarball<R> {
+        Tarball { tape: Some(tape), ..Tarball::new(inner) }
+    }
+
+    /// Reads all that follows the end mark, and gives the tape back. tar pads to some KiB; where a bomb may hide it is bounded.
+    pub fn finish(mut self) -> Result<Option<Tape>> {
+        self.skip_data()?;
+        if self.skip(TAIL_LIMIT + 1)? > TAIL_LIMIT {
+            return Err(bad("more than 64 MiB follow the archive's end mark"));
+        }
+        Ok(self.tape)
+    }
+
+    /// Reads all that follows the end mark, and gives the stream back.
+    pub fn into_drained(mut self) -> Result<R> {
+        self.skip_data()?;
+        self.skip(u64::MAX)?;
+        Ok(self.inner)
+    }
+
+    /// Where the stream comes from.
+    pub fn source(&mut self) -> &mut R {
+        &mut self.inner
+    }
+
+    fn read_full(&mut self, buffer: &mut [u8]) -> Result<()> {
+        self.inner.read_exact(buffer)?;
+        self.position += buffer.len() as u64;
+        if let Some(tape) = &mut self.tape {
+            tape.keep(buffer)?;
+        }
+        Ok(())
+    }
+
+    /// Reads up to `todo` bytes and drops them.
+    fn skip(&mut self, todo: u64) -> Result<u64> {
+        let mut buffer = [0u8; 8 << 10];
+        let mut done = 0;
+        while done < todo {
+            let want = buffer.len().min(usize::try_from(todo - done).unwrap_or(usize::MAX));
+            let n = match self.inner.read(&mut buffer[..want]) {
+                Ok(0) => break,
+                Ok(n) => n,
+                Err(e) if e.kind() == ErrorKind::Interrupted => continue,
+                Err(e) => return Err(e),
+            };
+            if let Some(tape) = &mut self.tape {
+                tape.keep(&buffer[..n])?;
+            }
+            done += n as u64;
+        }
+        self.position += done;
+        Ok(done)
     }
 
     /// The next member, or the end. What is left of the current one's data is skipped by reading.
@@ -201,8 +262,7 @@ impl<R: Read> Tarball<R> {
         let mut more = h[482] != 0;
         while more {
             let mut block = [0u8; BLOCK];
-            read_full(&mut self.inner, &mut block)?;
-            self.position += BLOCK as u64;
+            self.read_full(&mut block)?;
             entry.offset += BLOCK as u64;
             take(&block[..504])?;
             more = block[504] != 0;
@@ -227,8 +287,7 @@ impl<R: Read> Tarball<R> {
                 if this.left < BLOCK as u64 || text.len() > 4 * BLOCK {
                     return Err(bad("malformed sparse map"));
                 }
-                read_full(&mut this.inner, &mut block)?;
-                this.position += BLOCK as u64;
+                this.read_full(&mut block)?;
                 this.left -= BLOCK as u64;
                 text.extend_from_slice(&block);
             }
@@ -265,6 +324,9 @@ impl<R: Read> Tarball<R> {
             }
         }
         self.position += BLOCK as u64;
+        if let Some(tape) = &mut self.tape {
+            tape.keep(&block)?;
+        }
         if block.iter().all(|b| *b == 0) {
             return Ok(None);
         }
@@ -281,8 +343,7 @@ impl<R: Read> Tarball<R> {
     fn extension(&mut self, size: u64, budget: &mut u64) -> Result<Vec<u8>> {
         *budget = budget.checked_sub(size).ok_or_else(|| bad("extension headers of one entry exceed 1 MiB"))?;
         let mut data = vec![0u8; size as usize];
-        read_full(&mut self.inner, &mut data)?;
-        self.position += size;
+        self.read_full(&mut data)?;
         self.left = 0;
         self.padding = size.wrapping_neg() % BLOCK as u64;
         self.skip_data()?;
@@ -291,8 +352,7 @@ impl<R: Read> Tarball<R> {
 
     fn skip_data(&mut self) -> Result<()> {
         let todo = self.left + self.padding;
-        let done = std::io::copy(&mut (&mut self.inner).take(todo), &mut std::io::sink())?;
-        self.position += done;
+        let done = self.skip(todo)?;
         // The padding of the very last entry may be cut off; its data may not.
         if done < self.left {
             return Err(Error::new(ErrorKind::UnexpectedEof, "the archive ends inside a file"));
@@ -328,10 +388,14 @@ impl<R: BufRead> Tarball<R> {
     }
 
     /// `n` bytes of what `data` gave are done with.
-    pub fn consume(&mut self, n: usize) {
+    pub fn consume(&mut self, n: usize) -> Result<()> {
+        if let Some(tape) = &mut self.tape {
+            tape.pass(&self.inner.fill_buf()?[..n])?;
+        }
         self.inner.consume(n);
         self.left -= n as u64;
         self.position += n as u64;
+        Ok(())
     }
 }
 
@@ -348,6 +412,9 @@ impl<R: Read> Read for Tarball<R> {
         }
         self.left -= n as u64;
         self.position += n as u64;
+        if let Some(tape) = &mut self.tape {
+            tape.pass(&buffer[..n])?;
+        }
         Ok(n)
     }
 }
@@ -441,10 +508,6 @@ fn check_pieces(pieces: &[(u64, u64)], size: u64, stored: u64) -> Result<()> {
         return Err(bad("sparse pieces do not add up to the data stored"));
     }
     Ok(())
-}
-
-fn read_full(inner: &mut impl Read, buffer: &mut [u8]) -> Result<()> {
-    inner.read_exact(buffer)
 }
 
 fn until_nul(field: &[u8]) -> &[u8] {

@@ -6,7 +6,7 @@ use std::io::Write;
 use std::sync::atomic::Ordering;
 
 /// A tar of plain files and directories (names ending with a slash).
-fn tar(files: &[(&str, &[u8])]) -> Vec<u8> {
+pub(super) fn tar(files: &[(&str, &[u8])]) -> Vec<u8> {
     let mut builder = tar::Builder::new(Vec::new());
     for (name, data) in files {
         let mut h = tar::Header::new_gnu();
@@ -44,7 +44,7 @@ pub(super) fn layer_tar(name: &str) -> Vec<u8> {
 }
 
 /// An OCI layout as files of a tar; gives the config's and the manifest's digest too.
-fn oci_archive(name: Option<&str>, user: &str, layers: &[&[u8]]) -> (Vec<u8>, String, String) {
+pub(super) fn oci_archive(name: Option<&str>, user: &str, layers: &[&[u8]]) -> (Vec<u8>, String, String) {
     let config = config(layers, user);
     let blobs: Vec<Vec<u8>> = layers.iter().map(|l| gzip(l)).collect();
     let descriptor = |t: &str, data: &[u8]| manifest::Descriptor::new(t, Digest::of(data), data.len() as u64);
@@ -62,17 +62,17 @@ fn oci_archive(name: Option<&str>, user: &str, layers: &[&[u8]]) -> (Vec<u8>, St
     (tar(&files), Digest::of(&config).to_string(), Digest::of(&manifest).to_string())
 }
 
-fn store() -> (tempfile::TempDir, Images) {
+pub(super) fn store() -> (tempfile::TempDir, Images) {
     let dir = tempfile::tempdir().unwrap();
     let images = Images::open(Settings::new(&dir.path().join("root"))).unwrap();
     (dir, images)
 }
 
-fn import(images: &Images, dir: &Path, data: &[u8]) -> Result<Vec<Arc<Image>>> {
+pub(super) fn import(images: &Images, dir: &Path, data: &[u8]) -> Result<Vec<Arc<Image>>> {
     static SERIAL: AtomicU64 = AtomicU64::new(0);
     let path = dir.join(format!("{}.tar", SERIAL.fetch_add(1, Ordering::Relaxed)));
     std::fs::write(&path, data).unwrap();
-    images.import(&path, None)
+    images.import(&path, None, &Cancel::never())
 }
 
 #[test]
@@ -98,8 +98,8 @@ fn one_image_under_all_its_names() {
     assert_eq!(images.status("A B").unwrap_err().code(), Code::InvalidArgument);
     let again = Images::open(Settings::new(&dir.path().join("root"))).unwrap();
     assert_eq!(again.list(), images.list());
-    assert_eq!(again.fs_info().unwrap(), images.fs_info().unwrap());
-    assert!(images.fs_info().unwrap().image.used_bytes > 0);
+    assert_eq!(again.fs_info((1, 2)), images.fs_info((1, 2)));
+    assert!(images.fs_info((0, 0)).image.used_bytes > 0);
     images.remove("q.io/x/y:v1").unwrap();
     images.remove("q.io/x/y:v1").unwrap();
     assert!(images.list().is_empty());
@@ -156,7 +156,7 @@ fn docker_archives_and_names() {
     assert!(image.repo_digests.is_empty() && image.chain.len() == 2);
     let path = dir.path().join("named.tar");
     std::fs::write(&path, &archive).unwrap();
-    images.import(&path, Some("other")).unwrap();
+    images.import(&path, Some("other"), &Cancel::never()).unwrap();
     assert_eq!(images.status("other").unwrap().unwrap().id, image.id);
     assert!(import(&images, dir.path(), b"nonsense").is_err());
     assert!(import(&images, dir.path(), &tar(&[("x", b"")])).unwrap_err().message().contains("neither"));
@@ -229,4 +229,72 @@ fn pinned_by_reference() {
     let images = Images::open(settings).unwrap();
     let (archive, ..) = oci_archive(Some("x:latest"), "", &[&tar(&[("a", b"1")])]);
     assert!(import(&images, dir.path(), &archive).unwrap()[0].pinned);
+}
+
+#[test]
+fn a_layout_with_an_image_per_platform() {
+    let (dir, images) = store();
+    let (mine, id, _) = oci_archive(Some("x:1"), "", &[&tar(&[("a", b"1")])]);
+    let layout = dir.path().join("layout");
+    ::tar::Archive::new(mine.as_slice()).unpack(&layout).unwrap();
+    let index = std::fs::read(layout.join("index.json")).unwrap();
+    let index: serde_json::Value = serde_json::from_slice(&index).unwrap();
+    let host = Platform::host();
+    let entry = |os: &str, architecture: &str, digest: Option<&str>| {
+        let mut entry = index["manifests"][0].clone();
+        entry["platform"] = serde_json::json!({"os": os, "architecture": architecture});
+        if let Some(digest) = digest {
+            entry["digest"] = digest.into();
+        }
+        entry
+    };
+    let absent = format!("sha256:{}", "0".repeat(64));
+    let write = |entries: &[serde_json::Value]| {
+        let text = serde_json::json!({"schemaVersion": 2, "manifests": entries}).to_string();
+        std::fs::write(layout.join("index.json"), text).unwrap();
+    };
+    let others = [entry("linux", "s390x", Some(&absent)), entry("unknown", "unknown", Some(&absent))];
+    write(&[others[0].clone(), entry(&host.os, &host.architecture, None), others[1].clone()]);
+    let made = images.import(&layout, Some("named:1"), &Cancel::never()).unwrap();
+    assert_eq!((made.len(), made[0].id.as_str(), made[0].repo_tags[0].as_str()), (1, id.as_str(), "docker.io/library/named:1"));
+    write(&others);
+    let e = images.import(&layout, None, &Cancel::never()).unwrap_err();
+    assert!(e.code() == Code::NotFound && e.message().contains("linux/s390x"), "{e}");
+
+    // A layout is preloaded like an archive, once.
+    let preload = dir.path().join("preload");
+    std::fs::create_dir(&preload).unwrap();
+    write(&[entry(&host.os, &host.architecture, None)]);
+    std::fs::rename(&layout, preload.join("layout")).unwrap();
+    images.remove("named:1").unwrap();
+    images.preload(&preload);
+    assert_eq!(images.list().len(), 1);
+    images.remove(&id).unwrap();
+    images.preload(&preload);
+    assert!(images.list().is_empty());
+}
+
+#[test]
+fn an_import_ends_when_its_caller_goes() {
+    let (dir, images) = store();
+    let (archive, ..) = oci_archive(Some("x:1"), "", &[&tar(&[("a", b"1")])]);
+    let path = dir.path().join("a.tar");
+    std::fs::write(&path, archive).unwrap();
+    let cancel = Cancel::never();
+    cancel.set();
+    assert_eq!(images.import(&path, None, &cancel).unwrap_err().code(), Code::Cancelled);
+    assert_eq!(std::fs::read_dir(dir.path().join("root/layers")).unwrap().count(), 0);
+    assert_eq!(images.import(&path, None, &Cancel::never()).unwrap().len(), 1);
+}
+
+#[test]
+fn pinned_by_pattern_and_by_id() {
+    let dir = tempfile::tempdir().unwrap();
+    let (archive, id, _) = oci_archive(Some("q.io/platform/x:1"), "", &[&tar(&[("a", b"1")])]);
+    for (pinned, expected) in [("q.io/platform/*", true), ("*/x:2", false), (&id, true)] {
+        let mut settings = Settings::new(&dir.path().join("root"));
+        settings.pinned = vec![pinned.to_owned()];
+        let images = Images::open(settings).unwrap();
+        assert_eq!(import(&images, dir.path(), &archive).unwrap()[0].pinned, expected, "{pinned}");
+    }
 }

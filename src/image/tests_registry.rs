@@ -1,161 +1,13 @@
 //! Pulls from a small registry in this process: authentication, damage, redirects, sharing.
 
-use std::collections::HashMap;
-use std::io::{BufRead, BufReader, Read, Write};
 use std::net::TcpListener;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use super::tests::{gzip, layer_tar};
+use super::tests::layer_tar;
+use super::tests_fake::{bearer, content, login, site, Fake, Reply, BASIC};
 use super::*;
 use crate::error::Code;
-
-#[derive(Clone, Debug)]
-struct Request {
-    method: String,
-    target: String,
-    authorization: Option<String>,
-    body: String,
-}
-
-#[derive(Clone)]
-struct Reply {
-    status: u16,
-    headers: Vec<(String, String)>,
-    body: Vec<u8>,
-    /// Bytes of the body really sent.
-    cut: usize,
-    delay: Duration,
-}
-
-impl Reply {
-    fn new(status: u16, body: impl Into<Vec<u8>>) -> Reply {
-        Reply { status, headers: Vec::new(), body: body.into(), cut: usize::MAX, delay: Duration::ZERO }
-    }
-
-    fn header(mut self, name: &str, value: impl Into<String>) -> Reply {
-        self.headers.push((name.to_owned(), value.into()));
-        self
-    }
-}
-
-type Handler = dyn Fn(&Request) -> Option<Reply> + Send + Sync;
-
-/// A server whose threads end with the test's process.
-struct Fake {
-    address: String,
-    seen: Arc<Mutex<Vec<Request>>>,
-}
-
-impl Fake {
-    fn start(handler: impl Fn(&Request) -> Option<Reply> + Send + Sync + 'static) -> Fake {
-        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
-        let address = listener.local_addr().unwrap().to_string();
-        let seen = Arc::new(Mutex::new(Vec::new()));
-        let (log, handler): (_, Arc<Handler>) = (seen.clone(), Arc::new(handler));
-        std::thread::spawn(move || {
-            for stream in listener.incoming().flatten() {
-                let (log, handler) = (log.clone(), handler.clone());
-                std::thread::spawn(move || serve(stream, &log, &*handler));
-            }
-        });
-        Fake { address, seen }
-    }
-
-    fn count(&self, part: &str) -> usize {
-        self.seen.lock().unwrap().iter().filter(|r| r.target.contains(part)).count()
-    }
-}
-
-fn serve(stream: std::net::TcpStream, log: &Mutex<Vec<Request>>, handler: &Handler) -> Option<()> {
-    let mut reader = BufReader::new(stream.try_clone().ok()?);
-    let mut line = String::new();
-    reader.read_line(&mut line).ok()?;
-    let mut words = line.split_whitespace();
-    let mut request =
-        Request { method: words.next()?.to_owned(), target: words.next()?.to_owned(), authorization: None, body: String::new() };
-    let mut length = 0;
-    loop {
-        let mut line = String::new();
-        reader.read_line(&mut line).ok()?;
-        let Some((name, value)) = line.trim().split_once(':') else { break };
-        match name.to_ascii_lowercase().as_str() {
-            "authorization" => request.authorization = Some(value.trim().to_owned()),
-            "content-length" => length = value.trim().parse().ok()?,
-            _ => {}
-        }
-    }
-    let mut body = vec![0; length];
-    reader.read_exact(&mut body).ok()?;
-    request.body = String::from_utf8_lossy(&body).into_owned();
-    log.lock().unwrap().push(request.clone());
-    let reply = handler(&request).unwrap_or_else(|| Reply::new(404, "{}"));
-    std::thread::sleep(reply.delay);
-    let mut stream = stream;
-    let mut head = format!("HTTP/1.1 {} X\r\nContent-Length: {}\r\nConnection: close\r\n", reply.status, reply.body.len());
-    for (name, value) in &reply.headers {
-        head.push_str(&format!("{name}: {value}\r\n"));
-    }
-    head.push_str("\r\n");
-    stream.write_all(head.as_bytes()).ok()?;
-    stream.write_all(&reply.body[..reply.cut.min(reply.body.len())]).ok()
-}
-
-/// The answers of a registry with one image `a/b:v1` of `layers`.
-struct Content {
-    answers: HashMap<String, Reply>,
-    id: String,
-    digest: String,
-    blobs: Vec<String>,
-}
-
-fn content(layers: &[Vec<u8>]) -> Content {
-    let refs: Vec<&[u8]> = layers.iter().map(Vec::as_slice).collect();
-    let config = tests::config(&refs, "");
-    let blobs: Vec<Vec<u8>> = layers.iter().map(|l| gzip(l)).collect();
-    let descriptor = |t: &str, d: &[u8]| manifest::Descriptor::new(t, Digest::of(d), d.len() as u64);
-    let layer_descriptors: Vec<_> = blobs.iter().map(|b| descriptor("application/vnd.oci.image.layer.v1.tar+gzip", b)).collect();
-    let manifest = manifest::compose(&descriptor(manifest::OCI_CONFIG, &config), &layer_descriptors).unwrap();
-    let digest = Digest::of(&manifest).to_string();
-    let reply = Reply::new(200, manifest).header("Content-Type", manifest::OCI_MANIFEST).header("Docker-Content-Digest", &digest);
-    let mut answers = HashMap::from([
-        ("/v2/a/b/manifests/v1".to_owned(), reply.clone()),
-        (format!("/v2/a/b/manifests/{digest}"), reply),
-        (format!("/v2/a/b/blobs/{}", Digest::of(&config)), Reply::new(200, config.clone())),
-    ]);
-    let paths: Vec<String> = blobs.iter().map(|b| format!("/v2/a/b/blobs/{}", Digest::of(b))).collect();
-    answers.extend(paths.iter().cloned().zip(blobs.into_iter().map(|b| Reply::new(200, b))));
-    Content { answers, id: Digest::of(&config).to_string(), digest, blobs: paths }
-}
-
-struct Site {
-    dir: tempfile::TempDir,
-    images: Images,
-}
-
-fn site(fakes: &[&Fake]) -> Site {
-    let dir = tempfile::tempdir().unwrap();
-    let mut settings = Settings::new(dir.path());
-    settings.registry.plain_http = fakes.iter().map(|f| f.address.clone()).collect();
-    settings.registry.stall = Duration::from_secs(5);
-    Site { images: Images::open(settings).unwrap(), dir }
-}
-
-impl Site {
-    fn pull(&self, fake: &Fake, version: &str, auth: Option<Auth>) -> Result<Arc<Image>> {
-        self.images.pull(&format!("{}/a/b{version}", fake.address), auth, &Cancel::never(), None)
-    }
-
-    fn layers(&self) -> usize {
-        std::fs::read_dir(self.dir.path().join("layers")).unwrap().count()
-    }
-}
-
-fn login() -> Option<Auth> {
-    Some(Auth { username: "me".into(), password: "secret".into(), ..Auth::default() })
-}
-
-const BASIC: &str = "Basic bWU6c2VjcmV0";
 
 #[test]
 fn by_tag_and_digest() {
@@ -183,7 +35,7 @@ fn by_tag_and_digest() {
 fn basic_authentication() {
     let answers = content(&[layer_tar("a")]).answers;
     let fake = Fake::start(move |r| {
-        if r.authorization.as_deref() != Some(BASIC) {
+        if r.authorization() != Some(BASIC) {
             return Some(Reply::new(401, "{}").header("WWW-Authenticate", "Basic realm=\"x\""));
         }
         answers.get(&r.target).cloned()
@@ -200,22 +52,9 @@ fn basic_authentication() {
     site.pull(&fake, ":v1", login()).unwrap();
 }
 
-fn bearer(expected: &'static str, token: impl Fn(&Request) -> Reply + Send + Sync + 'static) -> (Fake, Fake) {
-    let tokens = Fake::start(move |r| Some(token(r)));
-    let (answers, realm) = (content(&[layer_tar("a"), layer_tar("b")]).answers, tokens.address.clone());
-    let registry = Fake::start(move |r| {
-        if r.authorization.as_deref() != Some(expected) {
-            let challenge = format!("Bearer realm=\"http://{realm}/token\",service=\"reg\",scope=\"repository:a/b:pull\"");
-            return Some(Reply::new(401, "{}").header("WWW-Authenticate", challenge));
-        }
-        answers.get(&r.target).cloned()
-    });
-    (registry, tokens)
-}
-
 #[test]
 fn bearer_tokens() {
-    let (registry, tokens) = bearer("Bearer t1", |r| match r.authorization.as_deref() {
+    let (registry, tokens) = bearer("Bearer t1", |r| match r.authorization() {
         Some(BASIC) => Reply::new(200, r#"{"token":"t1"}"#),
         _ => Reply::new(200, r#"{"access_token":"anonymous"}"#),
     });
@@ -223,7 +62,7 @@ fn bearer_tokens() {
     site.pull(&registry, ":v1", login()).unwrap();
     let asked = tokens.seen.lock().unwrap()[0].clone();
     assert!(asked.target.contains("service=reg") && asked.target.contains("scope=repository"), "{asked:?}");
-    assert!(registry.seen.lock().unwrap().iter().all(|r| r.authorization.as_deref() != Some(BASIC)), "the password is for the realm");
+    assert!(registry.seen.lock().unwrap().iter().all(|r| r.authorization() != Some(BASIC)), "the password is for the realm");
     assert!(site.pull(&registry, ":v1", None).is_err());
     site.pull(&registry, ":v1", Some(Auth { registry_token: "t1".into(), ..Auth::default() })).unwrap();
 }
@@ -246,7 +85,7 @@ fn redirects_do_not_carry_credentials() {
     let elsewhere = Fake::start(move |r| r.target.strip_prefix("/cdn").and_then(|t| answers.get(t).cloned()));
     let (answers, cdn) = (c.answers, elsewhere.address.clone());
     let fake = Fake::start(move |r| {
-        if r.authorization.as_deref() != Some(BASIC) {
+        if r.authorization() != Some(BASIC) {
             return Some(Reply::new(401, "{}").header("WWW-Authenticate", "Basic"));
         }
         match r.target == blob {
@@ -257,7 +96,7 @@ fn redirects_do_not_carry_credentials() {
     let site = site(&[&fake]);
     site.pull(&fake, ":v1", login()).unwrap();
     let seen = elsewhere.seen.lock().unwrap();
-    assert!(!seen.is_empty() && seen.iter().all(|r| r.authorization.is_none()), "{seen:?}");
+    assert!(!seen.is_empty() && seen.iter().all(|r| r.authorization().is_none()), "{seen:?}");
 }
 
 #[test]
@@ -362,8 +201,9 @@ fn a_cancelled_pull_leaves_nothing_half_made() {
     assert_eq!(thread.join().unwrap().unwrap_err().code(), Code::Cancelled);
     assert!(start.elapsed() < Duration::from_millis(500));
     let end = std::time::Instant::now() + Duration::from_secs(10);
-    let temp =
-        || std::fs::read_dir(site.dir.path().join("layers")).unwrap().any(|e| e.unwrap().file_name().to_string_lossy().contains("tmp"));
+    let temp = || {
+        std::fs::read_dir(site.dir.path().join("root/layers")).unwrap().any(|e| e.unwrap().file_name().to_string_lossy().contains("tmp"))
+    };
     while temp() {
         assert!(std::time::Instant::now() < end);
         std::thread::sleep(Duration::from_millis(50));

@@ -14,16 +14,17 @@ use rustix::fs::{AtFlags, FileType, Gid, Mode, OFlags, Timespec, Timestamps, Uid
 use rustix::io::Errno;
 
 use super::room::Room;
+use super::tape::Tape;
 use super::tarball::{Entry, Kind, Tarball};
 use crate::error::{Code, Context, Error, Result};
 use crate::sys::cancel::Cancel;
 use crate::sys::file;
 use crate::sys::rooted::{self, Rooted};
 
-const WHITEOUT_PREFIX: &[u8] = b".wh.";
-const OPAQUE_NAME: &[u8] = b".wh..wh..opq";
+pub(super) const WHITEOUT_PREFIX: &[u8] = b".wh.";
+pub(super) const OPAQUE_NAME: &[u8] = b".wh..wh..opq";
 /// Names that only AUFS understands (its hard link and trash directories).
-const AUFS_PREFIX: &[u8] = b".wh..wh.";
+pub(super) const AUFS_PREFIX: &[u8] = b".wh..wh.";
 /// What a file or directory costs on disk besides its data: sums are rounded up to blocks of this size.
 const DISK_BLOCK: u64 = 4096;
 /// The space left on disk is looked at after so many bytes, and before each file that is as large.
@@ -49,11 +50,13 @@ pub struct Unpacked {
     pub inodes: u64,
     /// Directories that the layer does not name but has files in; their metadata is the layer's below.
     pub implicit: BTreeSet<PathBuf>,
+    /// Whether the tape is whole: the files and it are the archive again.
+    pub taped: bool,
 }
 
-/// Unpacks the tar stream into the empty directory `dir`. The stream is not read beyond the archive's end mark: the caller
-/// drains it, because digests count the tail too.
-pub fn unpack(stream: &mut dyn BufRead, dir: &Path, limits: &Limits, room: &Room, cancel: &Cancel) -> Result<Unpacked> {
+/// Unpacks the tar stream into the empty directory `dir`, reading it to its end: digests count the tail too. `tape` is a
+/// new file for what `fsck` needs.
+pub fn unpack(stream: &mut dyn BufRead, dir: &Path, tape: &Path, limits: &Limits, room: &Room, cancel: &Cancel) -> Result<Unpacked> {
     let mut unpacker = Unpacker {
         rooted: Rooted::open(dir)?,
         limits: limits.clone(),
@@ -62,24 +65,40 @@ pub fn unpack(stream: &mut dyn BufRead, dir: &Path, limits: &Limits, room: &Room
         entries: 0,
         unseen: 0,
         kept: 0,
-        done: Unpacked { bytes: DISK_BLOCK, inodes: 1, implicit: BTreeSet::from([PathBuf::new()]) },
+        done: Unpacked { bytes: DISK_BLOCK, inodes: 1, implicit: BTreeSet::from([PathBuf::new()]), taped: false },
+        lossy: false,
         times: BTreeMap::new(),
         parent: None,
         owner: rustix::process::geteuid().is_root(),
         dropped: false,
     };
-    let mut tar = Tarball::new(stream);
+    let taping = || format!("write {}", tape.display());
+    let mut tar = Tarball::taped(stream, Tape::create(tape).context(taping)?);
     while let Some(entry) = tar.next_entry().context(|| "read layer archive").map_err(broken)? {
         cancel.check()?;
         let name = || format!("unpack {}", String::from_utf8_lossy(&entry.path[..entry.path.len().min(300)]));
         unpacker.add(&entry, &mut tar, cancel).context(name)?;
     }
+    let recorded = match tar.finish().context(|| "read layer archive").map_err(broken)? {
+        // A file that the archive itself replaced, for one, is nowhere to be read again.
+        Some(recorded) if !unpacker.lossy => recorded.finish().context(taping)?,
+        _ => None,
+    };
+    match recorded {
+        Some(bytes) => unpacker.count(bytes),
+        None => file::remove_file(tape)?,
+    }
+    unpacker.done.taped = recorded.is_some();
     unpacker.finish()
 }
 
 /// A stream that cannot be read is the image's fault.
 fn broken(error: Error) -> Error {
-    error.with_code(Code::FailedPrecondition)
+    match error.code() {
+        // The tape did not fit.
+        Code::ResourceExhausted => error,
+        _ => error.with_code(Code::FailedPrecondition),
+    }
 }
 
 /// The directory an entry goes into.
@@ -106,6 +125,8 @@ struct Unpacker<'a> {
     times: BTreeMap<PathBuf, (i64, u32)>,
     /// The last one: archives are ordered by directory.
     parent: Option<Rc<Parent>>,
+    /// The files do not hold all that the archive has: an entry took the place of another one's, or left something out.
+    lossy: bool,
     /// Owners and devices are root's to set.
     owner: bool,
     /// An attribute was left out, which is said once.
@@ -125,8 +146,13 @@ impl Unpacker<'_> {
         let Some(name) = path.file_name() else {
             return self.root(entry);
         };
+        // File systems keep times from 1901 to 2446.
+        self.lossy |= !(-(1 << 31)..1 << 34).contains(&entry.mtime.0);
         let (above, name) = (path.parent().unwrap_or(Path::new("")), Path::new(name));
+        let special = name.as_os_str().as_bytes().starts_with(WHITEOUT_PREFIX);
+        self.lossy |= special && entry.stored > 0;
         if above.iter().any(|part| part.as_bytes().starts_with(AUFS_PREFIX)) {
+            self.lossy = true;
             return Ok(());
         }
         let parent = self.enter(above)?;
@@ -281,6 +307,7 @@ impl Unpacker<'_> {
         };
         // What goes may be a link that the last parent was reached by, or a directory above it.
         self.parent = None;
+        self.lossy |= !rooted::is_whiteout(&stat);
         if !rooted::is_dir(&stat) {
             return rustix::fs::unlinkat(&parent.dir, name, AtFlags::empty()).context(|| "replace");
         }
@@ -349,7 +376,7 @@ impl Unpacker<'_> {
                     return Err(Error::precondition("the archive ends inside a file"));
                 }
                 file.write_all(&data[..n]).context(|| "write file")?;
-                tar.consume(n);
+                tar.consume(n).context(|| "read layer archive").map_err(broken)?;
                 left -= n as u64;
                 written += n as u64;
                 if written / FLUSH != (written - n as u64) / FLUSH {

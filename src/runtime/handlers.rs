@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::path::Path;
 
-use super::{probe, Handler};
+use super::{probe, Features, Handler};
 use crate::error::{Error, Result};
 
 /// Tried in this order when the configuration names no default.
@@ -13,6 +13,7 @@ struct Entry {
     handler: Handler,
     /// The version it reports, or why it cannot be used.
     state: Result<String>,
+    features: Features,
 }
 
 /// All handlers.
@@ -31,11 +32,14 @@ impl Handlers {
         let mut entries = BTreeMap::new();
         for (handler, state) in handlers.into_iter().zip(states) {
             match &state {
-                Ok(v) => log::info!("runtime handler {}: {} ({} {})", handler.name, handler.path.display(), v.name, v.version),
+                Ok((v, _)) => log::info!("runtime handler {}: {} ({} {})", handler.name, handler.path.display(), v.name, v.version),
                 Err(e) => log::warn!("runtime handler {} cannot be used: {e}", handler.name),
             }
-            let state = state.map(|v| format!("{} {}", v.name, v.version));
-            entries.insert(handler.name.clone(), Entry { handler: handler.clone(), state });
+            let (state, features) = match state {
+                Ok((v, features)) => (Ok(format!("{} {}", v.name, v.version)), features),
+                Err(e) => (Err(e), Features::default()),
+            };
+            entries.insert(handler.name.clone(), Entry { handler: handler.clone(), state, features });
         }
         let works = |name: &&str| entries.get(*name).is_some_and(|e| e.state.is_ok());
         let chosen = default.or_else(|| PREFERRED.into_iter().find(works)).unwrap_or(PREFERRED[0]).to_owned();
@@ -55,6 +59,13 @@ impl Handlers {
             Ok(_) => Ok(&entry.handler),
             Err(e) => Err(Error::precondition(format!("runtime_handler: {name} cannot be used on this host: {e}"))),
         }
+    }
+
+    /// What the handler named so can do; "" is the default. Nothing when it is unknown or cannot be used.
+    pub fn features(&self, name: &str) -> &Features {
+        static NOTHING: std::sync::LazyLock<Features> = std::sync::LazyLock::new(Features::default);
+        let name = if name.is_empty() { &self.default } else { name };
+        self.entries.get(name).map_or_else(|| &*NOTHING, |e| &e.features)
     }
 
     /// Handlers that can be used.

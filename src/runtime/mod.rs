@@ -1,5 +1,8 @@
 //! OCI runtimes: which there are, how they are called, whether they work here.
 
+/// What a runtime can do.
+#[cfg(feature = "engine")]
+pub mod features;
 /// Runtime handlers of the configuration.
 pub mod handler;
 /// The handler table: what is configured and works.
@@ -11,6 +14,8 @@ pub mod oci;
 #[cfg(feature = "engine")]
 pub mod probe;
 
+#[cfg(feature = "engine")]
+pub use features::Features;
 pub use handler::{Handler, Kind};
 #[cfg(feature = "engine")]
 pub use handlers::Handlers;

@@ -1,5 +1,6 @@
 //! Whether an OCI runtime works on this host: it is asked for its version, then made to run a container whose only program is
-//! the shim binary printing its own. A runtime may be installed and still refuse the host's cgroups.
+//! the shim binary printing its own. A runtime may be installed and still refuse the host's cgroups. Then it is asked what it can
+//! do; one that does not know the question (crun before 1.9) is tried with what others advertise.
 
 use std::path::Path;
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -7,6 +8,7 @@ use std::time::Duration;
 
 use serde_json::json;
 
+use super::features::Features;
 use super::handler::Handler;
 use super::oci;
 use crate::cgroup::{Cgroup, Layout};
@@ -29,29 +31,80 @@ pub struct Version {
     pub version: String,
 }
 
-/// Proves that `handler` works: gives its version, else its own words about what is wrong. Works in a directory made
+/// Proves that `handler` works: gives its version and features, else its own words about what is wrong. Works in a directory made
 /// below `scratch` and leaves nothing.
-pub fn probe(handler: &Handler, scratch: &Path, shim: &Path) -> Result<Version> {
+pub fn probe(handler: &Handler, scratch: &Path, shim: &Path) -> Result<(Version, Features)> {
     let what = || format!("probe runtime {}", handler.name);
     let output = Program::new(&handler.path).arg("--version").run_ok(&Cancel::never(), LIMIT).context(what)?;
     let version = parse_version(&String::from_utf8_lossy(&output.stdout))
         .ok_or_else(|| Error::precondition(format!("{}: {} --version says no version", what(), handler.path.display())))?;
+    try_container(handler, scratch, shim, |_, _| Ok(())).context(what)?;
+    Ok((version, features(handler, scratch, shim)))
+}
+
+/// What it says of itself; from one that says nothing, what it does.
+fn features(handler: &Handler, scratch: &Path, shim: &Path) -> Features {
+    let asked = Program::new(&handler.path).args(oci::features()).run_ok(&Cancel::never(), LIMIT);
+    match asked.and_then(|output| Features::parse(&output.stdout)) {
+        Ok(features) => features,
+        Err(e) => {
+            log::debug!("runtime handler {}: it does not tell its features, so they are tried: {e}", handler.name);
+            let mut features = Features::default();
+            match try_container(handler, scratch, shim, with_user_namespace) {
+                Ok(()) => drop(features.namespaces.insert("user".to_owned())),
+                Err(e) => log::info!("runtime handler {}: no user namespaces: {e}", handler.name),
+            }
+            features
+        }
+    }
+}
+
+/// The container gets a user namespace in which its root is somebody else.
+fn with_user_namespace(spec: &mut serde_json::Value, dir: &Path) -> Result<()> {
+    /// No file on the host is this user's.
+    const HOST: u32 = 0x7ff0_0000;
+    for made in [dir.to_owned(), dir.join("rootfs")] {
+        std::os::unix::fs::chown(&made, Some(HOST), Some(HOST)).context(|| format!("set the owner of {}", made.display()))?;
+    }
+    let map = json!([{"containerID": 0, "hostID": HOST, "size": 65536}]);
+    spec["linux"]["uidMappings"] = map.clone();
+    spec["linux"]["gidMappings"] = map;
+    if let Some(list) = spec["linux"]["namespaces"].as_array_mut() {
+        list.push(json!({"type": "user"}));
+    }
+    Ok(())
+}
+
+/// Runs a container whose spec is `change`d before (it also gets the bundle's directory), to its end.
+fn try_container(
+    handler: &Handler,
+    scratch: &Path,
+    shim: &Path,
+    change: impl FnOnce(&mut serde_json::Value, &Path) -> Result<()>,
+) -> Result<()> {
     // A name of the configuration becomes a file name and an id; daemons of one process must not meet in one cgroup.
     let plain: String = handler.name.chars().map(|c| if c.is_ascii_alphanumeric() { c } else { '-' }).collect();
     let id = format!("crisp-probe-{plain}-{}-{}", std::process::id(), NUMBER.fetch_add(1, Ordering::Relaxed));
     let dir = scratch.join(&id);
-    file::remove_tree(&dir).context(what)?;
-    let ran = run_in(handler, &dir, &id, shim);
+    file::remove_tree(&dir)?;
+    let ran = run_in(handler, &dir, &id, shim, change);
     let cleaned = file::remove_tree(&dir);
-    ran.context(what)?;
-    cleaned.context(what)?;
-    Ok(version)
+    ran?;
+    cleaned
 }
 
-fn run_in(handler: &Handler, dir: &Path, id: &str, shim: &Path) -> Result<()> {
+fn run_in(
+    handler: &Handler,
+    dir: &Path,
+    id: &str,
+    shim: &Path,
+    change: impl FnOnce(&mut serde_json::Value, &Path) -> Result<()>,
+) -> Result<()> {
     file::make_dir(&dir.join("rootfs"), 0o700)?;
     let cgroup = if handler.systemd_cgroup { format!("system.slice:crisp:{id}") } else { format!("/{id}") };
-    let spec = serde_json::to_vec(&spec(shim, &cgroup)).context(|| "write config.json")?;
+    let mut spec = spec(shim, &cgroup);
+    change(&mut spec, dir)?;
+    let spec = serde_json::to_vec(&spec).context(|| "write config.json")?;
     file::write(&dir.join("config.json"), &spec, 0o600, file::Durability::Atomic)?;
     let log = dir.join("log");
     // Not detached: its end is the container's end, and its stdout the container's.

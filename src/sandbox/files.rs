@@ -6,7 +6,7 @@ use std::path::Path;
 
 use super::metadata::Metadata;
 use crate::api::runtime::{DNSConfig, PodSandboxConfig};
-use crate::error::{Error, Result};
+use crate::error::{Context, Error, Result};
 use crate::sys::file::{self, Durability};
 use crate::sys::mount;
 
@@ -23,16 +23,16 @@ pub fn create(meta: &Metadata, config: &PodSandboxConfig) -> Result<()> {
         Some(dns) => resolv_conf(dns)?.into_bytes(),
         None => host_file("/etc/resolv.conf")?,
     };
-    write(&meta.file("resolv.conf"), &resolv)?;
-    write(&meta.file("hostname"), format!("{}\n", meta.hostname).as_bytes())?;
+    write(meta, "resolv.conf", &resolv)?;
+    write(meta, "hostname", format!("{}\n", meta.hostname).as_bytes())?;
     if meta.netns.is_some() {
         write_hosts(meta, &[])?;
     } else {
-        write(&meta.file("hosts"), &host_file("/etc/hosts")?)?;
+        write(meta, "hosts", &host_file("/etc/hosts")?)?;
     }
     if meta.ipc {
         file::make_dir(&meta.shm(), 0o1777)?;
-        mount::tmpfs(&meta.shm(), SHM_SIZE, 0o1777)?;
+        mount::tmpfs(&meta.shm(), SHM_SIZE, 0o1777, meta.root())?;
     }
     Ok(())
 }
@@ -43,7 +43,7 @@ pub fn write_hosts(meta: &Metadata, ips: &[IpAddr]) -> Result<()> {
     for ip in ips {
         let _ = writeln!(text, "{ip}\t{}", meta.hostname);
     }
-    write(&meta.file("hosts"), text.as_bytes())
+    write(meta, "hosts", text.as_bytes())
 }
 
 /// Undoes `create`, whatever of it there is.
@@ -59,8 +59,14 @@ pub fn remove(meta: &Metadata) -> Result<()> {
     file::remove_tree(&meta.dir)
 }
 
-fn write(path: &Path, data: &[u8]) -> Result<()> {
-    file::write(path, data, 0o644, Durability::Atomic)
+/// Root of the containers may write to it, as on a machine.
+fn write(meta: &Metadata, name: &str, data: &[u8]) -> Result<()> {
+    let path = meta.file(name);
+    file::write(&path, data, 0o644, Durability::Atomic)?;
+    match meta.root() {
+        (0, 0) => Ok(()),
+        (uid, gid) => std::os::unix::fs::chown(&path, Some(uid), Some(gid)).context(|| format!("set the owner of {}", path.display())),
+    }
 }
 
 /// A file of the host; one that is missing is an empty one.

@@ -91,7 +91,7 @@ fn lost_namespace(meta: &Metadata) -> Option<&'static str> {
     if gone(meta.netns.as_deref()) {
         return Some("its network namespace is gone");
     }
-    if gone(meta.ipc_pin().as_deref()) || gone(meta.uts_pin().as_deref()) {
+    if gone(meta.ipc_pin().as_deref()) || gone(meta.uts_pin().as_deref()) || gone(meta.user_pin().as_deref()) {
         return Some("its namespaces are gone");
     }
     (!meta.file("hosts").exists()).then_some("its files are gone")
@@ -215,7 +215,9 @@ impl Sandboxes {
         let mut sysctls: BTreeMap<String, String> = BTreeMap::new();
         if !ns.host_network {
             for (key, value) in &self.settings.sysctls {
-                sysctls.insert(validate::sysctl_path(key)?, value.clone());
+                let path = validate::sysctl_path(key)?;
+                let value = validate::default_sysctl(&path, value, &ns);
+                sysctls.insert(path, value);
             }
         }
         sysctls.extend(validate::sysctls(linux, &ns)?);
@@ -245,6 +247,7 @@ impl Sandboxes {
             netns: (!ns.host_network).then(|| self.settings.netns_dir.join(format!("crisp-{id}"))),
             ipc: !ns.host_ipc,
             pid: ns.pid,
+            userns: ns.userns,
             hostname,
             cgroup_parent,
             own_cgroup_parent,

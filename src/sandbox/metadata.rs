@@ -4,6 +4,8 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
+use crate::sys::idmap::IdMaps;
+
 /// PID mode of a sandbox's containers, unless a container asks for its own.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
@@ -33,6 +35,9 @@ pub struct Metadata {
     /// Whether the sandbox has an IPC namespace of its own.
     pub ipc: bool,
     pub pid: PidMode,
+    /// Maps of its user namespace; None, and missing in older records: the host's.
+    #[serde(default)]
+    pub userns: Option<IdMaps>,
     pub hostname: String,
     /// Parent of the containers' cgroups, in the form of the cgroup driver.
     pub cgroup_parent: String,
@@ -51,6 +56,16 @@ impl Metadata {
     /// Pin of the UTS namespace; None: the host's, which host network implies.
     pub fn uts_pin(&self) -> Option<PathBuf> {
         self.netns.is_some().then(|| self.dir.join("ns/uts"))
+    }
+
+    /// Pin of the user namespace; None: the host's.
+    pub fn user_pin(&self) -> Option<PathBuf> {
+        self.userns.map(|_| self.dir.join("ns/user"))
+    }
+
+    /// Who owns the sandbox's files on the host: the root that its containers see.
+    pub fn root(&self) -> (u32, u32) {
+        self.userns.map_or((0, 0), |maps| maps.root())
     }
 
     /// `/dev/shm` of the containers.
@@ -78,10 +93,27 @@ impl Metadata {
             netns: Some(netns_dir.join(format!("crisp-{id}"))),
             ipc: true,
             pid: PidMode::Container,
+            userns: None,
             hostname: String::new(),
             cgroup_parent: format!("/crisp-{id}"),
             own_cgroup_parent: true,
             dir: sandboxes.join(id),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A record as the first versions wrote it.
+    #[test]
+    fn old_records_have_the_hosts_users() {
+        let record = r#"{"id":"i","name":"n","handler":"crun","requested_handler":"","created_at":1,"netns":"/run/netns/crisp-i","ipc":true,
+            "pid":"container","hostname":"h","cgroup_parent":"/c","own_cgroup_parent":false,"dir":"/run/crisp/sandboxes/i"}"#;
+        let meta: Metadata = serde_json::from_str(record).unwrap();
+        assert_eq!((meta.userns, meta.user_pin(), meta.root()), (None, None, (0, 0)));
+        let again: Metadata = serde_json::from_str(&serde_json::to_string(&meta).unwrap()).unwrap();
+        assert_eq!(again.id, "i");
     }
 }

@@ -1,4 +1,5 @@
-//! Namespaces, init and the cgroup of a sandbox.
+//! Namespaces, init and the cgroup of a sandbox. With a user namespace of its own, that one owns the others, the PID namespace of its
+//! init too: the OCI runtime joins it first, and may then enter only what belongs to it.
 
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -11,6 +12,7 @@ use crate::sys::cancel::Cancel;
 use crate::sys::file;
 use crate::sys::namespace::{self, NewNamespaces};
 use crate::sys::pidfd::{self, PidFd};
+use crate::sys::pin;
 use crate::sys::process::Program;
 
 /// Longest wait for a killed init to be gone.
@@ -22,15 +24,21 @@ pub fn create(meta: &Metadata, sysctls: Vec<(String, String)>, shim: &Path) -> R
         file::make_dir(dir, 0o755)?;
     }
     let wants_init = meta.pid == PidMode::Sandbox;
+    let user = meta.user_pin().zip(meta.userns);
     let new = NewNamespaces {
         net: meta.netns.clone(),
         ipc: meta.ipc_pin(),
         uts: meta.uts_pin(),
         hostname: Some(meta.hostname.clone()),
         sysctls,
-        init: wants_init.then(|| init_program(shim)),
+        init: (wants_init && user.is_none()).then(|| init_program(shim)),
     };
-    match namespace::create(new)? {
+    let program: &[&str] = if wants_init { &[INIT] } else { &[] };
+    let made = match user {
+        Some((user, maps)) => pin::create(shim, &user, &maps, new, program)?,
+        None => namespace::create(new)?,
+    };
+    match made {
         Some(pid) => settle_init(meta, pid).map(Some),
         None => Ok(None),
     }
@@ -38,12 +46,19 @@ pub fn create(meta: &Metadata, sysctls: Vec<(String, String)>, shim: &Path) -> R
 
 /// Starts the init of a sandbox that was made without one: a container asked for PID mode POD.
 pub fn start_init(meta: &Metadata, shim: &Path) -> Result<Process> {
-    let join: Vec<PathBuf> = [meta.netns.clone(), meta.ipc_pin(), meta.uts_pin()].into_iter().flatten().collect();
-    settle_init(meta, namespace::spawn_init(join, init_program(shim))?)
+    let join: Vec<PathBuf> = [meta.user_pin(), meta.netns.clone(), meta.ipc_pin(), meta.uts_pin()].into_iter().flatten().collect();
+    let pid = match meta.userns {
+        Some(_) => pin::spawn_init(shim, join, &[INIT])?,
+        None => namespace::spawn_init(join, init_program(shim))?,
+    };
+    settle_init(meta, pid)
 }
 
+/// The shim's role.
+const INIT: &str = "init";
+
 fn init_program(shim: &Path) -> Program {
-    Program::new(shim).arg("init")
+    Program::new(shim).arg(INIT)
 }
 
 /// Moves a started init into the sandbox's cgroup; one that cannot be is killed again.
@@ -89,7 +104,7 @@ pub fn remove(meta: &Metadata, init: Option<Process>) -> Result<()> {
         errors.keep(stop_init(init));
     }
     errors.keep(remove_cgroups(meta));
-    for pin in [meta.ipc_pin(), meta.uts_pin()].into_iter().flatten() {
+    for pin in [meta.ipc_pin(), meta.uts_pin(), meta.user_pin()].into_iter().flatten() {
         errors.keep(namespace::unpin(&pin));
     }
     errors.finish()

@@ -1,13 +1,12 @@
 //! Which sandbox configs are accepted. What a sandbox without a process cannot use (run_as_user, seccomp, capabilities,
 //! selinux_options and the like of LinuxSandboxSecurityContext) is accepted and does not apply; what matters for
 //! security and cannot be honoured is refused by name.
-//!
-//! Also accepted and not applicable: `linux.overhead` and `linux.resources` (for runtimes that size a VM by them; kubelet limits
-//! the cgroup parent itself) and `windows`.
+//! src/spec/fields.md has every field.
 
-use crate::api::runtime::{LinuxPodSandboxConfig, NamespaceMode, PodSandboxConfig, PodSandboxMetadata};
+use crate::api::runtime::{IDMapping, LinuxPodSandboxConfig, NamespaceMode, PodSandboxConfig, PodSandboxMetadata, UserNamespace};
 use crate::error::{Error, Result};
 use crate::sandbox::PidMode;
+use crate::sys::idmap::{IdMap, IdMaps};
 
 /// Longest host name of Linux (HOST_NAME_MAX), bytes.
 const HOSTNAME_LIMIT: usize = 64;
@@ -22,6 +21,8 @@ pub struct Namespaces {
     pub host_network: bool,
     pub host_ipc: bool,
     pub pid: PidMode,
+    /// None: the host's user namespace.
+    pub userns: Option<IdMaps>,
 }
 
 /// Metadata of a sandbox: name, namespace and uid are required.
@@ -58,16 +59,64 @@ pub fn namespaces(config: &PodSandboxConfig) -> Result<Namespaces> {
         NamespaceMode::NODE => PidMode::Node,
         NamespaceMode::TARGET => return Err(Error::invalid(format!("{field}.pid: TARGET is a container's mode, not a sandbox's"))),
     };
-    if let Some(userns) = options.userns_options.as_ref() {
-        match mode("userns_options.mode", userns.mode)? {
-            NamespaceMode::NODE => {}
-            NamespaceMode::POD => {
-                return Err(Error::unimplemented(format!("{field}.userns_options: user namespaces are not supported yet")))
-            }
-            other => return Err(Error::invalid(format!("{field}.userns_options.mode: expected POD or NODE, found {other:?}"))),
+    let userns = match options.userns_options.as_ref() {
+        Some(options) => user_namespace(options, &format!("{field}.userns_options"))?,
+        None => None,
+    };
+    Ok(Namespaces { host_network: two("network", options.network)?, host_ipc: two("ipc", options.ipc)?, pid, userns })
+}
+
+/// The maps of mode POD, None with mode NODE. INVALID_ARGUMENT names what is wrong below `field`.
+pub fn user_namespace(options: &UserNamespace, field: &str) -> Result<Option<IdMaps>> {
+    match options.mode.enum_value() {
+        Ok(NamespaceMode::POD) => {}
+        Ok(NamespaceMode::NODE) => {
+            return match options.uids.is_empty() && options.gids.is_empty() {
+                true => Ok(None),
+                false => Err(Error::invalid(format!("{field}: mappings, and mode NODE"))),
+            };
         }
+        Ok(other) => return Err(Error::invalid(format!("{field}.mode: expected POD or NODE, found {other:?}"))),
+        Err(n) => return Err(Error::invalid(format!("{field}.mode: no namespace mode {n}"))),
     }
-    Ok(Namespaces { host_network: two("network", options.network)?, host_ipc: two("ipc", options.ipc)?, pid })
+    let maps = IdMaps { uids: id_map(&options.uids, &format!("{field}.uids"))?, gids: id_map(&options.gids, &format!("{field}.gids"))? };
+    if maps.uids.length != maps.gids.length {
+        let (uids, gids) = (maps.uids.length, maps.gids.length);
+        return Err(Error::invalid(format!("{field}.gids: {gids} ids are mapped, and {uids} of uids")));
+    }
+    Ok(Some(maps))
+}
+
+fn id_map(list: &[IDMapping], field: &str) -> Result<IdMap> {
+    let [map] = list else {
+        return Err(Error::invalid(format!("{field}: expected one mapping, found {}", list.len())));
+    };
+    let map = IdMap { container: map.container_id, host: map.host_id, length: map.length };
+    if map.length == 0 {
+        return Err(Error::invalid(format!("{field}: length is 0")));
+    }
+    if map.container != 0 {
+        return Err(Error::invalid(format!("{field}: container_id 0 is not mapped")));
+    }
+    if !map.fits() {
+        return Err(Error::invalid(format!("{field}: {} ids from {} on are more than there are", map.length, map.host)));
+    }
+    Ok(map)
+}
+
+/// What a default sysctl is in a sandbox: gids of a user namespace end with its map, and the kernel takes no others.
+pub fn default_sysctl(path: &str, value: &str, ns: &Namespaces) -> String {
+    match (path, ns.userns) {
+        ("net/ipv4/ping_group_range", Some(maps)) => {
+            let ends: Option<Vec<u32>> = value.split_whitespace().map(|end| end.parse().ok()).collect();
+            match ends.as_deref() {
+                // "1 0" means nobody.
+                Some([first, last]) if first <= last => format!("{first} {}", (*last).min(maps.gids.length - 1)),
+                _ => value.to_owned(),
+            }
+        }
+        _ => value.to_owned(),
+    }
 }
 
 /// The host name of the sandbox: its own, or the host's when it has none.
@@ -153,7 +202,8 @@ mod tests {
     use crate::api::runtime::{LinuxSandboxSecurityContext, NamespaceOption};
     use protobuf::MessageField;
 
-    const POD: Namespaces = Namespaces { host_network: false, host_ipc: false, pid: PidMode::Container };
+    const POD: Namespaces = Namespaces { host_network: false, host_ipc: false, pid: PidMode::Container, userns: None };
+    const MAP: IdMap = IdMap { container: 0, host: 100_000, length: 65536 };
 
     fn config(options: NamespaceOption) -> PodSandboxConfig {
         let context = LinuxSandboxSecurityContext { namespace_options: MessageField::some(options), ..Default::default() };
@@ -164,7 +214,7 @@ mod tests {
     #[test]
     fn modes() {
         let ns = namespaces(&PodSandboxConfig::default()).unwrap();
-        assert_eq!(ns, Namespaces { host_network: false, host_ipc: false, pid: PidMode::Sandbox });
+        assert_eq!(ns, Namespaces { pid: PidMode::Sandbox, ..POD });
         let host = NamespaceOption { network: NamespaceMode::NODE.into(), pid: NamespaceMode::CONTAINER.into(), ..Default::default() };
         assert!(namespaces(&config(host)).unwrap().host_network);
         for bad in [
@@ -174,6 +224,54 @@ mod tests {
         ] {
             assert_eq!(namespaces(&config(bad)).unwrap_err().code(), crate::error::Code::InvalidArgument);
         }
+    }
+
+    fn mapping(container_id: u32, host_id: u32, length: u32) -> IDMapping {
+        IDMapping { container_id, host_id, length, ..Default::default() }
+    }
+
+    fn userns(uids: Vec<IDMapping>, gids: Vec<IDMapping>) -> UserNamespace {
+        UserNamespace { mode: NamespaceMode::POD.into(), uids, gids, ..Default::default() }
+    }
+
+    #[test]
+    fn user_namespaces_have_one_map_of_each_kind() {
+        let good = userns(vec![mapping(0, 100_000, 65536)], vec![mapping(0, 200_000, 65536)]);
+        let maps = IdMaps { uids: MAP, gids: IdMap { host: 200_000, ..MAP } };
+        assert_eq!(user_namespace(&good, "f").unwrap(), Some(maps));
+        let options = NamespaceOption { userns_options: MessageField::some(good.clone()), ..Default::default() };
+        assert_eq!(namespaces(&config(options)).unwrap().userns, Some(maps));
+        let node = UserNamespace { mode: NamespaceMode::NODE.into(), ..Default::default() };
+        assert_eq!(user_namespace(&node, "f").unwrap(), None);
+
+        let one = || vec![mapping(0, 100_000, 65536)];
+        for (bad, field) in [
+            (userns(vec![], one()), "f.uids"),
+            (userns(one(), vec![]), "f.gids"),
+            (userns(vec![mapping(0, 1, 1), mapping(1, 2, 1)], one()), "f.uids"),
+            (userns(one(), vec![mapping(0, 100_000, 1000)]), "f.gids"),
+            (userns(vec![mapping(1, 100_000, 65536)], one()), "f.uids"),
+            (userns(one(), vec![mapping(0, 100_000, 0)]), "f.gids"),
+            (userns(vec![mapping(0, u32::MAX - 10, 11)], vec![mapping(0, 1, 11)]), "f.uids"),
+            (UserNamespace { mode: NamespaceMode::CONTAINER.into(), ..good.clone() }, "f.mode"),
+            (UserNamespace { mode: NamespaceMode::TARGET.into(), ..good.clone() }, "f.mode"),
+            (UserNamespace { mode: protobuf::EnumOrUnknown::from_i32(9), ..good.clone() }, "f.mode"),
+            (UserNamespace { mode: NamespaceMode::NODE.into(), ..good.clone() }, "f: "),
+        ] {
+            let error = user_namespace(&bad, "f").unwrap_err();
+            assert!(error.code() == crate::error::Code::InvalidArgument && error.message().starts_with(field), "{error}");
+        }
+    }
+
+    #[test]
+    fn the_default_ping_range_ends_with_the_map() {
+        let mapped = Namespaces { userns: Some(IdMaps { uids: MAP, gids: MAP }), ..POD };
+        let key = "net/ipv4/ping_group_range";
+        assert_eq!(default_sysctl(key, "0 2147483647", &POD), "0 2147483647");
+        assert_eq!(default_sysctl(key, "0 2147483647", &mapped), "0 65535");
+        assert_eq!(default_sysctl(key, "5\t9", &mapped), "5 9");
+        assert_eq!(default_sysctl(key, "1 0", &mapped), "1 0");
+        assert_eq!(default_sysctl("net/ipv4/ip_unprivileged_port_start", "0", &mapped), "0");
     }
 
     #[test]
@@ -200,6 +298,16 @@ mod tests {
     }
 
     proptest::proptest! {
+        /// Whatever is accepted is one the kernel takes, and maps root.
+        #[test]
+        fn accepted_maps_are_whole(raw in proptest::collection::vec((0u32..3, proptest::num::u32::ANY, proptest::num::u32::ANY), 0..3)) {
+            let list: Vec<IDMapping> = raw.iter().map(|(c, h, l)| mapping(*c, *h, *l)).collect();
+            if let Ok(Some(maps)) = user_namespace(&userns(list.clone(), list), "f") {
+                proptest::prop_assert!(maps.uids.fits() && maps.uids.to_host(0) == Some(maps.uids.host));
+                proptest::prop_assert!(maps.uids.host as u64 + maps.uids.length as u64 <= u32::MAX as u64);
+            }
+        }
+
         #[test]
         fn sysctl_paths_stay_below(key in "\\PC{0,40}") {
             if let Ok(path) = sysctl_path(&key) {

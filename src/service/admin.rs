@@ -1,14 +1,17 @@
-//! Our own service: import, pull with progress, facts of the daemon.
+//! Our own service: import, pull with progress, check, facts of the daemon.
 
-use std::collections::BTreeMap;
 use std::path::Path;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use super::convert::lead;
 use super::image::auth;
+use super::progress::Board;
 use super::{Call, Service};
-use crate::api::admin::{ImportImageRequest, ImportImageResponse, ImportedImage, InfoResponse, LayerProgress, PullProgress, PullRequest};
+use crate::api::admin::{
+    CheckImagesRequest, CheckProgress, ImportImageRequest, ImportImageResponse, ImportedImage, IncompleteImage, InfoResponse, Problem,
+    PullProgress, PullRequest,
+};
 use crate::api::runtime::AuthConfig;
 use crate::error::{Context, Error, Result};
 use crate::sys::lock::{Lock, Rank};
@@ -27,7 +30,7 @@ impl Service {
             return Err(Error::unimplemented("all_platforms: only images of this host's platform are imported"));
         }
         let name = Some(request.reference.as_str()).filter(|r| !r.is_empty());
-        let images = self.images.import(path, name).context(|| format!("import {}", request.path))?;
+        let images = self.images.import(path, name, &call.cancel).context(|| format!("import {}", request.path))?;
         let images = images.iter().map(|i| ImportedImage { id: i.id.clone(), tags: i.repo_tags.clone(), ..Default::default() }).collect();
         Ok(ImportImageResponse { images, ..Default::default() })
     }
@@ -53,28 +56,23 @@ impl Service {
             registry_token: request.registry_token.clone(),
             ..Default::default()
         });
-        let layers: Arc<Lock<BTreeMap<String, (u64, u64)>>> = Arc::new(Lock::new(Rank::Leaf, BTreeMap::new()));
-        let seen = layers.clone();
-        let watch: crate::image::Watch = Arc::new(move |p| {
-            seen.lock().insert(p.layer.clone(), (p.done, p.total));
-        });
+        let board = Arc::new(Lock::new(Rank::Leaf, Board::default()));
+        let seen = board.clone();
+        let watch: crate::image::Watch = Arc::new(move |progress| seen.lock().note(progress));
         let (done, result) = crossbeam_channel::bounded(1);
         let (images, cancel, name) = (self.images.clone(), call.cancel.clone(), reference.clone());
         crate::sys::thread::spawn("pull", move || {
             let _ = done.send(images.pull(&name, credentials, &cancel, Some(watch)));
         })?;
-        let report = |image_ref: String| {
-            let layers = layers.lock().iter().map(|(digest, (bytes, total))| layer(digest, *bytes, *total)).collect();
-            PullProgress { reference: reference.clone(), layers, image_ref, ..Default::default() }
-        };
+        let report = |image_ref: &str| board.lock().message(Instant::now(), &reference, image_ref);
         loop {
             match result.recv_timeout(PROGRESS_PERIOD) {
                 Ok(image) => {
                     let image = image.context(|| format!("pull {reference}")).map_err(lead)?;
-                    return send(report(image.id.clone()));
+                    return send(report(&image.id));
                 }
                 Err(crossbeam_channel::RecvTimeoutError::Timeout) => {
-                    if let Err(e) = send(report(String::new())) {
+                    if let Err(e) = send(report("")) {
                         call.cancel.set();
                         return Err(e);
                     }
@@ -86,22 +84,61 @@ impl Service {
         }
     }
 
+    /// The check runs on a thread of the lowest priority, this one reports.
+    pub(super) fn check_images_of(
+        &self,
+        request: &CheckImagesRequest,
+        call: &Call,
+        send: &mut dyn FnMut(CheckProgress) -> Result<()>,
+    ) -> Result<()> {
+        let (steps, received) = crossbeam_channel::bounded(64);
+        let (images, cancel, repair) = (self.images.clone(), call.cancel.clone(), request.repair);
+        let thread = crate::sys::thread::spawn("image-check", move || {
+            crate::sys::thread::lowest_priority();
+            images.check(repair, &cancel, &mut |step| steps.send(step).map_err(|_| Error::cancelled("nobody listens")))
+        })?;
+        for step in received {
+            if let Err(e) = send(progress(step)) {
+                call.cancel.set();
+                return Err(e);
+            }
+        }
+        let checked = thread.join().unwrap_or_else(|_| Err(Error::internal("the check panicked"))).context(|| "check images")?;
+        let count = |n: usize| i64::try_from(n).unwrap_or(i64::MAX);
+        let (images, layers, blobs) = (count(checked.images), count(checked.layers), count(checked.blobs));
+        send(CheckProgress { finished: true, images, layers, blobs, ..Default::default() })
+    }
+
     pub(super) fn daemon_info(&self) -> InfoResponse {
         InfoResponse {
             version: env!("CARGO_PKG_VERSION").to_owned(),
             root: self.root.to_string_lossy().into_owned(),
             run: self.run.to_string_lossy().into_owned(),
             config_json: self.config.clone(),
+            incomplete: self.images.incomplete().into_iter().map(incomplete).collect(),
             ..Default::default()
         }
     }
 }
 
-fn layer(digest: &str, bytes: u64, total: u64) -> LayerProgress {
-    let state = match bytes {
-        0 => "waiting",
-        n if n >= total => "done",
-        _ => "pulling",
+fn progress(step: crate::image::Check) -> CheckProgress {
+    let problem = |p: crate::image::Problem| Problem {
+        kind: p.part.name().to_owned(),
+        subject: p.subject,
+        message: p.message,
+        action: p.action,
+        images: p.images,
+        ..Default::default()
     };
-    LayerProgress { digest: digest.to_owned(), state: state.to_owned(), bytes: bytes as i64, total: total as i64, ..Default::default() }
+    CheckProgress {
+        subject: step.subject,
+        bytes: i64::try_from(step.bytes).unwrap_or(i64::MAX),
+        total: i64::try_from(step.total).unwrap_or(i64::MAX),
+        problems: step.problems.into_iter().map(problem).collect(),
+        ..Default::default()
+    }
+}
+
+fn incomplete(image: crate::image::Incomplete) -> IncompleteImage {
+    IncompleteImage { id: image.id, names: image.names, reason: image.reason, ..Default::default() }
 }

@@ -9,8 +9,8 @@ use super::{Call, Service};
 use crate::api::runtime::{ContainerConfig, CreateContainerRequest, CreateContainerResponse, NamespaceMode, StopContainerRequest};
 use crate::container::{Container, CreateInputs, State};
 use crate::error::{Context, Error, Result};
-use crate::sandbox::{PidMode, Sandbox};
-use crate::spec::{NamespacePaths, Pid, SandboxFiles};
+use crate::sandbox::{validate, PidMode, Sandbox};
+use crate::spec::{NamespacePaths, Pid, SandboxFiles, UserNamespace};
 
 impl Service {
     /// The config of the sandbox in the request is not used: what the sandbox was made with counts.
@@ -25,12 +25,20 @@ impl Service {
         if privileged(config.linux.security_context.privileged, sandbox.config.linux.security_context.privileged) {
             return Err(Error::invalid(format!("{}: config.linux.security_context.privileged: the sandbox is not privileged", what())));
         }
+        same_user_namespace(&sandbox, &config).context(what)?;
+        let user = sandbox.meta.user_pin().zip(sandbox.meta.userns).map(|(path, maps)| UserNamespace { path, maps });
         let (pid, target) = self.pid_namespace(&sandbox, &config).context(what)?;
         let inputs = CreateInputs {
             sandbox_id: sandbox.id(),
             sandbox: &sandbox.config,
             handler: self.handlers.get(&sandbox.meta.handler).context(what)?.clone(),
-            namespaces: NamespacePaths { net: sandbox.meta.netns.clone(), ipc: sandbox.meta.ipc_pin(), uts: sandbox.meta.uts_pin(), pid },
+            namespaces: NamespacePaths {
+                user,
+                net: sandbox.meta.netns.clone(),
+                ipc: sandbox.meta.ipc_pin(),
+                uts: sandbox.meta.uts_pin(),
+                pid,
+            },
             target,
             files: files(&sandbox),
             hostname: &sandbox.meta.hostname,
@@ -114,6 +122,17 @@ impl Service {
         let Some(container): Option<Arc<Container>> = self.containers.find(id)? else { return Ok(()) };
         call.about(container.id());
         self.containers.remove(&container, &call.cancel)
+    }
+}
+
+/// A container that says something of its user namespace must say what the sandbox said.
+fn same_user_namespace(sandbox: &Sandbox, config: &ContainerConfig) -> Result<()> {
+    const FIELD: &str = "linux.security_context.namespace_options.userns_options";
+    let options = &config.linux.security_context.namespace_options;
+    let Some(asked) = options.userns_options.as_ref() else { return Ok(()) };
+    match validate::user_namespace(asked, FIELD)? == sandbox.meta.userns {
+        true => Ok(()),
+        false => Err(Error::invalid(format!("{FIELD}: expected what sandbox {} has", sandbox.id()))),
     }
 }
 

@@ -26,6 +26,12 @@ impl Service {
         for (state, count) in [("ready", ready), ("notready", sandboxes.len() - ready)] {
             gauges.set("crisp_sandboxes", "Sandboxes by state.", &[("state", state)], count as f64);
         }
+        for (state, count) in [("complete", self.images.list().len()), ("incomplete", self.images.incomplete().len())] {
+            gauges.set("crisp_images", "Images by state; an incomplete one must be pulled again.", &[("state", state)], count as f64);
+        }
+        let (layers, bytes) = self.images.layers();
+        gauges.set("crisp_image_layers", "Unpacked layers.", &[], layers as f64);
+        gauges.set("crisp_image_layers_bytes", "What they take on disk.", &[], bytes as f64);
         gauges.set("crisp_event_subscribers", "Clients of GetContainerEvents.", &[], self.events.subscribers() as f64);
         gauges.set("crisp_shims", "Shims that are alive.", &[], f64::from(shims));
     }

@@ -110,7 +110,7 @@ impl Service {
     }
 
     pub(super) fn fs_info(&self) -> Result<ImageFsInfoResponse> {
-        let info = self.images.fs_info()?;
+        let info = self.images.fs_info(self.disk.total());
         Ok(ImageFsInfoResponse {
             image_filesystems: vec![usage(&info.image)],
             container_filesystems: vec![usage(&info.container)],

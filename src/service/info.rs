@@ -7,6 +7,7 @@ use crate::api::runtime::{
     VersionRequest, VersionResponse,
 };
 use crate::error::{Context, Result};
+use crate::runtime::Features;
 use protobuf::MessageField;
 
 /// Of the kubelet runtime API, fixed (contract.md).
@@ -23,6 +24,17 @@ pub(super) fn version(_: &VersionRequest) -> VersionResponse {
     }
 }
 
+/// What kubelet may ask of a handler. Said only of what is built.
+fn handler_features(features: &Features) -> RuntimeHandlerFeatures {
+    let user_namespaces = features.user_namespaces() && kernel_has_user_namespaces();
+    RuntimeHandlerFeatures { recursive_read_only_mounts: false, user_namespaces, ..Default::default() }
+}
+
+/// They may be built out, or forbidden by user.max_user_namespaces.
+fn kernel_has_user_namespaces() -> bool {
+    std::fs::read_to_string("/proc/sys/user/max_user_namespaces").is_ok_and(|most| most.trim() != "0")
+}
+
 fn condition(kind: &str, problem: Option<(&str, String)>) -> RuntimeCondition {
     let (status, (reason, message)) = (problem.is_none(), problem.unwrap_or(("", String::new())));
     RuntimeCondition { type_: kind.to_owned(), status, reason: reason.to_owned(), message, ..Default::default() }
@@ -36,16 +48,23 @@ impl Service {
         let network = network.as_ref().map(|(reason, message)| (reason.as_str(), message.clone()));
         let conditions = vec![condition("RuntimeReady", self.runtime_problem()), condition("NetworkReady", network)];
         let status = RuntimeStatus { conditions, ..Default::default() };
-        let features = RuntimeHandlerFeatures::default();
         // The entry named "" is the default handler; the others are called by name.
         let names = std::iter::once("").chain(self.handlers.usable().map(|h| h.name.as_str()));
         let runtime_handlers = names
-            .map(|name| RuntimeHandler { name: name.to_owned(), features: MessageField::some(features.clone()), ..Default::default() })
+            .map(|name| RuntimeHandler {
+                name: name.to_owned(),
+                features: MessageField::some(handler_features(self.handlers.features(name))),
+                ..Default::default()
+            })
             .collect();
         let mut response = StatusResponse {
             status: MessageField::some(status),
             runtime_handlers,
-            features: MessageField::some(RuntimeFeatures { supplemental_groups_policy: true, ..Default::default() }),
+            features: MessageField::some(RuntimeFeatures {
+                supplemental_groups_policy: true,
+                user_namespaces_host_network: true,
+                ..Default::default()
+            }),
             ..Default::default()
         };
         if request.verbose {

@@ -21,6 +21,8 @@ mod image;
 mod info;
 /// ListMetricDescriptors and ListPodSandboxMetrics.
 mod metrics;
+/// How far a pull is.
+mod progress;
 /// RunPodSandbox, StopPodSandbox, RemovePodSandbox.
 mod sandbox;
 /// PodSandboxStatus and ListPodSandbox.
@@ -378,6 +380,15 @@ impl Admin for Service {
         send: &mut dyn FnMut(admin_api::PullProgress) -> Result<()>,
     ) -> Result<()> {
         self.pull_with_progress(&request, call, send)
+    }
+
+    fn check_images(
+        &self,
+        request: admin_api::CheckImagesRequest,
+        call: &Call,
+        send: &mut dyn FnMut(admin_api::CheckProgress) -> Result<()>,
+    ) -> Result<()> {
+        self.check_images_of(&request, call, send)
     }
 
     fn info(&self, _: admin_api::InfoRequest, _: &Call) -> Result<admin_api::InfoResponse> {

@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use super::{Call, Service};
-use crate::api::runtime::{RunPodSandboxRequest, RunPodSandboxResponse};
+use crate::api::runtime::{NamespaceMode, PodSandboxConfig, RunPodSandboxRequest, RunPodSandboxResponse};
 use crate::container::Container;
 use crate::error::{Context, Error, ErrorList, Result};
 use crate::sys::crash;
@@ -13,6 +13,11 @@ use crate::sys::thread;
 /// What a container of a stopping sandbox gets before KILL when kubelet did not stop it itself: kubelet stops containers with
 /// their own grace first, so these are left-overs.
 const LEFTOVER_GRACE: Duration = Duration::ZERO;
+
+fn wants_user_namespace(config: &PodSandboxConfig) -> bool {
+    let options = &config.linux.security_context.namespace_options.userns_options;
+    options.as_ref().is_some_and(|o| o.mode.enum_value() == Ok(NamespaceMode::POD))
+}
 
 impl Service {
     pub(super) fn run_sandbox(&self, request: RunPodSandboxRequest, call: &Call) -> Result<RunPodSandboxResponse> {
@@ -23,6 +28,10 @@ impl Service {
         // The sandbox's first container follows in a moment.
         self.warmer.request();
         let handler = self.handlers.get(&request.runtime_handler)?.name.clone();
+        if wants_user_namespace(&config) && !self.handlers.features(&handler).user_namespaces() {
+            let field = "linux.security_context.namespace_options.userns_options";
+            return Err(Error::precondition(format!("run sandbox: {field}: runtime handler {handler} has no user namespaces")));
+        }
         let id = self.sandboxes.run(config, &handler, &request.runtime_handler, &call.cancel).context(|| "run sandbox")?;
         call.about(&id);
         Ok(RunPodSandboxResponse { pod_sandbox_id: id, ..Default::default() })

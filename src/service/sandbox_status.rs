@@ -71,6 +71,7 @@ fn verbose(sandbox: &Sandbox, status: &Status) -> BTreeMap<String, String> {
         "network": {"namespace": meta.netns, "ready": status.network_ready, "ips": status.ips},
         "ipcNamespace": meta.ipc_pin(),
         "utsNamespace": meta.uts_pin(),
+        "userNamespace": meta.user_pin(),
         "cgroupParent": meta.cgroup_parent,
         "dir": meta.dir,
         "reason": status.reason,

@@ -24,12 +24,14 @@ use std::path::Path;
 use std::process::ExitCode;
 
 use crate::error::Result;
+use crate::sys::userns;
 
 const HELP: &str = "crisp-shim: monitors one container; started by crispd
 
 usage:
   crisp-shim container DIR   run the container whose config.json and shim.json are in DIR
   crisp-shim init            be PID 1 of a sandbox, inside its namespaces
+  crisp-shim pin new|join    make or enter a user namespace for crispd, which talks to it
   crisp-shim --version
   crisp-shim --help
 ";
@@ -43,6 +45,8 @@ pub fn main() -> ExitCode {
         ["container", _] => server::run(Path::new(&args[1])),
         ["init"] => init::run(),
         [init::CONFINED] => init::run_confined(),
+        [userns::ROLE, userns::NEW] => userns::serve(true),
+        [userns::ROLE, userns::JOIN] => userns::serve(false),
         ["--version"] => {
             println!("crisp-shim {}", env!("CARGO_PKG_VERSION"));
             Ok(())

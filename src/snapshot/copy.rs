@@ -1,4 +1,4 @@
-//! Snapshots as copies: every layer is copied over the one below, whiteouts applied on the way.
+//! Snapshots as copies: every layer is copied over the one below, whiteouts applied and owners mapped on the way.
 
 use std::collections::HashMap;
 use std::ffi::{OsStr, OsString};
@@ -11,30 +11,37 @@ use rustix::fs::{AtFlags, Dir, FileType, Gid, Mode, OFlags, Stat, Uid};
 use rustix::io::Errno;
 
 use crate::error::{Context, Result};
+use crate::sys::idmap::IdMaps;
 use crate::sys::mount;
 use crate::sys::rooted::{self, Rooted};
 
 const DIR: OFlags = OFlags::RDONLY.union(OFlags::DIRECTORY).union(OFlags::NOFOLLOW).union(OFlags::CLOEXEC);
 
-pub fn prepare(fs: &Path, layers: &[PathBuf], target: &Path) -> Result<()> {
+/// `maps`: root of the image becomes that of a user namespace, and so on; an id that is not mapped stays as it is, and is nobody there.
+pub fn prepare(fs: &Path, layers: &[PathBuf], target: &Path, maps: Option<&IdMaps>) -> Result<()> {
+    if let Some(maps) = maps.filter(|_| layers.is_empty()) {
+        let (uid, gid) = maps.root();
+        std::os::unix::fs::chown(fs, Some(uid), Some(gid)).context(|| format!("set the owner of {}", fs.display()))?;
+    }
     for layer in layers.iter().rev() {
         let open = |path: &Path| rustix::fs::open(path, DIR, Mode::empty()).context(|| format!("open {}", path.display()));
-        let mut merge = Merge { links: HashMap::new(), root: Rooted::open(fs)?, path: PathBuf::new() };
+        let mut merge = Merge { links: HashMap::new(), root: Rooted::open(fs)?, path: PathBuf::new(), maps };
         merge.dir(&open(layer)?, &open(fs)?).context(|| format!("copy {} at {}", layer.display(), merge.path.display()))?;
     }
     mount::bind(fs, target, false)
 }
 
 /// One layer on its way into the tree.
-struct Merge {
+struct Merge<'a> {
     /// Where the first name of a file with several went.
     links: HashMap<u64, PathBuf>,
     root: Rooted,
     /// The directory being copied.
     path: PathBuf,
+    maps: Option<&'a IdMaps>,
 }
 
-impl Merge {
+impl Merge<'_> {
     fn dir(&mut self, from: &OwnedFd, to: &OwnedFd) -> Result<()> {
         if rooted::is_opaque(&rooted::proc_path(from.as_fd(), Path::new(""))) {
             for name in names(to)? {
@@ -47,7 +54,11 @@ impl Merge {
             self.path.pop();
         }
         // Last: every file made in it changed its times.
-        rooted::copy_dir_metadata(from, to, Path::new(""))
+        rooted::copy_dir_metadata(from, to, Path::new(""))?;
+        let Some(maps) = self.maps else { return Ok(()) };
+        let stat = rustix::fs::fstat(from).context(|| "look at the source")?;
+        let (uid, gid) = maps.owner(stat.st_uid, stat.st_gid);
+        rustix::fs::fchown(to, Some(Uid::from_raw(uid)), Some(Gid::from_raw(gid))).context(|| "set owner")
     }
 
     fn entry(&mut self, from: &OwnedFd, to: &OwnedFd, name: &Path) -> Result<()> {
@@ -91,16 +102,20 @@ impl Merge {
             }
             kind => rustix::fs::mknodat(to, name, kind, Mode::from(0o600), stat.st_rdev).context(|| "make device")?,
         }
-        describe(from, to, name, &stat)
+        describe(from, to, name, &stat, self.maps)
     }
 }
 
-fn describe(from: &OwnedFd, to: &OwnedFd, name: &Path, stat: &Stat) -> Result<()> {
+fn describe(from: &OwnedFd, to: &OwnedFd, name: &Path, stat: &Stat, maps: Option<&IdMaps>) -> Result<()> {
     if rustix::process::geteuid().is_root() {
-        let (uid, gid) = (Uid::from_raw(stat.st_uid), Gid::from_raw(stat.st_gid));
+        let (uid, gid) = maps.map_or((stat.st_uid, stat.st_gid), |maps| maps.owner(stat.st_uid, stat.st_gid));
+        let (uid, gid) = (Uid::from_raw(uid), Gid::from_raw(gid));
         rustix::fs::chownat(to, name, Some(uid), Some(gid), AtFlags::SYMLINK_NOFOLLOW).context(|| "set owner")?;
     }
-    for (key, value) in rooted::xattrs(&rooted::proc_path(from.as_fd(), name)).context(|| "list attributes")? {
+    for (key, mut value) in rooted::xattrs(&rooted::proc_path(from.as_fd(), name)).context(|| "list attributes")? {
+        if let Some(maps) = maps.filter(|_| key == "security.capability") {
+            value = capability_of(value, maps);
+        }
         rustix::fs::lsetxattr(rooted::proc_path(to.as_fd(), name), &key, &value, rustix::fs::XattrFlags::empty())
             .context(|| format!("set attribute {}", key.to_string_lossy()))?;
     }
@@ -108,6 +123,19 @@ fn describe(from: &OwnedFd, to: &OwnedFd, name: &Path, stat: &Stat) -> Result<()
         rooted::set_mode(to, name, stat.st_mode & 0o7777).context(|| "set mode")?;
     }
     rooted::set_times(to, name, (stat.st_mtime, stat.st_mtime_nsec as u32))
+}
+
+/// struct vfs_ns_cap_data of <linux/capability.h>: capabilities of a file hold in the user namespace whose root they name. Version 2 names
+/// none and means the host's.
+fn capability_of(mut value: Vec<u8>, maps: &IdMaps) -> Vec<u8> {
+    const VERSION_2: u8 = 2;
+    const VERSION_3: u8 = 3;
+    // Little endian: the version is the highest byte of the first word, the lowest is a flag.
+    if value.len() == 20 && value[3] == VERSION_2 {
+        value[3] = VERSION_3;
+        value.extend_from_slice(&maps.root().0.to_le_bytes());
+    }
+    value
 }
 
 fn names(dir: &OwnedFd) -> Result<Vec<OsString>> {
@@ -129,5 +157,23 @@ fn remove(dir: &OwnedFd, name: &OsStr) -> Result<()> {
         Ok(()) | Err(Errno::NOENT) => Ok(()),
         Err(Errno::ISDIR) => std::fs::remove_dir_all(rooted::proc_path(dir.as_fd(), Path::new(name))).context(|| "remove directory"),
         Err(e) => Err(e).context(|| "remove"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::sys::idmap::IdMap;
+
+    #[test]
+    fn capabilities_of_files_name_the_namespaces_root() {
+        let map = IdMap { container: 0, host: 0x0102_0304, length: 1 };
+        let maps = IdMaps { uids: map, gids: map };
+        let mut ping = vec![1, 0, 0, 2, 0, 0x20, 0, 0];
+        ping.extend([0; 12]);
+        let mapped = capability_of(ping.clone(), &maps);
+        assert_eq!((mapped.len(), mapped[3], &mapped[4..8], &mapped[20..]), (24, 3, &ping[4..8], &[4, 3, 2, 1][..]));
+        assert_eq!(capability_of(mapped.clone(), &maps), mapped, "one that names a root keeps it");
+        assert_eq!(capability_of(vec![1, 0, 0, 1], &maps), [1, 0, 0, 1]);
     }
 }

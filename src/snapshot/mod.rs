@@ -2,6 +2,9 @@
 
 mod copy;
 mod overlay;
+mod owners;
+
+pub use owners::{Mapping, Owners};
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -24,6 +27,7 @@ pub enum Kind {
 pub struct Snapshotter {
     dir: PathBuf,
     kind: Kind,
+    mapping: Mapping,
     /// Set: the kernel counts what each snapshot takes.
     projects: Option<Arc<Projects>>,
 }
@@ -33,7 +37,7 @@ impl Snapshotter {
     pub fn new(root: &Path, kind: Kind) -> Result<Snapshotter> {
         let dir = root.join("snapshots");
         file::make_dir(&dir, 0o711)?;
-        Ok(Snapshotter { dir, kind, projects: None })
+        Ok(Snapshotter { dir, kind, mapping: Mapping::default(), projects: None })
     }
 
     /// overlayfs if this file system can carry one (tried with a real mount), else copies, with a warning.
@@ -52,6 +56,11 @@ impl Snapshotter {
         self.projects.clone()
     }
 
+    /// How root filesystems for user namespaces are made by a snapshotter of overlays; one of copies changes the owners while it copies.
+    pub fn set_mapping(&mut self, mapping: Mapping) {
+        self.mapping = mapping;
+    }
+
     pub fn kind(&self) -> Kind {
         self.kind
     }
@@ -61,9 +70,9 @@ impl Snapshotter {
         self.dir.join(container).join("fs")
     }
 
-    /// Makes the snapshot of a container and mounts it on `target`. `layers` is ordered top first and may be empty. On an
-    /// error nothing is left.
-    pub fn prepare(&self, container: &str, layers: &[PathBuf], target: &Path) -> Result<()> {
+    /// Makes the snapshot of a container and mounts it on `target`. `layers` is ordered top first and may be empty. `owners`: for a user
+    /// namespace. On an error nothing is left.
+    pub fn prepare(&self, container: &str, layers: &[PathBuf], target: &Path, owners: Option<&Owners>) -> Result<()> {
         let what = || format!("prepare snapshot of {container}");
         let place = self.place(container)?;
         if place.exists() {
@@ -79,9 +88,22 @@ impl Snapshotter {
         let fs = place.join("fs");
         file::make_dir(&fs, 0o755)?;
         file::make_dir(target, 0o711)?;
-        match self.kind {
-            Kind::Overlay => overlay::prepare(&place, layers, target),
-            Kind::Copy => copy::prepare(&fs, layers, target),
+        match (self.kind, owners, self.mapping) {
+            (Kind::Overlay, None, _) => overlay::prepare(&place, layers, target),
+            (Kind::Overlay, Some(owners), Mapping::Idmap) => owners::prepare_mapped(&place, layers, target, owners)
+                .map_err(|e| Error::precondition(format!("userns_rootfs = \"idmap\", and layers cannot be mounted id-mapped: {e}"))),
+            (Kind::Overlay, Some(owners), Mapping::Auto) => match owners::prepare_mapped(&place, layers, target, owners) {
+                Ok(()) => Ok(()),
+                Err(e) => {
+                    static ONCE: std::sync::Once = std::sync::Once::new();
+                    ONCE.call_once(|| log::warn!("snapshot: containers of user namespaces get a copy of their image: {e}"));
+                    owners::reset(&place, target).and_then(|()| copy::prepare(&fs, layers, target, Some(&owners.maps)))
+                }
+            },
+            (Kind::Overlay, Some(owners), Mapping::Chown) | (Kind::Copy, Some(owners), _) => {
+                copy::prepare(&fs, layers, target, Some(&owners.maps))
+            }
+            (Kind::Copy, None, _) => copy::prepare(&fs, layers, target, None),
         }
         .context(what)?;
         undo.commit();
@@ -93,7 +115,7 @@ impl Snapshotter {
         let place = self.place(container)?;
         let mut errors = ErrorList::default();
         // Deleting below a mount that stayed would delete the files of whatever is mounted.
-        if errors.keep(mount::unmount(target)).is_some() {
+        if errors.keep(mount::unmount(target)).is_some() & errors.keep(owners::release(&place)).is_some() {
             errors.keep(file::remove_tree(&place));
         }
         errors.finish().context(|| format!("remove snapshot of {container}"))

@@ -37,7 +37,7 @@ fn life(kind: Kind) {
     std::fs::set_permissions(&high, std::fs::Permissions::from_mode(0o1770)).unwrap();
     let snapshotter = Snapshotter::new(dir.path(), kind).unwrap();
     let target = dir.path().join("rootfs");
-    snapshotter.prepare("c1", &[high.clone(), low.clone()], &target).unwrap();
+    snapshotter.prepare("c1", &[high.clone(), low.clone()], &target, None).unwrap();
     assert_eq!(names(&target), ["a", "a2", "d", "l", "o"]);
     assert_eq!((names(&target.join("d")), names(&target.join("o"))), (vec!["x".to_owned(), "y".to_owned()], vec!["new".to_owned()]));
     assert_eq!(target.metadata().unwrap().mode() & 0o7777, 0o1770);
@@ -46,18 +46,18 @@ fn life(kind: Kind) {
     }
     std::fs::write(target.join("a"), "changed").unwrap();
     assert_eq!(std::fs::read(low.join("a")).unwrap(), b"low");
-    assert!(snapshotter.prepare("c1", std::slice::from_ref(&low), &target).is_err());
+    assert!(snapshotter.prepare("c1", std::slice::from_ref(&low), &target, None).is_err());
     assert_eq!(snapshotter.list().unwrap(), ["c1"]);
     snapshotter.remove("c1", &target).unwrap();
     snapshotter.remove("c1", &target).unwrap();
     assert!(snapshotter.list().unwrap().is_empty() && names(&target).is_empty() && low.join("a").exists());
     for (id, layers) in [("none", vec![]), ("one", vec![low.clone()])] {
-        snapshotter.prepare(id, &layers, &target).unwrap();
+        snapshotter.prepare(id, &layers, &target, None).unwrap();
         std::fs::write(target.join("new"), "").unwrap();
         snapshotter.remove(id, &target).unwrap();
     }
-    assert!(snapshotter.prepare("bad", &[dir.path().join("absent")], &target).is_err());
-    assert!(snapshotter.prepare("../up", &[], &target).is_err());
+    assert!(snapshotter.prepare("bad", &[dir.path().join("absent")], &target, None).is_err());
+    assert!(snapshotter.prepare("../up", &[], &target, None).is_err());
     assert!(snapshotter.list().unwrap().is_empty());
     assert!(mount::below(dir.path()).unwrap().is_empty());
 }
@@ -86,7 +86,7 @@ fn many_layers_mount() {
     let snapshotter = Snapshotter::detect(dir.path()).unwrap();
     assert_eq!(snapshotter.kind(), Kind::Overlay);
     let target = dir.path().join("rootfs");
-    snapshotter.prepare("c", &layers, &target).unwrap();
+    snapshotter.prepare("c", &layers, &target, None).unwrap();
     assert_eq!(names(&target).len(), 200);
     snapshotter.remove("c", &target).unwrap();
     assert!(snapshotter.list().unwrap().is_empty());

@@ -30,6 +30,7 @@ pub(crate) fn host() -> HostFacts {
     HostFacts {
         cgroup_v2: false,
         cgroup_mounts: vec!["cpu".into(), "memory".into()],
+        host_mounts: Vec::new(),
         bounding: BY_NUMBER.into_iter().collect(),
         arch: "x86_64".into(),
         oom_score_adj_floor: -1000,

@@ -1,42 +1,13 @@
 //! The OCI runtime spec of a container, computed from the CRI messages, the image's configuration and facts gathered
 //! before. Pure: nothing here touches the disk or the kernel.
 //!
-//! No field of a request is ignored in silence. What becomes of each (H honoured here, C honoured by the container or
-//! sandbox code, R refused by name, N cannot apply and is accepted):
-//!
-//! | field of ContainerConfig | |
-//! |---|---|
-//! | metadata, labels, log_path, stdin, stdin_once, stop_signal | C |
-//! | image.image, image.user_specified_image | H annotation `io.kubernetes.cri.image-name`; C |
-//! | image.annotations, image.runtime_handler, image.image_ref | C |
-//! | command, args, working_dir, envs, tty | H `process` |
-//! | mounts: container_path, host_path, readonly, propagation | H `mounts`; paths resolved by `container::mounts` |
-//! | mounts: selinux_relabel | N without SELinux, R with it |
-//! | mounts: recursive_read_only, image, image_sub_path, uidMappings, gidMappings, mount_options | R `refuse` |
-//! | devices | H `resources`; stat'ed by `container::devices` |
-//! | CDI_devices, annotations `cdi.k8s.io/*`, RDT and block I/O class annotations | R `refuse` |
-//! | annotations | C; into the spec only those on `Defaults::annotations` |
-//! | windows | R |
-//! | **linux.resources** | H `resources` |
-//! | hugepage_limits | H; R for a size the host lacks or cannot limit, N when such a limit is 0 |
-//! | unified | H on cgroup v2, R on v1 |
-//! | oom_score_adj | H `process`, raised with a warning to what the daemon may set |
-//! | **linux.security_context** | |
-//! | capabilities, privileged, masked_paths, readonly_paths, no_new_privs, readonly_rootfs | H `security` |
-//! | capabilities, seccomp, masks of a privileged container | N, privileged wins |
-//! | namespace_options.pid | C finds the namespace, H joins it |
-//! | namespace_options.network, .ipc | N: always the sandbox's |
-//! | namespace_options.userns_options in mode POD | R until user namespaces are built |
-//! | selinux_options | level checked; N without SELinux, R with it |
-//! | run_as_user, run_as_group, run_as_username, supplemental_groups, supplemental_groups_policy | C `container::user`, H |
-//! | seccomp, seccomp_profile_path | H; R Localhost |
-//! | apparmor, apparmor_profile | H unset and unconfined; R the others |
-//!
-//! Of the image's configuration: User C, Env, Entrypoint, Cmd, WorkingDir H, StopSignal C, Volumes C (an empty
-//! directory in the rootfs: image volumes of their own are not built), ExposedPorts and Labels N. Of PodSandboxConfig only
-//! the metadata, `privileged` and annotations matter here. hostname and sysctls are left out of the spec on purpose: the
-//! namespaces are joined, and a runtime would rewrite the sandbox's.
+//! No field of a request is ignored in silence: the table of fields below says of each what becomes of it, and tests hold it to that.
+//! Of the image's configuration: User, Env, Entrypoint, Cmd and WorkingDir are in the spec, StopSignal is what stop sends, Volumes are
+//! empty directories in the rootfs, ExposedPorts and Labels do not apply. hostname and sysctls are left out of the spec on purpose:
+//! the namespaces are joined, and a runtime would rewrite the sandbox's.
+#![doc = include_str!("fields.md")]
 
+pub mod fields;
 pub mod mounts;
 pub mod namespaces;
 pub mod process;
@@ -44,9 +15,10 @@ pub mod refuse;
 pub mod resources;
 pub mod seccomp;
 pub mod security;
+pub mod userns;
 
 #[cfg(test)]
-mod fixture;
+pub(crate) mod fixture;
 
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
@@ -61,6 +33,7 @@ pub use mounts::{Propagation, ResolvedMount};
 pub use namespaces::{NamespacePaths, Pid};
 pub use process::exec_process;
 pub use resources::{update_resources, ResolvedDevice, Update};
+pub use userns::UserNamespace;
 
 /// crun 1.8.1 refuses 1.2.0; nothing here needs more.
 const OCI_VERSION: &str = "1.0.2";
@@ -147,6 +120,8 @@ pub struct HostFacts {
     /// What an OCI runtime may mount below a container's /sys/fs/cgroup, by name; nothing on v2. Names that it does not mount do
     /// no harm.
     pub cgroup_mounts: Vec<String>,
+    /// What is mounted on the host's /dev/mqueue and below its /sys.
+    pub host_mounts: Vec<PathBuf>,
     /// The daemon's bounding set: no container can have more.
     pub bounding: Capabilities,
     /// A name of `std::env::consts::ARCH`.
@@ -187,6 +162,9 @@ pub fn build(inputs: &Inputs) -> Result<(Spec, Vec<String>)> {
         .set_rootfs_propagation(mounts::rootfs_propagation(inputs.mounts))
         .set_masked_paths(security::masked_paths(inputs.security())?)
         .set_readonly_paths(security::readonly_paths(inputs)?);
+    if let Some([uids, gids]) = userns::mappings(inputs)? {
+        linux.set_uid_mappings(Some(uids)).set_gid_mappings(Some(gids));
+    }
 
     // Every member is set: the defaults of the type are somebody's taste.
     let mut spec = Spec::default();

@@ -73,6 +73,7 @@ fn usual(inputs: &Inputs) -> Vec<Mount> {
     if inputs.files.shm.is_none() {
         list.push(mount("/dev/shm", "tmpfs", "shm", &["nosuid", "noexec", "nodev", "mode=1777", "size=65536k"]));
     }
+    super::userns::adjust(&mut list, inputs);
     list
 }
 

@@ -4,11 +4,13 @@ use std::path::{Path, PathBuf};
 
 use oci_spec::runtime::{LinuxNamespace, LinuxNamespaceType as Type};
 
-use super::Inputs;
+use super::{Inputs, UserNamespace};
 
 /// The namespaces of the sandbox, as pinned on disk.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct NamespacePaths {
+    /// None: the host's.
+    pub user: Option<UserNamespace>,
     /// None: the host's.
     pub net: Option<PathBuf>,
     /// None: the host's.
@@ -33,6 +35,8 @@ pub enum Pid {
 pub(super) fn namespaces(inputs: &Inputs) -> Vec<LinuxNamespace> {
     let paths = inputs.namespaces;
     let mut list = vec![namespace(Type::Mount, None)];
+    // The first: the others belong to it.
+    list.extend(paths.user.as_ref().map(|user| namespace(Type::User, Some(&user.path))));
     let joined = [(Type::Network, &paths.net), (Type::Ipc, &paths.ipc), (Type::Uts, &paths.uts)];
     list.extend(joined.into_iter().filter_map(|(kind, path)| path.as_deref().map(|path| namespace(kind, Some(path)))));
     match &paths.pid {
@@ -70,6 +74,7 @@ mod tests {
             ipc: Some("/run/ns/ipc".into()),
             uts: Some("/run/ns/uts".into()),
             pid: Pid::Path("/proc/7/ns/pid".into()),
+            user: None,
         };
         let list = of(&fixture);
         assert_eq!(list.len(), 5);

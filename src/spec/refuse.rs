@@ -3,9 +3,7 @@
 
 use super::HostFacts;
 use crate::api::runtime::security_profile::ProfileType;
-use crate::api::runtime::{
-    ContainerConfig, LinuxContainerSecurityContext, Mount, MountPropagation, NamespaceMode, PodSandboxConfig, SELinuxOption,
-};
+use crate::api::runtime::{ContainerConfig, LinuxContainerSecurityContext, Mount, MountPropagation, PodSandboxConfig, SELinuxOption};
 use crate::error::{Code, Error, Result};
 
 /// Annotations by which other runtimes are told of devices, cache and block I/O classes.
@@ -28,11 +26,6 @@ pub fn container(config: &ContainerConfig, sandbox: &PodSandboxConfig, host: &Ho
     let Some(security) = config.linux.security_context.as_ref() else { return Ok(()) };
     if security.privileged && !sandbox.linux.security_context.privileged {
         return Err(Error::invalid("privileged: the sandbox is not privileged"));
-    }
-    if let Some(userns) = security.namespace_options.userns_options.as_ref() {
-        if userns.mode.enum_value() != Ok(NamespaceMode::NODE) {
-            return Err(Error::unimplemented("userns_options: user namespaces are not built yet"));
-        }
     }
     if let Some(options) = security.selinux_options.as_ref() {
         selinux(options, host)?;
@@ -81,9 +74,6 @@ pub fn mount(mount: &Mount, host: &HostFacts) -> Result<()> {
         }
         // kubelet knows this one by code UNKNOWN and by the first word of the whole message.
         return Err(Error::new(Code::Unknown, format!("RROUnsupported: {}: recursive_read_only is not built yet", place())));
-    }
-    if !mount.uidMappings.is_empty() || !mount.gidMappings.is_empty() {
-        return later("uidMappings and gidMappings are");
     }
     if !mount.mount_options.is_empty() {
         return later("mount_options are");
@@ -150,7 +140,7 @@ mod tests {
 
     use super::super::fixture::{host, Fixture};
     use super::*;
-    use crate::api::runtime::{CDIDevice, IDMapping, ImageSpec, SecurityProfile, UserNamespace, WindowsContainerConfig};
+    use crate::api::runtime::{CDIDevice, ImageSpec, SecurityProfile, WindowsContainerConfig};
 
     fn refused(change: impl FnOnce(&mut Fixture), code: Code, word: &str) {
         let mut fixture = Fixture::new();
@@ -195,18 +185,6 @@ mod tests {
         accepted(|f| f.set_privileged());
     }
 
-    #[test]
-    fn user_namespaces() {
-        let with = |mode: NamespaceMode| {
-            move |f: &mut Fixture| {
-                let userns = UserNamespace { mode: mode.into(), ..Default::default() };
-                f.security().namespace_options.mut_or_insert_default().userns_options = MessageField::some(userns);
-            }
-        };
-        refused(with(NamespaceMode::POD), Code::Unimplemented, "userns_options");
-        accepted(with(NamespaceMode::NODE));
-    }
-
     fn mount_refused(change: impl FnOnce(&mut Mount), code: Code, word: &str) {
         let mut asked = Mount { container_path: "/data".into(), host_path: "/srv".into(), ..Default::default() };
         change(&mut asked);
@@ -239,8 +217,7 @@ mod tests {
     }
 
     #[test]
-    fn mappings_options_labels_and_unknown_propagation() {
-        mount_refused(|m| m.uidMappings.push(IDMapping::default()), Code::Unimplemented, "uidMappings");
+    fn options_labels_and_unknown_propagation() {
         mount_refused(|m| m.mount_options.push("noexec".into()), Code::Unimplemented, "mount_options");
         mount_refused(|m| m.selinux_relabel = true, Code::Unimplemented, "selinux_relabel");
         mount_refused(|m| m.propagation = protobuf::EnumOrUnknown::from_i32(9), Code::InvalidArgument, "propagation");

@@ -200,6 +200,9 @@ pub(super) fn readonly_paths(inputs: &Inputs) -> Result<Option<Vec<String>>> {
         below.push(cgroup.to_owned());
         below.extend(inputs.host.cgroup_mounts.iter().map(|name| cgroup.join(name)));
     }
+    if ours(sys) && super::userns::has_hosts_sys(inputs) {
+        below.extend(inputs.host.host_mounts.iter().filter(|path| path.starts_with(sys) && !path.starts_with(cgroup)).cloned());
+    }
     below.extend(inputs.mounts.iter().filter(|mount| mount.readonly).map(|mount| mount.container_path.clone()));
     below.retain(|inner| list.iter().any(|path| inner.starts_with(path)) && !list.iter().any(|path| inner == Path::new(path)));
     list.extend(below.into_iter().map(|path| path.display().to_string()));

@@ -105,6 +105,12 @@ impl Disk {
         }
     }
 
+    /// Bytes and inodes of all writable layers, as far as they are known. Never waits for a disk.
+    pub fn total(&self) -> (u64, u64) {
+        let ids: Vec<String> = self.shared.layers.read().keys().cloned().collect();
+        ids.iter().filter_map(|id| self.usage(id)).fold((0, 0), |(bytes, inodes), u| (bytes + u.bytes, inodes + u.inodes))
+    }
+
     /// Measures `upper_dir` from now on; if there is little in it, the first time here.
     pub fn watch(&self, id: &str, upper_dir: PathBuf) {
         let project = self.projects.as_ref().and_then(|_| quota::project_of(&upper_dir).ok().flatten());

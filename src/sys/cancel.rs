@@ -14,6 +14,8 @@ use crate::error::{Context, Error, Result};
 #[derive(Clone)]
 pub struct Cancel {
     shared: Arc<Shared>,
+    /// Those that this one is part of: it ends with each of them.
+    above: Vec<Arc<Shared>>,
     deadline: Option<Instant>,
 }
 
@@ -28,20 +30,41 @@ type Action = Arc<dyn Fn() + Send + Sync>;
 
 /// Takes back what `Cancel::on_set` was given, when it is dropped.
 pub struct Hook {
-    shared: Arc<Shared>,
-    number: u64,
+    placed: Vec<(Arc<Shared>, u64)>,
 }
 
 impl Drop for Hook {
     fn drop(&mut self) {
-        self.shared.hooks.lock().unwrap_or_else(PoisonError::into_inner).retain(|(number, _)| *number != self.number);
+        for (shared, number) in &self.placed {
+            shared.hooks.lock().unwrap_or_else(PoisonError::into_inner).retain(|(other, _)| other != number);
+        }
+    }
+}
+
+impl Shared {
+    fn new() -> Shared {
+        Shared { set: AtomicBool::new(false), fd: OnceLock::new(), hooks: Mutex::default() }
+    }
+
+    fn is_set(&self) -> bool {
+        self.set.load(Ordering::SeqCst)
+    }
+
+    /// Readable once cancelled. Stays readable.
+    fn fd(&self) -> Option<BorrowedFd<'_>> {
+        let fd = self.fd.get_or_init(|| rustix::event::eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK).ok());
+        if self.is_set() {
+            if let Some(fd) = fd {
+                let _ = rustix::io::write(fd, &1u64.to_ne_bytes());
+            }
+        }
+        fd.as_ref().map(|fd| fd.as_fd())
     }
 }
 
 impl Cancel {
     pub fn new(deadline: Option<Instant>) -> Cancel {
-        let shared = Shared { set: AtomicBool::new(false), fd: OnceLock::new(), hooks: Mutex::default() };
-        Cancel { shared: Arc::new(shared), deadline }
+        Cancel { shared: Arc::new(Shared::new()), above: Vec::new(), deadline }
     }
 
     pub fn never() -> Cancel {
@@ -51,7 +74,13 @@ impl Cancel {
     /// The same flag under a deadline that is at most `limit` from now.
     pub fn within(&self, limit: Duration) -> Cancel {
         let ours = Instant::now() + limit;
-        Cancel { shared: self.shared.clone(), deadline: Some(self.deadline.map_or(ours, |d| d.min(ours))) }
+        Cancel { deadline: Some(self.deadline.map_or(ours, |d| d.min(ours))), ..self.clone() }
+    }
+
+    /// A part of the call that can be cancelled alone; it ends with the call as well.
+    pub fn part(&self) -> Cancel {
+        let above = self.above.iter().chain([&self.shared]).cloned().collect();
+        Cancel { shared: Arc::new(Shared::new()), above, deadline: self.deadline }
     }
 
     /// Cancels: every waiter wakes.
@@ -68,14 +97,18 @@ impl Cancel {
     /// Has `action` run when the call is cancelled from here on, by the thread that cancels it: for waits on something else
     /// than a descriptor. Who looks at `check` after this misses no cancellation. It may still run while the guard is dropped.
     pub fn on_set(&self, action: impl Fn() + Send + Sync + 'static) -> Hook {
-        let mut hooks = self.shared.hooks.lock().unwrap_or_else(PoisonError::into_inner);
-        let number = hooks.last().map_or(0, |(number, _)| number + 1);
-        hooks.push((number, Arc::new(action)));
-        Hook { shared: self.shared.clone(), number }
+        let action: Action = Arc::new(action);
+        let place = |shared: &Arc<Shared>| {
+            let mut hooks = shared.hooks.lock().unwrap_or_else(PoisonError::into_inner);
+            let number = hooks.last().map_or(0, |(number, _)| number + 1);
+            hooks.push((number, action.clone()));
+            (shared.clone(), number)
+        };
+        Hook { placed: self.above.iter().chain([&self.shared]).map(place).collect() }
     }
 
     pub fn is_cancelled(&self) -> bool {
-        self.shared.set.load(Ordering::SeqCst)
+        self.shared.is_set() || self.above.iter().any(|shared| shared.is_set())
     }
 
     pub fn deadline(&self) -> Option<Instant> {
@@ -98,17 +131,6 @@ impl Cancel {
         self.deadline.map(|d| d.saturating_duration_since(Instant::now()))
     }
 
-    /// Readable once cancelled. Stays readable.
-    fn fd(&self) -> Option<BorrowedFd<'_>> {
-        let fd = self.shared.fd.get_or_init(|| rustix::event::eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK).ok());
-        if self.is_cancelled() {
-            if let Some(fd) = fd {
-                let _ = rustix::io::write(fd, &1u64.to_ne_bytes());
-            }
-        }
-        fd.as_ref().map(|fd| fd.as_fd())
-    }
-
     /// Waits until one of `fds` is ready, the call is cancelled or its deadline passes (both errors), or `limit` has
     /// passed (Ok, with no flag set). Gives back the ready flags in the order of `fds`.
     pub fn poll(&self, fds: &[(BorrowedFd<'_>, PollFlags)], limit: Option<Duration>) -> Result<Vec<PollFlags>> {
@@ -125,9 +147,8 @@ impl Cancel {
                 PollTimeout::try_from(ms.min(i32::MAX as u128) as i32).unwrap_or(PollTimeout::MAX)
             });
             let mut set: Vec<PollFd> = fds.iter().map(|(fd, flags)| PollFd::new(*fd, *flags)).collect();
-            if let Some(fd) = self.fd() {
-                set.push(PollFd::new(fd, PollFlags::POLLIN));
-            }
+            let ends = self.above.iter().chain([&self.shared]).filter_map(|shared| shared.fd());
+            set.extend(ends.map(|fd| PollFd::new(fd, PollFlags::POLLIN)));
             match nix::poll::poll(&mut set, timeout) {
                 Ok(_) => {}
                 Err(nix::errno::Errno::EINTR) => continue,
@@ -163,6 +184,18 @@ mod tests {
         cancel.set();
         assert_eq!(t.join().unwrap().unwrap_err().code(), crate::error::Code::Cancelled);
         assert!(cancel.sleep(Duration::from_secs(60)).is_err());
+    }
+
+    #[test]
+    fn a_part_ends_alone_or_with_the_whole() {
+        let whole = Cancel::never();
+        let (one, other) = (whole.part(), whole.part().within(Duration::from_secs(60)));
+        one.set();
+        assert!(one.part().check().is_err() && other.check().is_ok() && whole.check().is_ok());
+        let t = std::thread::spawn(move || other.part().sleep(Duration::from_secs(60)));
+        std::thread::sleep(Duration::from_millis(20));
+        whole.set();
+        assert_eq!(t.join().unwrap().unwrap_err().code(), crate::error::Code::Cancelled);
     }
 
     #[test]

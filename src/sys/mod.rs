@@ -19,6 +19,9 @@ pub mod crash;
 pub mod cputime;
 /// Files: atomic writes, bounded reads, removal of trees.
 pub mod file;
+/// Maps of user and group ids, id-mapped mounts.
+#[cfg(feature = "engine")]
+pub mod idmap;
 /// Paths inside a root filesystem, as a process in it would see them.
 #[cfg(feature = "engine")]
 pub mod inroot;
@@ -40,6 +43,9 @@ pub mod namespace;
 pub mod netlink;
 /// pidfds: race-free signals and waits.
 pub mod pidfd;
+/// Making, entering and pinning user namespaces, from the daemon.
+#[cfg(feature = "engine")]
+pub mod pin;
 /// Child processes: bounded output, timeout, process group killed.
 pub mod process;
 /// Project quotas of file systems.
@@ -55,6 +61,8 @@ pub mod socket;
 pub mod tcp;
 /// Threads with names.
 pub mod thread;
+/// The program that makes and enters user namespaces.
+pub mod userns;
 /// One thread that waits on many descriptors.
 #[cfg(feature = "engine")]
 pub mod watch;

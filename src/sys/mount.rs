@@ -24,10 +24,10 @@ pub fn make_private(target: &Path) -> Result<()> {
         .context(|| format!("make mount {} private", target.display()))
 }
 
-/// Mounts a tmpfs of at most `size` bytes.
-pub fn tmpfs(target: &Path, size: u64, mode: u32) -> Result<()> {
+/// Mounts a tmpfs of at most `size` bytes, whose root directory is `owner`'s (uid and gid).
+pub fn tmpfs(target: &Path, size: u64, mode: u32, owner: (u32, u32)) -> Result<()> {
     let flags = MsFlags::MS_NOSUID | MsFlags::MS_NODEV | MsFlags::MS_NOEXEC;
-    let options = format!("mode={mode:o},size={size}");
+    let options = format!("mode={mode:o},size={size},uid={},gid={}", owner.0, owner.1);
     nix::mount::mount(Some("shm"), target, Some("tmpfs"), flags, Some(options.as_str()))
         .context(|| format!("mount tmpfs on {}", target.display()))
 }

@@ -80,14 +80,19 @@ pub fn spawn_init(join: Vec<PathBuf>, init: Program) -> Result<i32> {
 }
 
 /// Pins the calling thread's namespace `name` (net, ipc, uts) at `pin`.
-fn pin_here(name: &str, pin: &Path) -> Result<()> {
+fn pin_here(name: &str, at: &Path) -> Result<()> {
+    pin(Path::new(&format!("/proc/thread-self/ns/{name}")), at)
+}
+
+/// Pins a namespace, a link of /proc/PID/ns, at `pin`.
+pub fn pin(namespace: &Path, pin: &Path) -> Result<()> {
     std::fs::OpenOptions::new()
         .write(true)
         .create_new(true)
         .mode(0o444)
         .open(pin)
         .context(|| format!("create namespace pin {}", pin.display()))?;
-    mount::bind(Path::new(&format!("/proc/thread-self/ns/{name}")), pin, false)
+    mount::bind(namespace, pin, false)
 }
 
 /// Undoes a pin: the namespace dies with its last process. Not pinned or not there is fine.

@@ -2,7 +2,7 @@
 
 use std::collections::HashMap;
 use std::sync::{LazyLock, OnceLock};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use prometheus::core::Collector;
 use prometheus::{Histogram, HistogramOpts, HistogramVec, IntCounter, IntCounterVec, IntGauge, IntGaugeVec, Opts, Registry};
@@ -30,6 +30,9 @@ struct Meters {
     pulls: IntCounterVec,
     pull_durations: Histogram,
     pull_bytes: IntCounter,
+    pulls_running: IntGauge,
+    layers_unpacked: IntCounter,
+    unpacked_bytes: IntCounter,
     shim_starts: IntCounterVec,
     shim_deaths: IntCounter,
     cni: HistogramVec,
@@ -66,7 +69,7 @@ impl Meters {
             ),
             methods: Lock::new(Rank::Leaf, HashMap::new()),
             refused: counters("crisp_lane_refused_total", "Calls refused because the queue of their lane was full.", &["lane"]),
-            pulls: counters("crisp_image_pulls_total", "Pulls that ended, by result.", &["result"]),
+            pulls: counters("crisp_image_pulls_total", "Pulls that ended, by result: ok, or the reason of the failure.", &["result"]),
             pull_durations: kept(
                 &registry,
                 Histogram::with_opts(
@@ -74,6 +77,9 @@ impl Meters {
                 ),
             ),
             pull_bytes: counter("crisp_image_pull_received_bytes_total", "Bytes of layers received from registries."),
+            pulls_running: kept(&registry, IntGauge::new("crisp_image_pulls_running", "Pulls under way.")),
+            layers_unpacked: counter("crisp_image_layers_unpacked_total", "Layers unpacked, of pulls and imports."),
+            unpacked_bytes: counter("crisp_image_unpacked_bytes_total", "Bytes on disk of the layers unpacked."),
             shim_starts: counters("crisp_shim_starts_total", "Starts of containers under a shim, by result.", &["result"]),
             shim_deaths: counter("crisp_shim_deaths_total", "Shims that died and took their container with them."),
             cni: durations(
@@ -136,10 +142,35 @@ pub fn lane_refused(lane: &'static str) {
     METERS.refused.with_label_values(&[lane]).inc();
 }
 
-/// A pull has ended.
-pub fn image_pulled(ok: bool, took: Duration) {
-    METERS.pulls.with_label_values(&[result(ok)]).inc();
-    METERS.pull_durations.observe(took.as_secs_f64());
+/// A pull that runs for as long as this is kept.
+pub struct Pull {
+    begin: Instant,
+}
+
+/// Counts a pull that begins now.
+pub fn image_pull() -> Pull {
+    METERS.pulls_running.inc();
+    Pull { begin: Instant::now() }
+}
+
+impl Pull {
+    /// It has ended: `ok`, or the reason why not.
+    pub fn ended(self, result: &'static str) {
+        METERS.pulls.with_label_values(&[result]).inc();
+        METERS.pull_durations.observe(self.begin.elapsed().as_secs_f64());
+    }
+}
+
+impl Drop for Pull {
+    fn drop(&mut self) {
+        METERS.pulls_running.dec();
+    }
+}
+
+/// A layer was made, with so many bytes on disk.
+pub fn layer_unpacked(bytes: u64) {
+    METERS.layers_unpacked.inc();
+    METERS.unpacked_bytes.inc_by(bytes);
 }
 
 /// Bytes of a layer came from a registry.

@@ -5,6 +5,8 @@
 //! crisp_calls_total{method,code}                  crisp_call_duration_seconds{method}
 //! crisp_lane_refused_total{lane}                  crisp_lane_queued_calls{lane}, _workers, _busy_workers
 //! crisp_image_pulls_total{result}                 crisp_image_pull_duration_seconds, crisp_image_pull_received_bytes_total
+//! crisp_image_pulls_running                       crisp_image_layers_unpacked_total, crisp_image_unpacked_bytes_total
+//! crisp_images{state}                             crisp_image_layers, crisp_image_layers_bytes
 //! crisp_shim_starts_total{result}                 crisp_shim_deaths_total, crisp_shims
 //! crisp_cni_duration_seconds{plugin,command,result}
 //! crisp_events_dropped_total                      crisp_streaming_sessions{kind}, crisp_streaming_sessions_total{kind}
@@ -22,8 +24,8 @@ mod server;
 
 pub use gauges::Gauges;
 pub use meters::{
-    call_meter, cni_ran, events_dropped, image_pulled, lane_refused, pull_received, shim_died, shim_started, streaming_session, CallMeter,
-    Session,
+    call_meter, cni_ran, events_dropped, image_pull, lane_refused, layer_unpacked, pull_received, shim_died, shim_started,
+    streaming_session, CallMeter, Pull, Session,
 };
 pub use server::Endpoint;
 

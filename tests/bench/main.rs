@@ -1,15 +1,21 @@
 //! The benchmark: crispd and Debian's containerd on this host in one run, side by side, through one gRPC channel each.
 //!
-//! `make bench`, or `cargo bench --bench bench -- [--quick] [--rounds N] [--pods N] [--only crisp|containerd] [--json FILE]`.
+//! `make bench`, or `cargo bench --bench bench -- [--quick] [--rounds N] [--pods N] [--pulls] [--only crisp|containerd] [--json FILE]`.
 //! Prints a table and writes target/bench.json. Rounds of the peers alternate, so that both see the same machine.
 
+mod images;
 mod pods;
+mod pulls;
 mod streams;
 
 #[path = "../host/client.rs"]
 mod client;
 #[path = "../host/daemon.rs"]
 mod daemon;
+// The tests push into it.
+#[allow(dead_code)]
+#[path = "../host/registry.rs"]
+mod registry;
 
 use std::fs;
 use std::path::PathBuf;
@@ -68,6 +74,11 @@ struct Plan {
     growth: Effort,
     /// Through a forwarded port.
     bytes: usize,
+    /// Rounds of pulls, and the data of the larger image's files.
+    pulls: usize,
+    image_bytes: u64,
+    /// Nothing but the pulls.
+    pulls_alone: bool,
 }
 
 fn main() {
@@ -93,6 +104,20 @@ fn run(plan: &Plan) {
         report.fact(&version.runtime_name, version.runtime_version);
         binaries(&mut report, column, daemon.kind);
     }
+    if !plan.pulls_alone {
+        sandboxes(plan, &daemons, &peers, &mut report);
+    }
+    let columns: Vec<usize> = (0..daemons.len()).map(|at| column(&peers, at)).collect();
+    pulls::measure(&daemons, &peers, &columns, plan, &mut report);
+    progress("");
+    print!("{}", report.table());
+    fs::create_dir_all(plan.json.parent().expect("a file in a directory")).expect("make the directory of the results");
+    fs::write(&plan.json, report.json()).unwrap_or_else(|e| panic!("write {}: {e}", plan.json.display()));
+    println!("\nas JSON: {}", plan.json.display());
+}
+
+/// All about sandboxes and containers.
+fn sandboxes(plan: &Plan, daemons: &[Daemon], peers: &[Peer], report: &mut Report) {
     for (network, host_network) in [("host network", true), ("CNI (bridge, portmap, tuning)", false)] {
         for (at, (pace, pause)) in PACES.into_iter().enumerate() {
             let rounds = if at == 0 { plan.rounds } else { plan.idle_rounds };
@@ -113,26 +138,21 @@ fn run(plan: &Plan) {
                 progress(&format!("{title}: {round}/{rounds}"));
             }
             for (column, life) in lives.iter().enumerate() {
-                show(&mut report, &title, column, life, at > 0);
+                show(report, &title, column, life, at > 0);
             }
         }
     }
     for (column, peer) in peers.iter().enumerate() {
         let daemon = &daemons[peer.daemon];
-        streams::measure(daemon, &peer.client, &peer.workload(daemon, true), plan, &mut report, column);
+        streams::measure(daemon, &peer.client, &peer.workload(daemon, true), plan, report, column);
     }
     // One handler each: its first. Density is about the daemon.
     for (at, daemon) in daemons.iter().enumerate() {
-        let column = column(&peers, at);
+        let column = column(peers, at);
         let Peer { client, server, .. } = &peers[column];
         let workload = peers[column].workload(daemon, false);
-        pods::Subject { workload: &workload, client, server, report: &mut report, column }.measure(plan);
+        pods::Subject { workload: &workload, client, server, report, column }.measure(plan);
     }
-    progress("");
-    print!("{}", report.table());
-    fs::create_dir_all(plan.json.parent().expect("a file in a directory")).expect("make the directory of the results");
-    fs::write(&plan.json, report.json()).unwrap_or_else(|e| panic!("write {}: {e}", plan.json.display()));
-    println!("\nas JSON: {}", plan.json.display());
 }
 
 /// The first peer of a daemon.
@@ -221,6 +241,9 @@ fn plan(arguments: impl Iterator<Item = String>) -> Plan {
         effort: effort(200, 10),
         growth: effort(10_000, 30),
         bytes: 1 << 30,
+        pulls: 3,
+        image_bytes: 1 << 30,
+        pulls_alone: false,
     };
     let mut arguments = arguments;
     while let Some(argument) = arguments.next() {
@@ -231,12 +254,14 @@ fn plan(arguments: impl Iterator<Item = String>) -> Plan {
             "--quick" => {
                 (plan.rounds, plan.idle_rounds, plan.pods) = (5, 3, 20);
                 (plan.effort, plan.growth, plan.bytes) = (effort(20, 3), effort(1_000, 5), 128 << 20);
+                (plan.pulls, plan.image_bytes) = (1, 128 << 20);
             }
             "--rounds" => {
                 plan.rounds = value().parse().unwrap_or_else(|_| usage("--rounds needs a number"));
                 plan.idle_rounds = plan.rounds.div_ceil(2);
             }
             "--pods" => plan.pods = value().parse().unwrap_or_else(|_| usage("--pods needs a number")),
+            "--pulls" => plan.pulls_alone = true,
             "--only" => match value().as_str() {
                 "crisp" => plan.only = Some(Kind::Crispd),
                 "containerd" => plan.only = Some(Kind::Containerd),
@@ -250,6 +275,6 @@ fn plan(arguments: impl Iterator<Item = String>) -> Plan {
 }
 
 fn usage(error: &str) -> ! {
-    eprintln!("{error}\nusage: bench [--quick] [--rounds N] [--pods N] [--only crisp|containerd] [--json FILE]");
+    eprintln!("{error}\nusage: bench [--quick] [--rounds N] [--pods N] [--pulls] [--only crisp|containerd] [--json FILE]");
     std::process::exit(2);
 }

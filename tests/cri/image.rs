@@ -1,13 +1,13 @@
 //! The ImageService and imports.
 
-use crisp::api::admin::{ImportImageRequest, InfoRequest, PullRequest};
+use crisp::api::admin::{CheckImagesRequest, ImportImageRequest, InfoRequest, PullRequest};
 use crisp::api::runtime::*;
 use crisp::cli::client::SHORT;
 use grpcio::RpcStatusCode as Code;
 use protobuf::MessageField;
 
 use crate::archive;
-use crate::node::{refused, Answer, Node};
+use crate::node::{refused, Answer, Node, Options};
 use crate::registry::Registry;
 
 fn spec(image: &str) -> MessageField<ImageSpec> {
@@ -126,6 +126,20 @@ fn credentials() {
 }
 
 #[test]
+fn the_nodes_own_credentials_and_hosts() {
+    let registry = Registry::with_password(Some("bWU6c2VjcmV0"));
+    let tables = format!("[images.auth.{:?}]\nusername = \"me\"\npassword = \"secret\"\n", registry.address);
+    let node = Node::with(Options { tables, ..Default::default() });
+    let dir = node.path("certs").join(&registry.address);
+    std::fs::create_dir_all(&dir).expect("make the directory of the registry");
+    std::fs::write(dir.join("hosts.toml"), "server = \"http://x\"\nca = 1\n").expect("write hosts.toml");
+    let message = refused(pull(&node, &registry.image()), Code::FAILED_PRECONDITION, "hosts.toml: line 2: ca: expected");
+    assert!(!message.contains("secret"), "{message}");
+    std::fs::write(dir.join("hosts.toml"), format!("[host.\"http://{}\"]\n", registry.address)).expect("write hosts.toml");
+    assert_eq!(pull(&node, &registry.image()).expect("pull"), registry.id);
+}
+
+#[test]
 fn one_image_with_many_names_goes_with_all_of_them() {
     let node = Node::start();
     let id = node.import("localhost/two:1", "two", serde_json::json!({}));
@@ -195,4 +209,67 @@ fn the_admin_service() {
     let last = all.last().expect("a last message");
     assert_eq!((last.image_ref.as_str(), last.layers.len()), (registry.id.as_str(), 1));
     assert_eq!(last.layers[0].state, "done");
+}
+
+#[test]
+fn a_check_of_all_images_and_a_repair() {
+    let mut node = Node::start();
+    let registry = Registry::start();
+    assert_eq!(pull(&node, &registry.image()).expect("pull"), registry.id);
+    let check = |node: &Node, repair: bool| {
+        let request = CheckImagesRequest { repair, ..Default::default() };
+        let all: Vec<_> =
+            node.client().admin().check_images(&request, SHORT).expect("a stream").collect::<Result<_, _>>().expect("no error");
+        assert!(all.last().is_some_and(|end| end.finished && end.images == 2 && end.layers == 2));
+        all.into_iter().flat_map(|message| message.problems).collect::<Vec<_>>()
+    };
+    assert_eq!(check(&node, false), []);
+    let layer = std::fs::read_dir(node.path("root/layers"))
+        .expect("layers")
+        .map(|e| e.expect("entry").path())
+        .find(|p| std::fs::read(p.join("diff/pulled")).is_ok());
+    let layer = layer.expect("the pulled layer");
+    std::fs::write(layer.join("diff/pulled"), "something else").expect("damage it");
+    let problems = check(&node, false);
+    assert_eq!((problems.len(), problems[0].kind.as_str(), problems[0].action.as_str()), (1, "layer", ""));
+    assert_eq!(problems[0].images, [registry.image()]);
+    assert!(find(&node, &registry.id).is_some());
+    assert_eq!(check(&node, true)[0].action, "marked for the next pull");
+    assert!(find(&node, &registry.id).is_none() && list(&node, "").len() == 1);
+    let info = node.client().admin().info(&InfoRequest::default(), SHORT).expect("info");
+    assert_eq!((info.incomplete.len(), info.incomplete[0].id.as_str()), (1, registry.id.as_str()));
+    let sandbox = node.sandbox("web");
+    let mut config = node.container_config("app", "true");
+    config.image = spec(&registry.id);
+    refused(node.create(&sandbox, &config), Code::FAILED_PRECONDITION, "incomplete");
+    node.restart();
+    assert!(find(&node, &registry.id).is_none());
+    let blobs = registry.count("/blobs/");
+    assert_eq!(pull(&node, &registry.image()).expect("pull again"), registry.id);
+    // The configuration and the one layer.
+    assert_eq!(registry.count("/blobs/"), blobs + 2);
+    assert_eq!(check(&node, false), []);
+}
+
+#[test]
+fn image_verifiers() {
+    use std::os::unix::fs::PermissionsExt;
+    let node = Node::start();
+    let registry = Registry::start();
+    let dir = node.path("verifiers");
+    std::fs::create_dir(&dir).expect("make a directory");
+    let script = dir.join("policy");
+    std::fs::write(&script, "#!/bin/sh\ncat > /dev/null\necho not signed by us\nexit 1\n").expect("write");
+    std::fs::set_permissions(&script, std::fs::Permissions::from_mode(0o755)).expect("chmod");
+    let message = refused(pull(&node, &registry.image()), Code::UNKNOWN, "");
+    let image = registry.image();
+    let expected = format!("SignatureValidationFailed: pull {image}: image verifier policy rejects {image} (exit 1): not signed by us");
+    assert_eq!(message, expected);
+    let stream = node.client().admin().pull_image(&PullRequest { image: registry.image(), ..Default::default() }, SHORT).expect("a stream");
+    let error = stream.collect::<Result<Vec<_>, _>>().expect_err("refused here too");
+    assert!(error.to_string().contains("SignatureValidationFailed"), "{error}");
+    assert_eq!(registry.count("/blobs/"), 0, "nothing of the image was fetched");
+    std::fs::write(dir.join(".hidden"), "").expect("write");
+    std::fs::remove_file(&script).expect("remove");
+    assert_eq!(pull(&node, &registry.image()).expect("nobody objects"), registry.id);
 }

@@ -18,6 +18,8 @@ mod descriptor;
 mod events;
 /// ExecSync.
 mod exec;
+/// The table of fields, field by field.
+mod fields;
 /// The ImageService.
 mod image;
 /// Status, RuntimeConfig, UpdateRuntimeConfig.
@@ -57,3 +59,5 @@ mod spdy;
 mod streaming;
 /// Many things at once.
 mod together;
+/// Sandboxes of other users.
+mod userns;

@@ -433,6 +433,15 @@ impl Drop for Node {
     }
 }
 
+/// A user namespace with these maps (container's id, host's, length).
+pub fn users(uids: &[(u32, u32, u32)], gids: &[(u32, u32, u32)]) -> UserNamespace {
+    let list = |maps: &[(u32, u32, u32)]| {
+        let mapping = |&(container_id, host_id, length): &_| IDMapping { container_id, host_id, length, ..Default::default() };
+        maps.iter().map(mapping).collect()
+    };
+    UserNamespace { mode: NamespaceMode::POD.into(), uids: list(uids), gids: list(gids), ..Default::default() }
+}
+
 /// Starts a daemon. A child that another test is starting may hold a copy of the former daemon's lock until its exec.
 pub fn start(config: &Config) -> crisp::error::Result<Daemon> {
     let begin = Instant::now();
@@ -462,6 +471,7 @@ fn configuration(dir: &Path, options: &Options) -> String {
     text += &format!("[cni]\nconf_dir = {}\nbin_dirs = [{}]\ncache_dir = {}\n", path("cni/conf"), path("cni/bin"), path("cache"));
     text += &options.cni;
     text += &format!("\n[images]\nregistry_dir = {}\npreload_dir = {}\n", path("certs"), path("preload"));
+    text += &format!("verifier_dir = {}\n", path("verifiers"));
     text += &format!("[limits]\n{}\n", options.limits);
     text + &options.tables
 }

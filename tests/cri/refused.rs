@@ -5,7 +5,7 @@ use crisp::api::runtime::*;
 use grpcio::RpcStatusCode as Code;
 use protobuf::{EnumOrUnknown, MessageField};
 
-use crate::node::{refused, Node};
+use crate::node::{self, refused, Node};
 
 fn sandbox_options(config: &mut PodSandboxConfig) -> &mut NamespaceOption {
     config.linux.mut_or_insert_default().security_context.mut_or_insert_default().namespace_options.mut_or_insert_default()
@@ -21,6 +21,10 @@ fn sysctl(config: &mut PodSandboxConfig, key: &str) {
 
 type SandboxCase = (&'static str, Code, &'static str, fn(&mut PodSandboxConfig));
 
+fn users(config: &mut PodSandboxConfig, uids: &[(u32, u32, u32)], gids: &[(u32, u32, u32)]) {
+    sandbox_options(config).userns_options = MessageField::some(node::users(uids, gids));
+}
+
 const SANDBOXES: &[SandboxCase] = &[
     ("no metadata", Code::INVALID_ARGUMENT, "metadata", |c| c.metadata = MessageField::none()),
     ("no name", Code::INVALID_ARGUMENT, "name", |c| c.metadata.mut_or_insert_default().name.clear()),
@@ -34,18 +38,18 @@ const SANDBOXES: &[SandboxCase] = &[
     ("ipc of a target", Code::INVALID_ARGUMENT, "ipc", |c| sandbox_options(c).ipc = NamespaceMode::TARGET.into()),
     ("pid of a target", Code::INVALID_ARGUMENT, "pid", |c| sandbox_options(c).pid = NamespaceMode::TARGET.into()),
     ("a mode that is none", Code::INVALID_ARGUMENT, "pid", |c| sandbox_options(c).pid = EnumOrUnknown::from_i32(9)),
-    ("user namespaces", Code::UNIMPLEMENTED, "user namespaces", |c| {
-        let mapping = || IDMapping { host_id: 100_000, length: 65536, ..Default::default() };
-        sandbox_options(c).userns_options = MessageField::some(UserNamespace {
-            mode: NamespaceMode::POD.into(),
-            uids: vec![mapping()],
-            gids: vec![mapping()],
-            ..Default::default()
-        });
+    ("users without maps", Code::INVALID_ARGUMENT, "userns_options.uids", |c| users(c, &[], &[(0, 100_000, 9)])),
+    ("users with two maps", Code::INVALID_ARGUMENT, "userns_options.gids", |c| users(c, &[(0, 1, 9)], &[(0, 1, 5), (5, 9, 4)])),
+    ("users of two lengths", Code::INVALID_ARGUMENT, "userns_options.gids", |c| users(c, &[(0, 100_000, 9)], &[(0, 100_000, 8)])),
+    ("users without root", Code::INVALID_ARGUMENT, "userns_options.uids", |c| users(c, &[(1, 100_000, 9)], &[(0, 100_000, 9)])),
+    ("more users than there are", Code::INVALID_ARGUMENT, "userns_options.uids", |c| users(c, &[(0, u32::MAX - 3, 9)], &[(0, 100_000, 9)])),
+    ("user namespace of a container", Code::INVALID_ARGUMENT, "userns_options.mode", |c| {
+        users(c, &[(0, 100_000, 9)], &[(0, 100_000, 9)]);
+        sandbox_options(c).userns_options.mut_or_insert_default().mode = NamespaceMode::CONTAINER.into();
     }),
-    ("user namespace of a container", Code::INVALID_ARGUMENT, "userns", |c| {
-        sandbox_options(c).userns_options =
-            MessageField::some(UserNamespace { mode: NamespaceMode::CONTAINER.into(), ..Default::default() });
+    ("user namespace of a target", Code::INVALID_ARGUMENT, "userns_options.mode", |c| {
+        users(c, &[(0, 100_000, 9)], &[(0, 100_000, 9)]);
+        sandbox_options(c).userns_options.mut_or_insert_default().mode = NamespaceMode::TARGET.into();
     }),
     ("a sysctl of the host", Code::INVALID_ARGUMENT, "kernel.panic", |c| sysctl(c, "kernel.panic")),
     ("a sysctl with a plus", Code::INVALID_ARGUMENT, "net.ipv4.+", |c| sysctl(c, "net.ipv4.+")),
@@ -118,9 +122,25 @@ const CONTAINERS: &[ContainerCase] = &[
     ("a log anywhere", Code::INVALID_ARGUMENT, "log_path", |c| c.log_path = "/tmp/crisp-out.log".into()),
     ("a log that climbs later", Code::INVALID_ARGUMENT, "log_path", |c| c.log_path = "a/../../out.log".into()),
     ("privileged", Code::INVALID_ARGUMENT, "privileged", |c| security(c).privileged = true),
-    ("user namespaces", Code::UNIMPLEMENTED, "user namespaces", |c| {
+    ("users of its own", Code::INVALID_ARGUMENT, "userns_options", |c| {
         security(c).namespace_options.mut_or_insert_default().userns_options =
-            MessageField::some(UserNamespace { mode: NamespaceMode::POD.into(), ..Default::default() });
+            MessageField::some(node::users(&[(0, 100_000, 9)], &[(0, 100_000, 9)]));
+    }),
+    ("a mount with half of the mappings", Code::INVALID_ARGUMENT, "uidMappings", |c| {
+        mount(c, |m| m.gidMappings.push(IDMapping { length: 1, ..Default::default() }));
+    }),
+    ("a mount of no users", Code::INVALID_ARGUMENT, "mount /data: uidMappings", |c| {
+        mount(c, |m| {
+            m.uidMappings.push(IDMapping::default());
+            m.gidMappings.push(IDMapping::default());
+        });
+    }),
+    ("mapped owners in /proc", Code::FAILED_PRECONDITION, "mount /data", |c| {
+        mount(c, |m| {
+            m.host_path = "/proc/sys".into();
+            m.uidMappings.push(IDMapping { host_id: 100_000, length: 9, ..Default::default() });
+            m.gidMappings.push(IDMapping { host_id: 100_000, length: 9, ..Default::default() });
+        });
     }),
     ("a PID mode that is none", Code::INVALID_ARGUMENT, "pid", |c| {
         security(c).namespace_options.mut_or_insert_default().pid = EnumOrUnknown::from_i32(9);
@@ -154,7 +174,6 @@ const CONTAINERS: &[ContainerCase] = &[
     ("a recursive read-only mount that is writable", Code::INVALID_ARGUMENT, "recursive_read_only", |c| {
         mount(c, |m| m.recursive_read_only = true)
     }),
-    ("id-mapped mounts", Code::UNIMPLEMENTED, "uidMappings", |c| mount(c, |m| m.uidMappings.push(IDMapping::default()))),
     ("mount options", Code::UNIMPLEMENTED, "mount_options", |c| mount(c, |m| m.mount_options.push("noexec".into()))),
     ("a mount to nowhere", Code::INVALID_ARGUMENT, "container_path", |c| mount(c, |m| m.container_path = "data".into())),
     ("a mount over the root", Code::INVALID_ARGUMENT, "root", |c| mount(c, |m| m.container_path = "/a/..".into())),

@@ -102,7 +102,7 @@ fn mounts_are_resolved_and_propagation_is_checked() {
     let (place, link) = (node.path("place"), node.path("link"));
     std::fs::create_dir(&place).expect("make a directory");
     std::os::unix::fs::symlink(&place, &link).expect("link");
-    crisp::sys::mount::tmpfs(&place, 1 << 20, 0o755).expect("mount");
+    crisp::sys::mount::tmpfs(&place, 1 << 20, 0o755, (0, 0)).expect("mount");
     crisp::sys::mount::make_private(&place).expect("make private");
     let with = |name: &str, propagation: MountPropagation| {
         let mut config = node.container_config(name, "exec sleep 1000");

@@ -10,7 +10,7 @@ use crate::cgroup::stat::{cpu, hugetlb, io, memory, number, pids, pressure};
 use crate::cgroup::{path, Layout};
 use crate::image::decompress::Decompress;
 use crate::image::tarball::{Entry, Tarball};
-use crate::image::Reference;
+use crate::image::{parsers, Platform, Reference};
 use crate::network::{Outcome, Version};
 use crate::shim::protocol::{Answer, Envelope, Event, ExitRecord, Request, ShimConfig};
 use crate::streaming::spdy::frame::{self, Frame};
@@ -24,7 +24,7 @@ use crate::sys::mount;
 pub type Target = (&'static str, fn(&[u8]));
 
 /// Name and function of every target; the name is its directory in corpus/ too.
-pub const TARGETS: [Target; 12] = [
+pub const TARGETS: [Target; 16] = [
     ("spdy_frames", spdy_frames),
     ("spdy_headers", spdy_headers),
     ("websocket_frames", websocket_frames),
@@ -33,6 +33,10 @@ pub const TARGETS: [Target; 12] = [
     ("cgroup_files", cgroup_files),
     ("cni_result", cni_result),
     ("image_reference", image_reference),
+    ("image_manifest", image_manifest),
+    ("hosts_toml", hosts_toml),
+    ("docker_config", docker_config),
+    ("www_authenticate", www_authenticate),
     ("mountinfo", mountinfo),
     ("shim_protocol", shim_protocol),
     ("tar_entries", tar_entries),
@@ -193,6 +197,66 @@ fn image_reference(bytes: &[u8]) {
     let Ok(reference) = Reference::parse(text) else { return };
     assert_eq!(Reference::parse(&reference.to_string()).expect("a normal form"), reference);
     assert!(!reference.path().split('/').any(|part| part.is_empty() || part == "." || part == ".."));
+}
+
+/// A manifest that is taken is an image's, and means the same when it is written again.
+fn image_manifest(bytes: &[u8]) {
+    let host = Platform::host();
+    let _ = parsers::parse_config(bytes, 1, &host);
+    match parsers::manifest(bytes, "") {
+        Ok(parsers::Document::Manifest(manifest)) => {
+            let written = parsers::compose(&manifest.config, &manifest.layers).expect("it was read");
+            let again = parsers::manifest(&written, "").expect("ours is read");
+            assert!(matches!(again, parsers::Document::Manifest(again) if again == manifest));
+        }
+        Ok(parsers::Document::Index(entries)) => {
+            if let Ok(entry) = parsers::choose(&entries, &host) {
+                assert!(entries.contains(entry));
+            }
+        }
+        Err(_) => {}
+    }
+}
+
+/// Every host that is taken is a plain address with an absolute path, and its files are absolute.
+fn hosts_toml(bytes: &[u8]) {
+    let Ok(text) = std::str::from_utf8(bytes) else { return };
+    let Ok((hosts, _)) = parsers::hosts::parse(text, Path::new("/d")) else { return };
+    assert!(!hosts.is_empty(), "the registry itself is always there");
+    for host in &hosts {
+        let files = host.tls.ca.iter().chain(host.tls.client.iter().flat_map(|(a, b)| [Some(a), b.as_ref()].into_iter().flatten()));
+        files.for_each(|file| assert!(file.is_absolute()));
+        let Some(place) = &host.place else { continue };
+        assert!(!place.authority.contains(['/', '@', ' ']) && !place.authority.is_empty(), "{place:?}");
+        assert!(place.path.is_empty() || place.path.starts_with('/'), "{place:?}");
+        assert!(!place.path.split('/').any(|part| part == ".."), "{place:?}");
+    }
+}
+
+/// Errors do not quote the file, which holds passwords.
+fn docker_config(bytes: &[u8]) {
+    match parsers::DockerConfig::parse(bytes) {
+        Ok(config) => {
+            for name in ["docker.io/library/busybox", "q.io:5000/a/b", "q.io"] {
+                let _ = (config.program(name), config.entry(name).is_ok());
+            }
+        }
+        Err(e) => assert!(e.message().len() < 100, "{e}"),
+    }
+}
+
+/// Challenges that are understood mean the same when they are written properly.
+fn www_authenticate(bytes: &[u8]) {
+    let Ok(text) = std::str::from_utf8(bytes) else { return };
+    let _ = (parsers::content_range(text), parsers::retry_after(text, std::time::UNIX_EPOCH));
+    let found = parsers::parse_challenges(text);
+    let quote = |value: &str| value.replace('\\', "\\\\").replace('"', "\\\"");
+    let write = |one: &parsers::Challenge| {
+        let parameters: Vec<String> = one.parameters.iter().map(|(key, value)| format!("{key}=\"{}\"", quote(value))).collect();
+        format!("{} {}", one.scheme, parameters.join(","))
+    };
+    let written: Vec<String> = found.iter().map(write).collect();
+    assert_eq!(parsers::parse_challenges(&written.join(", ")), found);
 }
 
 /// Lines are taken one by one: a broken one does not spoil others.

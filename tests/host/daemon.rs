@@ -60,6 +60,9 @@ impl Layout {
         let number = std::process::id().wrapping_add(COUNT.fetch_add(1, Ordering::Relaxed).wrapping_mul(101));
         // Short: the names of unix sockets below it end at 107 bytes.
         let dir = tempfile::Builder::new().prefix("cr.").tempdir().expect("make a directory under TMPDIR");
+        // Root of a user namespace must be able to pass through, as through /run and /var/lib.
+        let passable = std::os::unix::fs::PermissionsExt::from_mode(0o711);
+        fs::set_permissions(dir.path(), passable).expect("open the directory");
         let layout = Layout { dir, tag: format!("crt{:x}", number & 0xfff_ffff), subnet: (number % 254 + 1) as u8 };
         for name in ["bin", "root", "run", "cni", "cache", "leases", "logs", "preload"] {
             fs::create_dir(layout.path(name)).expect("make a directory");
@@ -114,6 +117,8 @@ pub struct Options {
     /// Registries spoken to without TLS.
     pub plain_http: Vec<String>,
     pub environment: Vec<(String, String)>,
+    /// Keys of crispd's configuration outside of any table, as TOML.
+    pub top: String,
     /// Further tables of crispd's configuration, as TOML.
     pub tables: String,
 }
@@ -265,10 +270,12 @@ impl Daemon {
         if let Some((name, _)) = self.options.runtimes.first() {
             text += &format!("default_runtime = {}\n", toml_text(name));
         }
+        text += &self.options.top;
         text += &format!("[cni]\nconf_dir = {}\ncache_dir = {}\n", path("cni"), path("cache"));
         text += &format!("bin_dirs = [{}]\n", toml_text(&plugin_dir().display().to_string()));
         let hosts: Vec<_> = self.options.plain_http.iter().map(|host| toml_text(host)).collect();
         text += &format!("[images]\npreload_dir = {}\nplain_http = [{}]\n", path("preload"), hosts.join(", "));
+        text += &format!("verifier_dir = {}\n", path("verifiers"));
         for (name, program) in &self.options.runtimes {
             text += &format!("[runtimes.{name}]\npath = {}\n", toml_text(&program.display().to_string()));
         }

@@ -172,13 +172,24 @@ fn compare(ours: &Path, theirs: &Path) {
     assert_eq!(ours.keys().collect::<Vec<_>>(), theirs.keys().collect::<Vec<_>>());
 }
 
+/// Everything that is stored is what its images say.
+fn verify(images: &Images) {
+    let mut problems = Vec::new();
+    let told = &mut |step: crisp::image::Check| {
+        problems.extend(step.problems);
+        Ok(())
+    };
+    images.check(false, &Cancel::never(), told).unwrap();
+    assert_eq!(problems, []);
+}
+
 /// Mounts (or copies) an image and compares it with `theirs`.
 fn check_tree(images: &Images, root: &Path, reference: &str, theirs: &Path) {
     for kind in [Kind::Overlay, Kind::Copy] {
         let snapshotter = Snapshotter::new(root, kind).unwrap();
         let held = images.hold(reference, "c1").unwrap();
         let target = root.join("rootfs");
-        snapshotter.prepare("c1", &held.layers, &target).unwrap();
+        snapshotter.prepare("c1", &held.layers, &target, None).unwrap();
         compare(&target, theirs);
         snapshotter.remove("c1", &target).unwrap();
         images.release("c1").unwrap();
@@ -216,13 +227,15 @@ fn pulled_and_imported_images_equal_umoci() {
         run("skopeo", &["copy", &source, &format!("{kind}:{}:q.io/test/{kind}:v3", file.display())]);
         let root = dir.path().join(kind);
         let images = Images::open(Settings::new(&root)).unwrap();
-        let made = images.import(&file, None).unwrap();
+        let made = images.import(&file, None, &Cancel::never()).unwrap();
         assert_eq!(made[0].chain, image.chain);
         assert_eq!(made[0].repo_tags, [format!("q.io/test/{kind}:v3")]);
         check_tree(&images, &root, &format!("q.io/test/{kind}:v3"), &theirs);
+        verify(&images);
     }
+    verify(&images);
     let direct = Images::open(Settings::new(&dir.path().join("direct"))).unwrap();
-    assert_eq!(direct.import(&layout, Some("direct")).unwrap()[0].id, image.id);
+    assert_eq!(direct.import(&layout, Some("direct"), &Cancel::never()).unwrap()[0].id, image.id);
 
     images.remove(&image.id).unwrap();
     images.remove(&docker.id).unwrap();
@@ -234,6 +247,64 @@ fn pulled_and_imported_images_equal_umoci() {
         std::thread::sleep(Duration::from_millis(20));
     }
     assert!(crisp::sys::mount::below(dir.path()).unwrap().is_empty());
+}
+
+/// Files of this Debian, in layers by another tool: programs with setuid bits, links, alternatives, documentation.
+#[test]
+fn debian_in_layers_by_buildah_equals_umoci() {
+    let dir = tempfile::tempdir().unwrap();
+    let program = crate::daemon::find("buildah").expect("buildah is not there: run scripts/install-deps");
+    let place = |name: &str| dir.path().join(name).display().to_string();
+    let buildah = |words: &[&str]| {
+        let (storage, run_root) = (place("storage"), place("run"));
+        let all = [&["--root", &storage, "--runroot", &run_root, "--storage-driver", "vfs"], words].concat();
+        run(program.to_str().unwrap(), &all).trim().to_owned()
+    };
+    let container = buildah(&["from", "scratch"]);
+    let root = PathBuf::from(buildah(&["mount", &container]));
+    let copy = |from: &str| {
+        let to = root.join(&from[1..]);
+        std::fs::create_dir_all(to.parent().unwrap()).unwrap();
+        run("cp", &["-a", from, to.to_str().unwrap()]);
+    };
+    for from in
+        ["/etc/alternatives", "/etc/pam.d", "/etc/skel", "/usr/bin/passwd", "/usr/bin/su", "/usr/bin/wall", "/usr/share/doc/base-files"]
+    {
+        copy(from);
+    }
+    copy("/usr/share/perl5");
+    copy("/usr/share/zoneinfo/Europe");
+    std::fs::hard_link(root.join("usr/bin/su"), root.join("usr/bin/su.link")).unwrap();
+    run("mknod", &[root.join("zero").to_str().unwrap(), "c", "1", "5"]);
+    let commit = |name: &str| buildah(&["commit", "--quiet", "--format", "oci", &container, name]);
+    commit("localhost/one:1");
+    // The next layer upon it: what is gone, replaced, or only looks different.
+    buildah(&["rm", &container]);
+    let container = buildah(&["from", "localhost/one:1"]);
+    let root = PathBuf::from(buildah(&["mount", &container]));
+    std::fs::remove_dir_all(root.join("usr/share/perl5")).unwrap();
+    std::fs::create_dir(root.join("usr/share/perl5")).unwrap();
+    std::fs::write(root.join("usr/share/perl5/new"), "new").unwrap();
+    std::fs::remove_file(root.join("usr/share/zoneinfo/Europe/Berlin")).unwrap();
+    std::fs::set_permissions(root.join("usr/bin/wall"), std::fs::Permissions::from_mode(0o700)).unwrap();
+    std::fs::remove_file(root.join("zero")).unwrap();
+    std::fs::create_dir(root.join("zero")).unwrap();
+    std::fs::rename(root.join("etc/skel"), root.join("etc/bones")).unwrap();
+    let (oci, archive) = (format!("oci:{}:two", place("layout")), format!("docker-archive:{}:q.io/two:2", place("two.tar")));
+    buildah(&["commit", "--quiet", "--format", "oci", &container, "localhost/two:2"]);
+    buildah(&["push", "--quiet", "localhost/two:2", &oci]);
+    buildah(&["push", "--quiet", "--format", "v2s2", "localhost/two:2", &archive]);
+    run("umoci", &["unpack", "--image", &format!("{}:two", place("layout")), &place("theirs")]);
+    let theirs = dir.path().join("theirs/rootfs");
+    assert!(theirs.join("usr/share/perl5/new").exists() && !theirs.join("etc/skel").exists());
+    for (file, name) in [("layout", Some("q.io/two:2")), ("two.tar", None)] {
+        let root = dir.path().join(format!("root-{file}"));
+        let images = Images::open(Settings::new(&root)).unwrap();
+        let made = images.import(&dir.path().join(file), name, &Cancel::never()).unwrap();
+        assert_eq!(made[0].chain.len(), 2);
+        check_tree(&images, &root, "q.io/two:2", &theirs);
+        verify(&images);
+    }
 }
 
 #[test]
@@ -268,11 +339,11 @@ fn an_image_of_130_layers_mounts() {
 
     let root = dir.path().join("root");
     let images = Images::open(Settings::new(&root)).unwrap();
-    images.import(&layout, Some("deep:1")).unwrap();
+    images.import(&layout, Some("deep:1"), &Cancel::never()).unwrap();
     let snapshotter = Snapshotter::detect(&root).unwrap();
     assert_eq!(snapshotter.kind(), Kind::Overlay);
     let target = root.join("rootfs");
-    snapshotter.prepare("c1", &images.hold("deep:1", "c1").unwrap().layers, &target).unwrap();
+    snapshotter.prepare("c1", &images.hold("deep:1", "c1").unwrap().layers, &target, None).unwrap();
     assert_eq!(std::fs::read_dir(target.join("dir")).unwrap().count(), 130);
     snapshotter.remove("c1", &target).unwrap();
 }
@@ -334,9 +405,10 @@ fn layers_as_gnu_tar_writes_them() {
         std::fs::write(work.join("manifest.json"), r#"[{"Config":"c.json","RepoTags":["sparse:1"],"Layers":["layer.tar"]}]"#).unwrap();
         let root = work.join("root");
         let images = Images::open(Settings::new(&root)).unwrap();
-        images.import(&work, None).unwrap();
+        images.import(&work, None, &Cancel::never()).unwrap();
         let held = images.hold("sparse:1", "c").unwrap();
         compare(&held.layers[0], &tree);
+        verify(&images);
         assert!(held.layers[0].join("holes").metadata().unwrap().blocks() < 4096, "holes were filled");
     }
 }

@@ -2,6 +2,7 @@
 
 use std::fs;
 use std::net::{TcpListener, TcpStream};
+use std::path::Path;
 use std::process::Child;
 use std::time::{Duration, Instant};
 
@@ -15,10 +16,20 @@ pub struct Registry {
     /// `127.0.0.1:PORT`
     pub host: String,
     _dir: TempDir,
+    _data: Option<TempDir>,
 }
 
 impl Registry {
     pub fn start() -> Registry {
+        let dir = tempfile::tempdir().expect("make a directory");
+        let data = dir.path().join("data");
+        let mut registry = Registry::serving(&data);
+        registry._data = Some(dir);
+        registry
+    }
+
+    /// With the files of a directory that stays.
+    pub fn serving(data: &Path) -> Registry {
         let program = find("docker-registry").expect("docker-registry is not installed: run scripts/install-deps");
         let dir = tempfile::tempdir().expect("make a directory");
         // A port that was free a moment ago.
@@ -26,12 +37,12 @@ impl Registry {
         let config = format!(
             "version: 0.1\nlog: {{level: error}}\nstorage:\n  filesystem: {{rootdirectory: {}}}\n  delete: {{enabled: true}}\n\
              http: {{addr: {host}}}\n",
-            dir.path().join("data").display()
+            data.display()
         );
         let path = dir.path().join("config.yml");
         fs::write(&path, config).expect("write the registry's configuration");
         let child = Program::new(program).arg("serve").arg(&path).spawn().expect("start the registry");
-        let registry = Registry { child, host, _dir: dir };
+        let registry = Registry { child, host, _data: None, _dir: dir };
         let begin = Instant::now();
         while TcpStream::connect(&registry.host).is_err() {
             assert!(begin.elapsed() < Duration::from_secs(20), "the registry does not listen on {}", registry.host);

@@ -619,8 +619,14 @@ fn probe_tells_what_works() {
         systemd_cgroup: false,
     };
     if installed("runc") {
-        let version = crisp::runtime::probe::probe(&handler("runc", Kind::Runc), dir.path(), &shim).unwrap();
+        let (version, features) = crisp::runtime::probe::probe(&handler("runc", Kind::Runc), dir.path(), &shim).unwrap();
         assert_eq!(version.name, "runc");
+        assert!(features.documented && features.user_namespaces() && !features.mount_options.is_empty(), "{features:?}");
+    }
+    if installed("crun") {
+        // 1.8.1 has no `features`: what it can do was tried.
+        let (version, features) = crisp::runtime::probe::probe(&handler("crun", Kind::Crun), dir.path(), &shim).unwrap();
+        assert!(version.name == "crun" && features.user_namespaces(), "{features:?}");
     }
     // A runtime that says it is one and refuses everything: its own words come back.
     let refuses = dir.path().join("refuses");

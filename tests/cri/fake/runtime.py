@@ -2,7 +2,7 @@
 """Takes the place of an OCI runtime: the command line of runc, without namespaces, mounts or users.
 
 The container's program runs on the host, in a session and a cgroup of its own. Every call is a line of `calls` beside this
-file. What it should do wrong stands in `switch/VERB` beside it, or in FAKE_VERB of the process's environment:
+file (but that for its features). What it should do wrong stands in `switch/VERB` beside it, or in FAKE_VERB of the process's environment:
 
     fail WORDS     says WORDS in the log as runc does, and exits with 1
     stderr WORDS   says WORDS on stderr alone, and exits with 1
@@ -236,6 +236,14 @@ def state(id):
 
 if "--version" in OPTIONS:
     print("fake version 1.2.3")
+    sys.exit(0)
+if WORDS[0] == "features":
+    try:
+        with open(os.path.join(HERE, "features")) as file:
+            print(file.read())
+    except FileNotFoundError:
+        print(json.dumps({"ociVersionMin": "1.0.0", "ociVersionMax": "1.1.0", "mountOptions": ["bind", "ro", "rro", "rw"],
+                          "linux": {"namespaces": ["cgroup", "ipc", "mount", "network", "pid", "user", "uts"]}}))
     sys.exit(0)
 record()
 VERBS = {"run": run, "exec": exec_, "kill": kill, "delete": delete, "update": update, "state": state}

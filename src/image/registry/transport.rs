@@ -1,0 +1,299 @@
+//! Connections for ureq that end at once when the pull is cancelled: each wait (name, connect, read, write) is one poll of
+//! the socket and of the cancellation.
+
+use std::fmt;
+use std::io::{ErrorKind, Read, Write};
+use std::net::{IpAddr, SocketAddr, TcpStream, ToSocketAddrs};
+use std::os::fd::AsFd;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use nix::poll::PollFlags;
+use rustix::event::EventfdFlags;
+use rustix::net::{AddressFamily, SocketFlags, SocketType};
+use ureq::config::Config;
+use ureq::http::Uri;
+use ureq::tls::TlsConfig;
+use ureq::unversioned::resolver::{ResolvedSocketAddrs, Resolver};
+use ureq::unversioned::transport::{
+    Buffers, ConnectProxyConnector, ConnectionDetails, Connector, Either, LazyBuffers, NextTimeout, RustlsConnector, Transport,
+};
+use ureq::{Agent, Error, Proxy, Timeout};
+
+use super::url::split_port;
+use crate::sys::cancel::Cancel;
+use crate::sys::lock::{Lock, Rank};
+use crate::sys::thread;
+
+/// Bytes of an answer's head at most.
+const HEAD_LIMIT: usize = 64 << 10;
+/// Addresses of one name that are tried.
+const ADDRESSES: usize = 8;
+
+/// How one host is reached.
+pub struct Link<'a> {
+    pub tls: TlsConfig,
+    pub proxy: Option<Proxy>,
+    /// For a name, a connection and its TLS together, each.
+    pub connect: Duration,
+    /// For a read or a write, and for the head of an answer.
+    pub stall: Duration,
+    pub cancel: &'a Cancel,
+}
+
+/// An agent for one host. It follows no redirect and takes no status for an error.
+pub fn agent(link: Link) -> Agent {
+    let config = Agent::config_builder()
+        .http_status_as_error(false)
+        .max_redirects(0)
+        .max_redirects_will_error(false)
+        .user_agent(concat!("crisp/", env!("CARGO_PKG_VERSION")))
+        .accept("")
+        .tls_config(link.tls)
+        .proxy(link.proxy)
+        .max_response_header_size(HEAD_LIMIT)
+        .timeout_resolve(Some(link.connect))
+        .timeout_connect(Some(link.connect))
+        .timeout_recv_response(Some(link.stall))
+        .timeout_per_read(Some(link.stall))
+        .timeout_per_write(Some(link.stall))
+        .build();
+    let connector =
+        ().chain(ConnectProxyConnector::default()).chain(TcpConnector { cancel: link.cancel.clone() }).chain(RustlsConnector::default());
+    Agent::with_parts(config, connector, Names { cancel: link.cancel.clone() })
+}
+
+/// What is left of a timeout; None: for ever.
+fn limit(timeout: NextTimeout) -> Result<Option<Duration>, Error> {
+    if timeout.after.is_not_happening() {
+        return Ok(None);
+    }
+    let left = *timeout.after;
+    if left.is_zero() {
+        return Err(Error::Timeout(timeout.reason));
+    }
+    Ok(Some(left))
+}
+
+/// Waits for a descriptor. A cancelled pull is an I/O error here; whoever asked looks at the cancellation first.
+fn wait(cancel: &Cancel, fd: impl AsFd, flags: PollFlags, timeout: NextTimeout) -> Result<(), Error> {
+    let ready = cancel.poll(&[(fd.as_fd(), flags)], limit(timeout)?).map_err(|e| Error::Io(std::io::Error::other(e.to_string())))?;
+    if ready.iter().all(|flags| flags.is_empty()) {
+        return Err(Error::Timeout(timeout.reason));
+    }
+    Ok(())
+}
+
+struct TcpConnector {
+    cancel: Cancel,
+}
+
+impl fmt::Debug for TcpConnector {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("TcpConnector")
+    }
+}
+
+impl<In: Transport> Connector<In> for TcpConnector {
+    type Out = Either<In, Tcp>;
+
+    fn connect(&self, details: &ConnectionDetails, chained: Option<In>) -> Result<Option<Self::Out>, Error> {
+        if let Some(chained) = chained {
+            return Ok(Some(Either::A(chained)));
+        }
+        let begin = Instant::now();
+        let mut failed = Error::HostNotFound;
+        let addresses: Vec<SocketAddr> = details.addrs.iter().copied().collect();
+        for (i, address) in addresses.iter().enumerate() {
+            let mut timeout = details.timeout;
+            if let Some(all) = limit(timeout)? {
+                // Each address gets an equal share of what is left.
+                let left = all.saturating_sub(begin.elapsed());
+                if left.is_zero() {
+                    return Err(Error::Timeout(Timeout::Connect));
+                }
+                timeout.after = (left / (addresses.len() - i) as u32).into();
+            }
+            match self.one(*address, timeout) {
+                Ok(stream) => {
+                    let buffers = LazyBuffers::new(details.config.input_buffer_size(), details.config.output_buffer_size());
+                    return Ok(Some(Either::B(Tcp { stream, buffers, cancel: self.cancel.clone() })));
+                }
+                Err(e) => failed = e,
+            }
+            if self.cancel.is_cancelled() {
+                break;
+            }
+        }
+        Err(failed)
+    }
+}
+
+impl TcpConnector {
+    fn one(&self, address: SocketAddr, timeout: NextTimeout) -> Result<TcpStream, Error> {
+        let io = |e: rustix::io::Errno| Error::Io(e.into());
+        let family = if address.is_ipv4() { AddressFamily::INET } else { AddressFamily::INET6 };
+        let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+        let socket = rustix::net::socket_with(family, SocketType::STREAM, flags, None).map_err(io)?;
+        match rustix::net::connect(&socket, &address) {
+            Ok(()) => {}
+            Err(rustix::io::Errno::INPROGRESS) => {
+                wait(&self.cancel, &socket, PollFlags::POLLOUT, timeout)?;
+                rustix::net::sockopt::socket_error(&socket).map_err(io)?.map_err(io)?;
+            }
+            Err(e) => return Err(io(e)),
+        }
+        let stream = TcpStream::from(socket);
+        stream.set_nodelay(true)?;
+        Ok(stream)
+    }
+}
+
+/// A socket that does not block, and its buffers.
+struct Tcp {
+    stream: TcpStream,
+    buffers: LazyBuffers,
+    cancel: Cancel,
+}
+
+impl fmt::Debug for Tcp {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_tuple("Tcp").field(&self.stream.peer_addr().ok()).finish()
+    }
+}
+
+impl Transport for Tcp {
+    fn buffers(&mut self) -> &mut dyn Buffers {
+        &mut self.buffers
+    }
+
+    fn transmit_output(&mut self, amount: usize, timeout: NextTimeout) -> Result<(), Error> {
+        let timeout = timeout.for_write();
+        let mut sent = 0;
+        while sent < amount {
+            match (&self.stream).write(&self.buffers.output()[sent..amount]) {
+                Ok(n) => sent += n,
+                Err(e) if e.kind() == ErrorKind::WouldBlock => wait(&self.cancel, &self.stream, PollFlags::POLLOUT, timeout)?,
+                Err(e) if e.kind() == ErrorKind::Interrupted => {}
+                Err(e) => return Err(e.into()),
+            }
+        }
+        Ok(())
+    }
+
+    fn await_input(&mut self, timeout: NextTimeout) -> Result<bool, Error> {
+        let timeout = timeout.for_read();
+        loop {
+            if self.cancel.is_cancelled() {
+                return Err(Error::Io(std::io::Error::other("cancelled")));
+            }
+            match (&self.stream).read(self.buffers.input_append_buf()) {
+                Ok(n) => {
+                    self.buffers.input_appended(n);
+                    return Ok(n > 0);
+                }
+                Err(e) if e.kind() == ErrorKind::WouldBlock => wait(&self.cancel, &self.stream, PollFlags::POLLIN, timeout)?,
+                Err(e) if e.kind() == ErrorKind::Interrupted => {}
+                Err(e) => return Err(e.into()),
+            }
+        }
+    }
+
+    /// Bytes that nobody asked for, or the end, make an idle connection useless.
+    fn is_open(&mut self) -> bool {
+        matches!((&self.stream).read(&mut [0]), Err(e) if e.kind() == ErrorKind::WouldBlock)
+    }
+}
+
+/// Names by the C library, on a thread that is left behind when the pull is cancelled: it cannot be interrupted.
+struct Names {
+    cancel: Cancel,
+}
+
+impl fmt::Debug for Names {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Names")
+    }
+}
+
+impl Resolver for Names {
+    fn resolve(&self, uri: &Uri, _config: &Config, timeout: NextTimeout) -> Result<ResolvedSocketAddrs, Error> {
+        let authority = uri.authority().ok_or_else(|| Error::BadUri(uri.to_string()))?;
+        let default = if uri.scheme_str() == Some("https") { 443 } else { 80 };
+        // Without a user name, which the address of a proxy may have.
+        let (name, port) = (split_port(authority.host()).0, authority.port_u16().unwrap_or(default));
+        let found = match name.parse::<IpAddr>() {
+            Ok(address) => vec![SocketAddr::new(address, port)],
+            Err(_) => self.look_up(name.to_owned(), port, timeout)?,
+        };
+        let mut result = self.empty();
+        found.into_iter().take(ADDRESSES).for_each(|address| result.push(address));
+        if result.is_empty() {
+            return Err(Error::HostNotFound);
+        }
+        Ok(result)
+    }
+}
+
+impl Names {
+    fn look_up(&self, name: String, port: u16, timeout: NextTimeout) -> Result<Vec<SocketAddr>, Error> {
+        let failed = |e: crate::error::Error| Error::Io(std::io::Error::other(e.to_string()));
+        let done = Arc::new(rustix::event::eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK).map_err(|e| Error::Io(e.into()))?);
+        let slot = Arc::new(Lock::new(Rank::Leaf, None));
+        let (theirs, signal) = (slot.clone(), done.clone());
+        thread::spawn("resolve", move || {
+            let result = (name.as_str(), port).to_socket_addrs().map(Iterator::collect::<Vec<_>>);
+            *theirs.lock() = Some(result);
+            let _ = rustix::io::write(&*signal, &1u64.to_ne_bytes());
+        })
+        .map_err(failed)?;
+        wait(&self.cancel, &*done, PollFlags::POLLIN, timeout)?;
+        let result = slot.lock().take();
+        result.unwrap_or_else(|| Err(ErrorKind::NotFound.into())).map_err(Error::Io)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::net::TcpListener;
+
+    fn link(cancel: &Cancel, stall: Duration) -> Agent {
+        let tls = TlsConfig::builder().root_certs(ureq::tls::RootCerts::new_with_certs(&[])).build();
+        agent(Link { tls, proxy: None, connect: stall, stall, cancel })
+    }
+
+    #[test]
+    fn a_silent_server_does_not_hold_a_cancelled_call() {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let address = listener.local_addr().unwrap();
+        let cancel = Cancel::never();
+        let agent = link(&cancel, Duration::from_secs(60));
+        let call = std::thread::spawn(move || agent.get(format!("http://localhost:{}/", address.port())).call().map(drop));
+        let (_held, _) = listener.accept().unwrap();
+        std::thread::sleep(Duration::from_millis(50));
+        let begin = Instant::now();
+        cancel.set();
+        assert!(call.join().unwrap().is_err());
+        assert!(begin.elapsed() < Duration::from_secs(2));
+    }
+
+    #[test]
+    fn a_head_that_trickles_is_given_up() {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let address = listener.local_addr().unwrap();
+        std::thread::spawn(move || {
+            let (mut stream, _) = listener.accept().unwrap();
+            for byte in b"HTTP/1.1 200 OK\r\nX-Long: ".iter().chain(std::iter::repeat(&b'a')) {
+                std::thread::sleep(Duration::from_millis(20));
+                if stream.write_all(&[*byte]).is_err() {
+                    return;
+                }
+            }
+        });
+        let begin = Instant::now();
+        let e = link(&Cancel::never(), Duration::from_millis(300)).get(format!("http://{address}/")).call().unwrap_err();
+        assert!(matches!(e, Error::Timeout(_)), "{e}");
+        assert!(begin.elapsed() < Duration::from_secs(5));
+    }
+}
