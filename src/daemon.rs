@@ -261,6 +261,9 @@ fn snapshotter(config: &Config) -> Result<Snapshotter> {
         config::Snapshotter::Overlay => Snapshotter::new(&config.root, Kind::Overlay),
         config::Snapshotter::Copy => Snapshotter::new(&config.root, Kind::Copy),
     }?;
+    if config.volatile_layers {
+        snapshots.allow_volatile();
+    }
     snapshots.set_mapping(match config.userns_rootfs {
         config::UsernsRootfs::Auto => Mapping::Auto,
         config::UsernsRootfs::Idmap => Mapping::Idmap,

@@ -44,6 +44,8 @@ pub struct Config {
     pub default_runtime: Option<String>,
     pub runtimes: BTreeMap<String, Handler>,
     pub snapshotter: Snapshotter,
+    /// Whether writable layers may stay unsynced.
+    pub volatile_layers: bool,
     pub userns_rootfs: UsernsRootfs,
     /// Kept from image garbage collection; sandboxes of this version need none.
     pub sandbox_image: Option<String>,
@@ -111,6 +113,7 @@ struct Raw {
     shim: Spanned<String>,
     default_runtime: Spanned<String>,
     snapshotter: Snapshotter,
+    volatile_layers: bool,
     userns_rootfs: UsernsRootfs,
     sandbox_image: String,
     runtimes: BTreeMap<String, RawRuntime>,
@@ -177,6 +180,7 @@ impl Default for Raw {
             shim: text(""),
             default_runtime: text(""),
             snapshotter: Snapshotter::Auto,
+            volatile_layers: true,
             userns_rootfs: UsernsRootfs::Auto,
             sandbox_image: String::new(),
             runtimes: BTreeMap::new(),
@@ -354,6 +358,7 @@ fn check(c: &Checker, raw: Raw) -> Result<Config> {
         default_runtime,
         runtimes,
         snapshotter: raw.snapshotter,
+        volatile_layers: raw.volatile_layers,
         userns_rootfs: raw.userns_rootfs,
         sandbox_image: Some(raw.sandbox_image).filter(|i| !i.is_empty()),
         sysctls,

@@ -8,7 +8,7 @@ use rustix::process::Resource;
 use crate::error::{Context, Error, Result};
 use crate::spec::security::BY_NUMBER;
 use crate::spec::HostFacts;
-use crate::sys::mount::{table, MountInfo};
+use crate::sys::mount::{self, table, MountInfo};
 
 const CGROUP: &str = "/sys/fs/cgroup";
 /// CGROUP2_SUPER_MAGIC of linux/magic.h
@@ -56,6 +56,7 @@ pub fn detect() -> Result<HostFacts> {
         seccomp: Path::new("/proc/sys/kernel/seccomp/actions_avail").exists(),
         apparmor: read("/sys/module/apparmor/parameters/enabled").starts_with('Y'),
         selinux: Path::new("/sys/fs/selinux/enforce").exists(),
+        mount_setattr: mount::has_setattr(),
     })
 }
 

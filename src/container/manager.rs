@@ -18,7 +18,7 @@ use crate::event::{self, Listener};
 use crate::image::{Image, Images};
 use crate::runtime::Handler;
 use crate::snapshot::{Owners, Snapshotter};
-use crate::spec::{self, Defaults, HostFacts, NamespacePaths, SandboxFiles};
+use crate::spec::{self, Defaults, HostFacts, NamespacePaths, ResolvedMount, SandboxFiles};
 use crate::store::{new_id, now_ns, Claim, Index, Names, Records};
 use crate::sys::cancel::Cancel;
 use crate::sys::crash;
@@ -126,6 +126,8 @@ pub struct CreateInputs<'a> {
     pub files: SandboxFiles,
     pub hostname: &'a str,
     pub cgroup_parent: &'a str,
+    /// Whether the OCI runtime can make a mount read-only with all below it.
+    pub recursive_read_only: bool,
 }
 
 /// All containers.
@@ -190,6 +192,7 @@ impl Containers {
     fn make(self: &Arc<Self>, id: String, name: String, inputs: CreateInputs, config_bytes: &[u8]) -> Result<String> {
         let image = self.image(&inputs.config)?;
         let config = &inputs.config;
+        let mut mounts = super::mounts::check_all(&config.mounts, &self.settings.host, inputs.recursive_read_only)?;
         let log_path = log_path(&inputs.sandbox.log_directory, &config.log_path)?;
         let specified = &config.image.user_specified_image;
         let meta = Metadata {
@@ -199,6 +202,7 @@ impl Containers {
             handler: inputs.handler.clone(),
             image_id: image.id.clone(),
             chain: image.chain.clone(),
+            image_volumes: super::image_volumes::find(&config.mounts, &self.images)?,
             image: if specified.is_empty() { image.repo_tags.first().unwrap_or(&image.id).clone() } else { specified.clone() },
             image_ref: image.repo_digests.first().unwrap_or(&image.id).clone(),
             log_path,
@@ -210,7 +214,7 @@ impl Containers {
             id,
         };
         let container = Container::new(meta, inputs.config.clone(), Status::default());
-        if let Err(error) = self.build(&container, &image, &inputs, config_bytes) {
+        if let Err(error) = self.build(&container, &image, &inputs, &mut mounts, config_bytes) {
             if let Err(undo) = self.release(&container).and_then(|()| self.records.remove(container.id())) {
                 // The record stays and says "making": the next start of the daemon tries again.
                 log::error!("container {}: undo of a failed create: {undo}", container.id());
@@ -226,17 +230,18 @@ impl Containers {
 
     /// The local image of a config.
     fn image(&self, config: &ContainerConfig) -> Result<Arc<Image>> {
-        let Some(wanted) = config.image.as_ref().filter(|i| !i.image.is_empty()) else {
-            return Err(Error::invalid("config.image.image is empty"));
-        };
-        if !wanted.runtime_handler.is_empty() {
-            return Err(Error::invalid(format!("config.image.runtime_handler: no images of runtime handler {:?}", wanted.runtime_handler)));
-        }
-        self.images.require(&wanted.image)
+        super::image_volumes::wanted(config.image.as_ref(), "config.image").and_then(|image| self.images.require(image))
     }
 
     /// Makes the container step by step, each recorded before it is done.
-    fn build(&self, container: &Arc<Container>, image: &Image, inputs: &CreateInputs, config_bytes: &[u8]) -> Result<()> {
+    fn build(
+        &self,
+        container: &Arc<Container>,
+        image: &Image,
+        inputs: &CreateInputs,
+        mounts: &mut Vec<ResolvedMount>,
+        config_bytes: &[u8],
+    ) -> Result<()> {
         let (meta, config) = (&container.meta, &inputs.config);
         self.records.save_config(&meta.id, config_bytes)?;
         let resources = config.linux.as_ref().and_then(|l| l.resources.as_ref()).map(protobuf::Message::write_to_bytes);
@@ -244,22 +249,27 @@ impl Containers {
         self.update(container, |s| s.resources = resources)?;
         crash::step("create:1-recorded");
         make_bundle(meta)?;
-        let held = self.images.hold_again(&meta.id, &meta.chain)?;
+        let mut held = self.images.hold_all(&meta.id, &meta.chains())?;
         let user_namespace = inputs.namespaces.user.as_ref();
         let owners = user_namespace.map(|user| Owners { maps: user.maps, namespace: &user.path });
-        self.snapshots.prepare(&meta.id, &held.layers, &meta.rootfs(), owners.as_ref())?;
+        let owners = owners.as_ref();
+        self.snapshots.prepare(&meta.id, &held.remove(0).layers, &meta.rootfs(), owners)?;
         crash::step("create:2-snapshot");
         let rootfs = meta.rootfs();
         let defaults = image.config.config().as_ref();
         let image_user = defaults.and_then(|c| c.user().as_deref()).unwrap_or_default();
         let image_dir = defaults.and_then(|c| c.working_dir().as_deref()).unwrap_or_default();
         let user = super::user::resolve(&rootfs, &config.linux.security_context, image_user)?;
-        let mut mounts = super::mounts::resolve(&config.mounts, &self.settings.host)?;
-        super::volumes::place(&meta.dir, &config.mounts, &mut mounts, user_namespace, &self.settings.shim)?;
-        crash::step("create:3-volumes");
+        super::mounts::find(mounts)?;
+        super::image_volumes::mount_images(meta, &held, &config.mounts, mounts, &self.snapshots, owners)?;
+        super::volumes::place(&meta.dir, &config.mounts, mounts, user_namespace, &self.settings.shim)?;
         let devices = super::devices::collect(config)?;
         let working_dir = spec::process::working_dir(&config.working_dir, image_dir)?;
-        super::mounts::make_directories(&rootfs, &working_dir, &image.volumes())?;
+        super::mounts::prepare_root(&rootfs, &working_dir)?;
+        // First, so that a mount of the request in the same depth comes after it.
+        let volumes = super::image_volumes::declared(&meta.id, &image.volumes(), &rootfs, mounts, &self.snapshots, owners)?;
+        mounts.splice(0..0, volumes);
+        crash::step("create:3-volumes");
         let (built, warnings) = spec::build(&spec::Inputs {
             sandbox_id: inputs.sandbox_id,
             sandbox: inputs.sandbox,
@@ -268,7 +278,7 @@ impl Containers {
             user: &user,
             namespaces: &inputs.namespaces,
             rootfs: &rootfs,
-            mounts: &mounts,
+            mounts,
             devices: &devices,
             cgroups_path: &meta.cgroups_path,
             hostname: inputs.hostname,
@@ -280,12 +290,12 @@ impl Containers {
             log::warn!("container {}: {warning}", meta.id);
         }
         write_json(&meta.spec_path(), &built)?;
-        crash::step("create:3-spec");
+        crash::step("create:4-spec");
         self.update(container, |s| {
             s.state = State::Created;
             s.user = User { uid: user.uid, gid: user.gid, groups: user.additional_gids.clone() };
         })?;
-        crash::step("create:4-created");
+        crash::step("create:5-created");
         Ok(())
     }
 
@@ -328,7 +338,7 @@ impl Containers {
         self.delete_again(container);
         self.settings.layers.disappears(&container.meta.id);
         self.release(container).context(what)?;
-        crash::step("remove:2-files");
+        crash::step("remove:3-files");
         self.records.remove(&container.meta.id).context(what)?;
         let status = container.status();
         self.index.remove_and(&container.meta.id, || self.tell(container, event::Kind::Deleted, Some(&status), None));
@@ -340,10 +350,15 @@ impl Containers {
     pub(super) fn release(&self, container: &Container) -> Result<()> {
         let meta = &container.meta;
         let mut errors = ErrorList::default();
+        errors.keep(super::image_volumes::unmount_images(&meta.dir));
+        crash::step("remove:1-volumes");
         errors.keep(self.snapshots.remove(&meta.id, &meta.rootfs()));
-        crash::step("remove:1-snapshot");
-        errors.keep(self.images.release(&meta.id));
         errors.keep(super::volumes::remove(&meta.dir));
+        crash::step("remove:2-snapshot");
+        // What could not be unmounted still needs its layers.
+        if errors.is_empty() {
+            errors.keep(self.images.release(&meta.id));
+        }
         if errors.is_empty() {
             errors.keep(file::remove_tree(&meta.dir));
         }

@@ -4,6 +4,7 @@ use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
+use super::image_volumes::{ImageVolume, IMAGES};
 use crate::runtime::Handler;
 use crate::sys::idmap::IdMaps;
 
@@ -22,6 +23,9 @@ pub struct Metadata {
     pub image_id: String,
     /// Chain IDs of its layers, lowest first: they are held even when the image is removed.
     pub chain: Vec<String>,
+    /// Images that the request mounts; their layers are held likewise.
+    #[serde(default)]
+    pub image_volumes: Vec<ImageVolume>,
     /// What the user called the image.
     pub image: String,
     /// repo@digest, or the id when there is none.
@@ -44,6 +48,16 @@ pub struct Metadata {
 impl Metadata {
     pub fn rootfs(&self) -> PathBuf {
         self.dir.join("rootfs")
+    }
+
+    /// Where images that it mounts are mounted.
+    pub fn images_dir(&self) -> PathBuf {
+        self.dir.join(IMAGES)
+    }
+
+    /// The layers to hold: its own image's, then those of each image that it mounts.
+    pub fn chains(&self) -> Vec<&[String]> {
+        std::iter::once(self.chain.as_slice()).chain(self.image_volumes.iter().map(|v| v.chain.as_slice())).collect()
     }
 
     /// The ids of a user of the container on the host.

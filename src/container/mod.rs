@@ -12,6 +12,8 @@ pub mod exit;
 mod golden;
 /// What the host can do.
 pub mod host;
+/// Images as volumes, and volumes that images declare.
+pub mod image_volumes;
 /// Start, stop, kill, update, log.
 pub mod lifecycle;
 /// Create, remove, lookup.

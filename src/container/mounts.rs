@@ -1,8 +1,11 @@
-//! The mounts of a request, made ready on the host; and directories that must be in the root filesystem.
+//! The mounts of a request, made ready on the host; and the working directory, which must be in the root filesystem.
 
 use std::collections::HashSet;
 use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
+
+use rustix::fs::{AtFlags, FileType, Mode, OFlags};
+use rustix::io::Errno;
 
 use crate::api::runtime::{Mount, MountPropagation};
 use crate::error::{Context, Error, Result};
@@ -10,22 +13,27 @@ use crate::spec::{process, refuse, HostFacts, Propagation, ResolvedMount};
 use crate::sys::mount::{holding, table, MountInfo};
 use crate::sys::{file, inroot};
 
-/// Checks all mounts, then resolves their host paths; a missing one becomes a directory (0755), as with containerd.
-/// INVALID_ARGUMENT and others as [`refuse::mount`] has them; FAILED_PRECONDITION when the host path is not on a mount that
-/// is shared as the propagation needs.
-pub fn resolve(mounts: &[Mount], host: &HostFacts) -> Result<Vec<ResolvedMount>> {
+/// Checks all mounts by their words alone; `recursive_read_only` says whether the OCI runtime can do that. Mounts of images have no
+/// host path yet. INVALID_ARGUMENT and others as [`refuse::mount`] has them.
+pub fn check_all(mounts: &[Mount], host: &HostFacts, recursive_read_only: bool) -> Result<Vec<ResolvedMount>> {
     let mut seen = HashSet::new();
-    let mut resolved = Vec::with_capacity(mounts.len());
-    for mount in mounts {
-        refuse::mount(mount, host)?;
-        let checked = check(mount)?;
-        if !seen.insert(checked.container_path.clone()) {
-            return Err(Error::invalid(format!("mount {}: asked for twice", checked.container_path.display())));
+    let mut checked = Vec::with_capacity(mounts.len());
+    for asked in mounts {
+        refuse::mount(asked, host, recursive_read_only)?;
+        let mount = check(asked)?;
+        if !seen.insert(mount.container_path.clone()) {
+            return Err(Error::invalid(format!("mount {}: asked for twice", mount.container_path.display())));
         }
-        resolved.push(checked);
+        checked.push(mount);
     }
+    Ok(checked)
+}
+
+/// Resolves the host paths of checked mounts; a missing one becomes a directory (0755), as with containerd. FAILED_PRECONDITION
+/// when the host path is not on a mount that is shared as the propagation needs.
+pub fn find(mounts: &mut [ResolvedMount]) -> Result<()> {
     let mut mount_table = None;
-    for mount in &mut resolved {
+    for mount in mounts.iter_mut().filter(|mount| !mount.host_path.as_os_str().is_empty()) {
         let what = format!("mount {}", mount.container_path.display());
         mount.host_path = existing(&mount.host_path).context(|| what.clone())?;
         if mount.propagation != Propagation::Private {
@@ -37,25 +45,32 @@ pub fn resolve(mounts: &[Mount], host: &HostFacts) -> Result<Vec<ResolvedMount>>
             mount_table = Some(table);
         }
     }
-    Ok(resolved)
+    Ok(())
 }
 
-/// Creates the working directory in the root filesystem, and an empty directory for each volume the image declares.
-/// Returns nothing: links inside the image may move them, which the runtime will follow the same way.
-pub fn make_directories(rootfs: &Path, working_dir: &Path, volumes: &[String]) -> Result<()> {
-    let root = inroot::Root::open(rootfs)?;
-    let place = root.make_dirs(working_dir)?;
-    if process::leads_out(&place) {
-        return Err(Error::invalid(format!(
+/// Looks whether the image can be a root file system, and creates the working directory in it. Links inside the image may move
+/// that, which the runtime will follow the same way. FAILED_PRECONDITION when a directory of the kernel's is none: runc 1.1 makes
+/// links below `rootfs/dev`, and removes what is there, before it enters the root file system; over a link it would do so on the host.
+pub fn prepare_root(rootfs: &Path, working_dir: &Path) -> Result<()> {
+    let top = rustix::fs::open(rootfs, OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())
+        .context(|| format!("open {}", rootfs.display()))?;
+    for name in ["proc", "sys", "dev"] {
+        match rustix::fs::statat(&top, name, AtFlags::SYMLINK_NOFOLLOW) {
+            Err(Errno::NOENT) => {}
+            Err(e) => return Err(e).context(|| format!("look at /{name} of the image")),
+            Ok(stat) if FileType::from_raw_mode(stat.st_mode) == FileType::Directory => {}
+            Ok(_) => return Err(Error::precondition(format!("the image's /{name} is not a directory"))),
+        }
+    }
+    let place = inroot::Root::open(rootfs)?.make_dirs(working_dir).context(|| "working_dir")?;
+    match process::leads_out(&place) {
+        true => Err(Error::invalid(format!(
             "working_dir: {} leads to {}, a process's own view of the host",
             working_dir.display(),
             place.display()
-        )));
+        ))),
+        false => Ok(()),
     }
-    for volume in volumes {
-        root.make_dirs(&process::clean(Path::new(volume)))?;
-    }
-    Ok(())
 }
 
 /// The request's words without a look at the host.
@@ -64,11 +79,18 @@ pub(super) fn check(mount: &Mount) -> Result<ResolvedMount> {
     if !mount.container_path.starts_with('/') {
         return Err(invalid("container_path is not absolute"));
     }
-    if !mount.host_path.starts_with('/') {
+    if !mount.host_path.starts_with('/') && mount.image.is_none() {
         return Err(invalid("host_path is not absolute"));
     }
-    if mount.container_path.contains('\0') || mount.host_path.contains('\0') {
-        return Err(invalid("a NUL byte in a path"));
+    for (field, path) in
+        [("container_path", &mount.container_path), ("host_path", &mount.host_path), ("image_sub_path", &mount.image_sub_path)]
+    {
+        if path.contains('\0') {
+            return Err(invalid(&format!("a NUL byte in {field}")));
+        }
+        if path.len() >= process::PATH_MAX {
+            return Err(Error::invalid(format!("mount: {field} is longer than {} bytes", process::PATH_MAX - 1)));
+        }
     }
     let container_path = process::clean(Path::new(&mount.container_path));
     if container_path == Path::new("/") {
@@ -80,7 +102,14 @@ pub(super) fn check(mount: &Mount) -> Result<ResolvedMount> {
         Ok(MountPropagation::PROPAGATION_BIDIRECTIONAL) => Propagation::Bidirectional,
         Err(_) => return Err(invalid("unknown propagation")),
     };
-    Ok(ResolvedMount { container_path, host_path: PathBuf::from(&mount.host_path), readonly: mount.readonly, propagation })
+    Ok(ResolvedMount {
+        container_path,
+        host_path: PathBuf::from(&mount.host_path),
+        readonly: mount.readonly,
+        recursive_read_only: mount.recursive_read_only,
+        propagation,
+        options: mount.mount_options.clone(),
+    })
 }
 
 fn existing(path: &Path) -> Result<PathBuf> {
@@ -120,7 +149,8 @@ mod tests {
     }
 
     fn resolved(mounts: &[Mount]) -> Result<Vec<ResolvedMount>> {
-        resolve(mounts, &host::detect().unwrap())
+        let mut list = check_all(mounts, &host::detect().unwrap(), false)?;
+        find(&mut list).map(|()| list)
     }
 
     #[test]
@@ -142,7 +172,8 @@ mod tests {
         for bad in ["", "a", "/", "/..", "/a/..", "/a\0"] {
             assert_eq!(resolved(&[mount("/ok", &missing), mount(bad, &missing)]).unwrap_err().code(), Code::InvalidArgument, "{bad:?}");
         }
-        for bad in ["", "a", "/a\0"] {
+        let long = format!("/{}", "a/".repeat(2048));
+        for bad in ["", "a", "/a\0", &long] {
             let error = resolved(&[mount("/ok", &missing), mount("/x", Path::new(bad))]).unwrap_err();
             assert_eq!(error.code(), Code::InvalidArgument, "{bad:?}");
         }
@@ -173,33 +204,46 @@ mod tests {
             super_options: String::new(),
         };
         let table = [info("/", &[]), info("/shared", &["shared:1"]), info("/slave", &["master:1"])];
-        let check = |path: &str, propagation| {
-            let mount = ResolvedMount { container_path: "/c".into(), host_path: path.into(), readonly: false, propagation };
+        let checked = |path: &str, propagation| {
+            let mount = ResolvedMount { container_path: "/c".into(), host_path: path.into(), propagation, ..Default::default() };
             check_propagation(&mount, &table)
         };
-        check("/x", Propagation::Private).unwrap();
-        check("/shared/x", Propagation::Bidirectional).unwrap();
-        check("/shared/x", Propagation::HostToContainer).unwrap();
-        check("/slave/x", Propagation::HostToContainer).unwrap();
+        checked("/x", Propagation::Private).unwrap();
+        checked("/shared/x", Propagation::Bidirectional).unwrap();
+        checked("/shared/x", Propagation::HostToContainer).unwrap();
+        checked("/slave/x", Propagation::HostToContainer).unwrap();
         for (path, propagation) in [("/slave/x", Propagation::Bidirectional), ("/x", Propagation::HostToContainer)] {
-            assert_eq!(check(path, propagation).unwrap_err().code(), Code::FailedPrecondition);
+            assert_eq!(checked(path, propagation).unwrap_err().code(), Code::FailedPrecondition);
         }
     }
 
     #[test]
-    fn directories_are_made_in_the_rootfs() {
+    fn the_working_dir_is_made_in_the_rootfs() {
         let dir = tempfile::tempdir().unwrap();
-        make_directories(dir.path(), Path::new("/work/dir"), &["/data".into(), "../../var/lib".into()]).unwrap();
-        for made in ["work/dir", "data", "var/lib"] {
-            assert!(dir.path().join(made).is_dir(), "{made}");
-        }
+        prepare_root(dir.path(), Path::new("/work/dir")).unwrap();
+        assert!(dir.path().join("work/dir").is_dir());
+        let deep = format!("/{}", "a/".repeat(3000));
+        let error = prepare_root(dir.path(), Path::new(&deep)).unwrap_err();
+        assert!(error.message().starts_with("working_dir"), "{error}");
+    }
+
+    #[test]
+    fn directories_of_the_kernel_are_none_elsewhere() {
+        let dir = tempfile::tempdir().unwrap();
+        std::fs::create_dir(dir.path().join("proc")).unwrap();
+        prepare_root(dir.path(), Path::new("/")).unwrap();
+        symlink("/dev", dir.path().join("dev")).unwrap();
+        assert_eq!(prepare_root(dir.path(), Path::new("/")).unwrap_err().code(), Code::FailedPrecondition);
+        std::fs::remove_file(dir.path().join("dev")).unwrap();
+        std::fs::write(dir.path().join("sys"), "").unwrap();
+        assert!(prepare_root(dir.path(), Path::new("/")).unwrap_err().message().contains("/sys"));
     }
 
     #[test]
     fn working_dir_may_not_lead_out_by_a_link() {
         let dir = tempfile::tempdir().unwrap();
         symlink("/proc/self/fd", dir.path().join("w")).unwrap();
-        let error = make_directories(dir.path(), Path::new("/w/7"), &[]).unwrap_err();
+        let error = prepare_root(dir.path(), Path::new("/w/7")).unwrap_err();
         assert!(error.code() == Code::InvalidArgument && error.message().contains("/proc/self/fd/7"), "{error}");
     }
 }

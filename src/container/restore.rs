@@ -61,7 +61,7 @@ impl Containers {
             self.release(&container)?;
             return self.records.remove(&meta.id);
         }
-        if let Err(e) = self.images.hold_restored(&meta.id, &meta.chain) {
+        if let Err(e) = self.images.hold_restored(&meta.id, &meta.chains().concat()) {
             // It may run on: its layers are mounted. But it cannot be trusted to start.
             log::error!("container {}: {e}", meta.id);
         }
@@ -129,6 +129,9 @@ impl Containers {
             let bundle = dir.join(&id);
             if errors.keep(end_orphan(&id, &bundle)).is_none() {
                 // Its processes may still use what is below; the next start tries again.
+                continue;
+            }
+            if errors.keep(super::image_volumes::unmount_images(&bundle)).is_none() {
                 continue;
             }
             errors.keep(self.snapshots.remove(&id, &bundle.join("rootfs")));

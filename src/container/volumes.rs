@@ -25,6 +25,10 @@ pub fn place(dir: &Path, requested: &[Mount], mounts: &mut [ResolvedMount], own:
     for (number, asked) in requested.iter().enumerate() {
         let what = || format!("mount {}", asked.container_path);
         let Some(maps) = mappings(asked).context(what)? else { continue };
+        // The layers of an image have been mapped for the sandbox.
+        if asked.image.is_some() {
+            continue;
+        }
         let path = process::clean(Path::new(&asked.container_path));
         let Some(resolved) = mounts.iter_mut().find(|m| m.container_path == path) else { continue };
         let known = kept.iter().position(|(known, _)| *known == maps);

@@ -337,10 +337,17 @@ impl Images {
 
     /// Holds layers by their chain IDs.
     pub fn hold_again(&self, holder: &str, chain: &[String]) -> Result<Held> {
-        let ids: Vec<Digest> = chain.iter().map(|c| Digest::parse(c)).collect::<Result<_>>()?;
-        self.inner.layers.hold_ready(&format!("container/{holder}"), &ids).context(|| format!("hold layers for {holder}"))?;
-        let layers = ids.iter().rev().map(|c| self.inner.layers.diff_dir(c)).collect();
-        Ok(Held { layers, chain: chain.to_vec() })
+        let mut held = self.hold_all(holder, &[chain])?;
+        held.pop().ok_or_else(|| crate::error::Error::internal(format!("hold layers for {holder}: nothing was held")))
+    }
+
+    /// The same for the layers of several images at once, in their order. A holder holds what its last call named.
+    pub fn hold_all(&self, holder: &str, chains: &[&[String]]) -> Result<Vec<Held>> {
+        let parse = |chain: &&[String]| chain.iter().map(|c| Digest::parse(c)).collect::<Result<Vec<Digest>>>();
+        let ids: Vec<Vec<Digest>> = chains.iter().map(parse).collect::<Result<_>>()?;
+        self.inner.layers.hold_ready(&format!("container/{holder}"), &ids.concat()).context(|| format!("hold layers for {holder}"))?;
+        let directories = |ids: &[Digest]| ids.iter().rev().map(|c| self.inner.layers.diff_dir(c)).collect();
+        Ok(ids.iter().zip(chains).map(|(ids, chain)| Held { layers: directories(ids), chain: chain.to_vec() }).collect())
     }
 
     /// Lets go of a container's layers; those that nothing else needs are removed.

@@ -311,10 +311,13 @@ impl Unpacker<'_> {
         if !rooted::is_dir(&stat) {
             return rustix::fs::unlinkat(&parent.dir, name, AtFlags::empty()).context(|| "replace");
         }
-        std::fs::remove_dir_all(rooted::proc_path(parent.dir.as_fd(), name)).context(|| "replace directory")?;
+        crate::sys::tree::remove_at(parent.dir.as_fd(), name.as_os_str()).context(|| "replace directory")?;
+        // What was in it stands together in the order of paths.
         let gone = parent.path.join(name);
-        self.times.retain(|path, _| !path.starts_with(&gone));
-        self.done.implicit.retain(|path| !path.starts_with(&gone));
+        let times: Vec<PathBuf> = self.times.range(gone.clone()..).map(|(p, _)| p).take_while(|p| p.starts_with(&gone)).cloned().collect();
+        times.iter().for_each(|path| drop(self.times.remove(path)));
+        let implicit: Vec<PathBuf> = self.done.implicit.range(gone.clone()..).take_while(|p| p.starts_with(&gone)).cloned().collect();
+        implicit.iter().for_each(|path| drop(self.done.implicit.remove(path)));
         Ok(())
     }
 

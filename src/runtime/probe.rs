@@ -54,6 +54,10 @@ fn features(handler: &Handler, scratch: &Path, shim: &Path) -> Features {
                 Ok(()) => drop(features.namespaces.insert("user".to_owned())),
                 Err(e) => log::info!("runtime handler {}: no user namespaces: {e}", handler.name),
             }
+            match try_container(handler, scratch, shim, with_recursive_read_only) {
+                Ok(()) => drop(features.mount_options.insert("rro".to_owned())),
+                Err(e) => log::info!("runtime handler {}: no recursive read-only mounts: {e}", handler.name),
+            }
             features
         }
     }
@@ -71,6 +75,15 @@ fn with_user_namespace(spec: &mut serde_json::Value, dir: &Path) -> Result<()> {
     spec["linux"]["gidMappings"] = map;
     if let Some(list) = spec["linux"]["namespaces"].as_array_mut() {
         list.push(json!({"type": "user"}));
+    }
+    Ok(())
+}
+
+/// The container gets a tmpfs that is read-only with all below it. A runtime that does not know the word hands it to tmpfs, which
+/// refuses it; a bind mount would be made all the same, and be writable below.
+fn with_recursive_read_only(spec: &mut serde_json::Value, _: &Path) -> Result<()> {
+    if let Some(list) = spec["mounts"].as_array_mut() {
+        list.push(json!({"destination": "/rro", "type": "tmpfs", "source": "tmpfs", "options": ["nosuid", "size=64k", "rro"]}));
     }
     Ok(())
 }

@@ -43,6 +43,7 @@ impl Service {
             files: files(&sandbox),
             hostname: &sandbox.meta.hostname,
             cgroup_parent: &sandbox.meta.cgroup_parent,
+            recursive_read_only: self.host.mount_setattr && self.handlers.features(&sandbox.meta.handler).recursive_read_only(),
             config: config.clone(),
         };
         let id = self.containers.create(inputs, &call.cancel).context(what).map_err(lead)?;

@@ -7,7 +7,7 @@ use super::{Call, Service};
 use crate::api::runtime;
 use crate::api::runtime::{
     ContainerFilter, ContainerResources, ContainerStatusRequest, ContainerStatusResponse, ContainerUser, ImageSpec, LinuxContainerUser,
-    ListContainersRequest, ListContainersResponse,
+    ListContainersRequest, ListContainersResponse, Mount,
 };
 use crate::container::{signal, Container, State, Status};
 use crate::error::{Error, Result};
@@ -43,6 +43,17 @@ fn user(status: &Status) -> ContainerUser {
     ContainerUser { linux: MessageField::some(linux), ..Default::default() }
 }
 
+/// Those of the request, and for an image which one it was.
+fn mounts(container: &Container) -> Vec<Mount> {
+    let mut mounts = container.config.mounts.clone();
+    for volume in &container.meta.image_volumes {
+        if let Some(image) = mounts.get_mut(volume.mount).and_then(|m| m.image.as_mut()) {
+            image.image_ref = volume.image_id.clone();
+        }
+    }
+    mounts
+}
+
 pub(super) fn full(container: &Container, status: &Status) -> runtime::ContainerStatus {
     let (meta, config) = (&container.meta, &container.config);
     let linux = protobuf::Message::parse_from_bytes(&status.resources).ok();
@@ -62,7 +73,7 @@ pub(super) fn full(container: &Container, status: &Status) -> runtime::Container
         message: status.message.clone(),
         labels: config.labels.clone(),
         annotations: config.annotations.clone(),
-        mounts: config.mounts.clone(),
+        mounts: mounts(container),
         log_path: meta.log_path.as_ref().map(|p| p.to_string_lossy().into_owned()).unwrap_or_default(),
         resources: resources.into(),
         user: MessageField::some(user(status)),

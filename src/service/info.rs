@@ -8,6 +8,7 @@ use crate::api::runtime::{
 };
 use crate::error::{Context, Result};
 use crate::runtime::Features;
+use crate::spec::HostFacts;
 use protobuf::MessageField;
 
 /// Of the kubelet runtime API, fixed (contract.md).
@@ -25,9 +26,10 @@ pub(super) fn version(_: &VersionRequest) -> VersionResponse {
 }
 
 /// What kubelet may ask of a handler. Said only of what is built.
-fn handler_features(features: &Features) -> RuntimeHandlerFeatures {
+fn handler_features(features: &Features, host: &HostFacts) -> RuntimeHandlerFeatures {
     let user_namespaces = features.user_namespaces() && kernel_has_user_namespaces();
-    RuntimeHandlerFeatures { recursive_read_only_mounts: false, user_namespaces, ..Default::default() }
+    let recursive_read_only_mounts = features.recursive_read_only() && host.mount_setattr;
+    RuntimeHandlerFeatures { recursive_read_only_mounts, user_namespaces, ..Default::default() }
 }
 
 /// They may be built out, or forbidden by user.max_user_namespaces.
@@ -53,7 +55,7 @@ impl Service {
         let runtime_handlers = names
             .map(|name| RuntimeHandler {
                 name: name.to_owned(),
-                features: MessageField::some(handler_features(self.handlers.features(name))),
+                features: MessageField::some(handler_features(self.handlers.features(name), &self.host)),
                 ..Default::default()
             })
             .collect();
@@ -63,6 +65,7 @@ impl Service {
             features: MessageField::some(RuntimeFeatures {
                 supplemental_groups_policy: true,
                 user_namespaces_host_network: true,
+                mount_options: true,
                 ..Default::default()
             }),
             ..Default::default()

@@ -3,68 +3,106 @@
 use std::collections::HashMap;
 use std::ffi::{OsStr, OsString};
 use std::fs::File;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 
 use rustix::fs::{AtFlags, Dir, FileType, Gid, Mode, OFlags, Stat, Uid};
 use rustix::io::Errno;
 
-use crate::error::{Context, Result};
+use crate::error::{Context, Error, Result};
 use crate::sys::idmap::IdMaps;
-use crate::sys::mount;
 use crate::sys::rooted::{self, Rooted};
+use crate::sys::{mount, tree};
 
 const DIR: OFlags = OFlags::RDONLY.union(OFlags::DIRECTORY).union(OFlags::NOFOLLOW).union(OFlags::CLOEXEC);
 
 /// `maps`: root of the image becomes that of a user namespace, and so on; an id that is not mapped stays as it is, and is nobody there.
 pub fn prepare(fs: &Path, layers: &[PathBuf], target: &Path, maps: Option<&IdMaps>) -> Result<()> {
+    merge(fs, layers, maps)?;
+    mount::bind(fs, target, false)
+}
+
+/// Puts what layers make together, ordered top first, into the directory `to`.
+pub fn merge(to: &Path, layers: &[PathBuf], maps: Option<&IdMaps>) -> Result<()> {
     if let Some(maps) = maps.filter(|_| layers.is_empty()) {
         let (uid, gid) = maps.root();
-        std::os::unix::fs::chown(fs, Some(uid), Some(gid)).context(|| format!("set the owner of {}", fs.display()))?;
+        std::os::unix::fs::chown(to, Some(uid), Some(gid)).context(|| format!("set the owner of {}", to.display()))?;
     }
     for layer in layers.iter().rev() {
-        let open = |path: &Path| rustix::fs::open(path, DIR, Mode::empty()).context(|| format!("open {}", path.display()));
-        let mut merge = Merge { links: HashMap::new(), root: Rooted::open(fs)?, path: PathBuf::new(), maps };
-        merge.dir(&open(layer)?, &open(fs)?).context(|| format!("copy {} at {}", layer.display(), merge.path.display()))?;
+        let from = rustix::fs::open(layer, DIR, Mode::empty()).context(|| format!("open {}", layer.display()))?;
+        directory(from.as_fd(), to, maps).context(|| format!("copy {}", layer.display()))?;
     }
-    mount::bind(fs, target, false)
+    Ok(())
+}
+
+/// Copies everything in the open directory `from`, and what it says of itself, into the directory `to`. No link is followed.
+pub fn directory(from: BorrowedFd<'_>, to: &Path, maps: Option<&IdMaps>) -> Result<()> {
+    // The handle may be one for metadata alone.
+    let from = rustix::fs::openat(from, ".", DIR, Mode::empty()).context(|| "open the source")?;
+    let open = rustix::fs::open(to, DIR, Mode::empty()).context(|| format!("open {}", to.display()))?;
+    let mut merge = Merge { links: HashMap::new(), root: Rooted::open(to)?, path: PathBuf::new(), maps };
+    merge.tree(from, open).context(|| format!("at {}", merge.path.display()))
 }
 
 /// One layer on its way into the tree.
 struct Merge<'a> {
     /// Where the first name of a file with several went.
-    links: HashMap<u64, PathBuf>,
+    links: HashMap<(u64, u64), PathBuf>,
     root: Rooted,
-    /// The directory being copied.
+    /// What is being copied.
     path: PathBuf,
     maps: Option<&'a IdMaps>,
 }
 
+/// A directory on the way down: what is left to do in it, and how to know both sides again when we come back.
+struct Level {
+    names: std::vec::IntoIter<OsString>,
+    from: (u64, u64),
+    to: (u64, u64),
+}
+
 impl Merge<'_> {
-    fn dir(&mut self, from: &OwnedFd, to: &OwnedFd) -> Result<()> {
-        if rooted::is_opaque(&rooted::proc_path(from.as_fd(), Path::new(""))) {
-            for name in names(to)? {
-                remove(to, &name)?;
+    /// Keeps one directory open on each side, and no place on the stack: a stranger chose how deep they are.
+    fn tree(&mut self, mut from: OwnedFd, mut to: OwnedFd) -> Result<()> {
+        let mut levels = vec![enter(&from, &to)?];
+        while let Some(level) = levels.last_mut() {
+            if let Some(name) = level.names.next() {
+                self.path.push(&name);
+                match self.entry(&from, &to, Path::new(&name))? {
+                    Some(below) => {
+                        (from, to) = below;
+                        levels.push(enter(&from, &to)?);
+                    }
+                    None => drop(self.path.pop()),
+                }
+                continue;
+            }
+            // Last: every file made in it changed its times.
+            rooted::copy_dir_metadata(&from, &to, Path::new(""))?;
+            self.map_owner(&from, &to)?;
+            levels.pop();
+            self.path.pop();
+            if let Some(above) = levels.last() {
+                (from, to) = (parent(&from, above.from)?, parent(&to, above.to)?);
             }
         }
-        for name in names(from)? {
-            self.path.push(&name);
-            self.entry(from, to, Path::new(&name))?;
-            self.path.pop();
-        }
-        // Last: every file made in it changed its times.
-        rooted::copy_dir_metadata(from, to, Path::new(""))?;
+        Ok(())
+    }
+
+    fn map_owner(&self, from: &OwnedFd, to: &OwnedFd) -> Result<()> {
         let Some(maps) = self.maps else { return Ok(()) };
         let stat = rustix::fs::fstat(from).context(|| "look at the source")?;
         let (uid, gid) = maps.owner(stat.st_uid, stat.st_gid);
         rustix::fs::fchown(to, Some(Uid::from_raw(uid)), Some(Gid::from_raw(gid))).context(|| "set owner")
     }
 
-    fn entry(&mut self, from: &OwnedFd, to: &OwnedFd, name: &Path) -> Result<()> {
+    /// Copies one entry; the two sides of a directory, which is still to be filled.
+    fn entry(&mut self, from: &OwnedFd, to: &OwnedFd, name: &Path) -> Result<Option<(OwnedFd, OwnedFd)>> {
         let stat = rustix::fs::statat(from, name, AtFlags::SYMLINK_NOFOLLOW).context(|| "look at the source")?;
         if rooted::is_whiteout(&stat) {
-            return remove(to, name.as_os_str());
+            remove(to, name.as_os_str())?;
+            return Ok(None);
         }
         if rooted::is_dir(&stat) {
             match rustix::fs::statat(to, name, AtFlags::SYMLINK_NOFOLLOW) {
@@ -77,15 +115,17 @@ impl Merge<'_> {
                 Err(e) => return Err(e).context(|| "make directory"),
             }
             let open = |dir: &OwnedFd| rustix::fs::openat(dir, name, DIR, Mode::empty()).context(|| "open directory");
-            return self.dir(&open(from)?, &open(to)?);
+            return Ok(Some((open(from)?, open(to)?)));
         }
         remove(to, name.as_os_str())?;
         if stat.st_nlink > 1 {
-            if let Some(first) = self.links.get(&stat.st_ino) {
+            if let Some(first) = self.links.get(&(stat.st_dev, stat.st_ino)) {
                 let above = self.root.dir(first.parent().unwrap_or(Path::new(""))).context(|| "open directory")?;
-                return rustix::fs::linkat(above, first.file_name().unwrap_or_default(), to, name, AtFlags::empty()).context(|| "link");
+                let first = first.file_name().unwrap_or_default();
+                rustix::fs::linkat(above, first, to, name, AtFlags::empty()).context(|| "link")?;
+                return Ok(None);
             }
-            self.links.insert(stat.st_ino, self.path.clone());
+            self.links.insert((stat.st_dev, stat.st_ino), self.path.clone());
         }
         match FileType::from_raw_mode(stat.st_mode) {
             FileType::RegularFile => {
@@ -102,8 +142,33 @@ impl Merge<'_> {
             }
             kind => rustix::fs::mknodat(to, name, kind, Mode::from(0o600), stat.st_rdev).context(|| "make device")?,
         }
-        describe(from, to, name, &stat, self.maps)
+        describe(from, to, name, &stat, self.maps)?;
+        Ok(None)
     }
+}
+
+/// The work to do in a directory.
+fn enter(from: &OwnedFd, to: &OwnedFd) -> Result<Level> {
+    if rooted::is_opaque(&rooted::proc_path(from.as_fd(), Path::new(""))) {
+        for name in names(to)? {
+            remove(to, &name)?;
+        }
+    }
+    Ok(Level { names: names(from)?.into_iter(), from: id(from)?, to: id(to)? })
+}
+
+/// The directory above, if it is the one we came from.
+fn parent(dir: &OwnedFd, wanted: (u64, u64)) -> Result<OwnedFd> {
+    let parent = rustix::fs::openat(dir, "..", DIR, Mode::empty()).context(|| "open the directory above")?;
+    match id(&parent)? == wanted {
+        true => Ok(parent),
+        false => Err(Error::internal("a directory was moved while it was copied")),
+    }
+}
+
+fn id(dir: &OwnedFd) -> Result<(u64, u64)> {
+    let stat = rustix::fs::fstat(dir).context(|| "look at a directory")?;
+    Ok((stat.st_dev, stat.st_ino))
 }
 
 fn describe(from: &OwnedFd, to: &OwnedFd, name: &Path, stat: &Stat, maps: Option<&IdMaps>) -> Result<()> {
@@ -153,11 +218,7 @@ fn names(dir: &OwnedFd) -> Result<Vec<OsString>> {
 
 /// Removes a file or tree in a directory; not there is fine.
 fn remove(dir: &OwnedFd, name: &OsStr) -> Result<()> {
-    match rustix::fs::unlinkat(dir, name, AtFlags::empty()) {
-        Ok(()) | Err(Errno::NOENT) => Ok(()),
-        Err(Errno::ISDIR) => std::fs::remove_dir_all(rooted::proc_path(dir.as_fd(), Path::new(name))).context(|| "remove directory"),
-        Err(e) => Err(e).context(|| "remove"),
-    }
+    tree::remove_at(dir.as_fd(), name).map(drop)
 }
 
 #[cfg(test)]

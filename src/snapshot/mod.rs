@@ -1,4 +1,6 @@
-//! Root filesystems of containers from layers: a snapshot is `root/snapshots/<container id>` and what is mounted from it.
+//! Root filesystems of containers from layers: a snapshot is `root/snapshots/<container id>` and what is mounted from it. Volumes
+//! that images declare are directories in `root/volumes/<container id>`, beside the layers: writes to them do not pass the
+//! overlay, work with a read-only root filesystem too, and are not part of the writable layer whose size kubelet is told.
 
 mod copy;
 mod overlay;
@@ -6,6 +8,10 @@ mod owners;
 
 pub use owners::{Mapping, Owners};
 
+use std::collections::BTreeSet;
+use std::io::ErrorKind;
+use std::os::fd::BorrowedFd;
+use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -22,11 +28,17 @@ pub enum Kind {
     Copy,
 }
 
+/// In a snapshot: what views of other images need.
+const VIEWS: &str = "views";
+
 /// Makes and removes snapshots below one root.
 #[derive(Clone, Debug)]
 pub struct Snapshotter {
     dir: PathBuf,
+    volumes: PathBuf,
     kind: Kind,
+    /// Whether the kernel may leave writable layers unsynced.
+    volatile: bool,
     mapping: Mapping,
     /// Set: the kernel counts what each snapshot takes.
     projects: Option<Arc<Projects>>,
@@ -35,19 +47,27 @@ pub struct Snapshotter {
 impl Snapshotter {
     /// A snapshotter of a given kind, as configured.
     pub fn new(root: &Path, kind: Kind) -> Result<Snapshotter> {
-        let dir = root.join("snapshots");
+        let (dir, volumes) = (root.join("snapshots"), root.join("volumes"));
         file::make_dir(&dir, 0o711)?;
-        Ok(Snapshotter { dir, kind, mapping: Mapping::default(), projects: None })
+        Ok(Snapshotter { dir, volumes, kind, volatile: false, mapping: Mapping::default(), projects: None })
     }
 
     /// overlayfs if this file system can carry one (tried with a real mount), else copies, with a warning.
     pub fn detect(root: &Path) -> Result<Snapshotter> {
         let mut found = Snapshotter::new(root, Kind::Overlay)?;
-        if let Err(e) = overlay::probe(&found.dir) {
+        if let Err(e) = overlay::probe(&found.dir, false) {
             log::warn!("snapshot: overlayfs does not work here, every container gets a copy of its image: {e}");
             found.kind = Kind::Copy;
         }
         Ok(found)
+    }
+
+    /// From now on writable layers need not be synced, where overlayfs knows how (Linux 5.10; tried with a real mount): no
+    /// container outlives a reboot, so nobody would read what the syncs were for.
+    pub fn allow_volatile(&mut self) {
+        if self.kind == Kind::Overlay {
+            self.volatile = overlay::probe(&self.dir, true).map_err(|e| log::info!("snapshot: no volatile overlays here: {e}")).is_ok();
+        }
     }
 
     /// Has the kernel count new snapshots, if their file system can do it.
@@ -89,10 +109,10 @@ impl Snapshotter {
         file::make_dir(&fs, 0o755)?;
         file::make_dir(target, 0o711)?;
         match (self.kind, owners, self.mapping) {
-            (Kind::Overlay, None, _) => overlay::prepare(&place, layers, target),
-            (Kind::Overlay, Some(owners), Mapping::Idmap) => owners::prepare_mapped(&place, layers, target, owners)
+            (Kind::Overlay, None, _) => overlay::prepare(&place, layers, target, self.volatile),
+            (Kind::Overlay, Some(owners), Mapping::Idmap) => owners::prepare_mapped(&place, layers, target, owners, self.volatile)
                 .map_err(|e| Error::precondition(format!("userns_rootfs = \"idmap\", and layers cannot be mounted id-mapped: {e}"))),
-            (Kind::Overlay, Some(owners), Mapping::Auto) => match owners::prepare_mapped(&place, layers, target, owners) {
+            (Kind::Overlay, Some(owners), Mapping::Auto) => match owners::prepare_mapped(&place, layers, target, owners, self.volatile) {
                 Ok(()) => Ok(()),
                 Err(e) => {
                     static ONCE: std::sync::Once = std::sync::Once::new();
@@ -110,26 +130,88 @@ impl Snapshotter {
         Ok(())
     }
 
+    /// Mounts what `layers` (top first) make together on `target`, read-only: the `number`th such view of a container that has a
+    /// snapshot. The caller unmounts it before `remove`, which takes the rest.
+    pub fn view(&self, container: &str, number: usize, layers: &[PathBuf], target: &Path, owners: Option<&Owners>) -> Result<()> {
+        let what = || format!("mount a view of {} layers on {}", layers.len(), target.display());
+        let place = self.place(container)?.join(VIEWS).join(number.to_string());
+        file::make_dir(&place, 0o700)?;
+        file::make_dir(target, 0o711)?;
+        let copied = || {
+            let fs = place.join("fs");
+            file::make_dir(&fs, 0o755)?;
+            copy::merge(&fs, layers, owners.map(|owners| &owners.maps))?;
+            mount::bind(&fs, target, false).and_then(|()| mount::make_readonly(target))
+        };
+        let mounted = match (self.kind, owners, self.mapping) {
+            (Kind::Overlay, None, _) => overlay::view(&place, layers, target),
+            (Kind::Overlay, Some(owners), Mapping::Idmap) => owners::view_mapped(&place, layers, target, owners),
+            (Kind::Overlay, Some(owners), Mapping::Auto) => owners::view_mapped(&place, layers, target, owners).or_else(|e| {
+                log::debug!("{}: {e}; it is copied", what());
+                owners::release(&place).and_then(|()| copied())
+            }),
+            _ => copied(),
+        };
+        if mounted.is_err() {
+            mount::unmount(target)?;
+        }
+        mounted.context(what)
+    }
+
+    /// Makes the `number`th volume of a container: a directory of its own with what is in the open directory `from`, owners, modes
+    /// and attributes included. Returns where it is; `remove` takes it. `from` is part of a root filesystem for `owners`.
+    pub fn volume(&self, container: &str, number: usize, from: BorrowedFd<'_>, owners: Option<&Owners>) -> Result<PathBuf> {
+        let what = || format!("make volume {number} of {container}");
+        self.place(container)?;
+        file::make_dir(&self.volumes, 0o711)?;
+        let place = self.volumes.join(container);
+        // The volume itself may be open to everybody: nobody but the container's root gets so far.
+        file::make_dir(&place, 0o700)?;
+        if let Some(owners) = owners {
+            std::os::unix::fs::chown(&place, None, Some(owners.maps.root().1)).context(what)?;
+            std::fs::set_permissions(&place, std::fs::Permissions::from_mode(0o710)).context(what)?;
+        }
+        let volume = place.join(number.to_string());
+        std::fs::create_dir(&volume).context(what)?;
+        copy::directory(from, &volume, None).context(what)?;
+        if let (Some(owners), 0) = (owners, std::fs::symlink_metadata(&volume).context(what)?.uid()) {
+            // The directory was not in the image but made for it.
+            let (uid, gid) = owners.maps.root();
+            std::os::unix::fs::chown(&volume, Some(uid), Some(gid)).context(what)?;
+        }
+        Ok(volume)
+    }
+
     /// Unmounts a container's snapshot from `target` and deletes it. Not there is fine. Every step is tried.
     pub fn remove(&self, container: &str, target: &Path) -> Result<()> {
         let place = self.place(container)?;
         let mut errors = ErrorList::default();
         // Deleting below a mount that stayed would delete the files of whatever is mounted.
-        if errors.keep(mount::unmount(target)).is_some() & errors.keep(owners::release(&place)).is_some() {
+        let mut unmounted = errors.keep(mount::unmount(target)).is_some() & errors.keep(owners::release(&place)).is_some();
+        for view in std::fs::read_dir(place.join(VIEWS)).into_iter().flatten().flatten() {
+            unmounted &= errors.keep(owners::release(&view.path())).is_some();
+        }
+        if unmounted {
             errors.keep(file::remove_tree(&place));
         }
+        errors.keep(file::remove_tree(&self.volumes.join(container)));
         errors.finish().context(|| format!("remove snapshot of {container}"))
     }
 
-    /// The containers that have a snapshot here: for the sweep of orphans at start.
+    /// The containers that have a snapshot or volumes here: for the sweep of orphans at start.
     pub fn list(&self) -> Result<Vec<String>> {
-        let what = || format!("list {}", self.dir.display());
-        let mut found = Vec::new();
-        for entry in std::fs::read_dir(&self.dir).context(what)? {
-            found.push(entry.context(what)?.file_name().to_string_lossy().into_owned());
+        let mut found = BTreeSet::new();
+        for dir in [&self.dir, &self.volumes] {
+            let what = || format!("list {}", dir.display());
+            let entries = match std::fs::read_dir(dir) {
+                Err(e) if e.kind() == ErrorKind::NotFound => continue,
+                entries => entries.context(what)?,
+            };
+            for entry in entries {
+                found.insert(entry.context(what)?.file_name().to_string_lossy().into_owned());
+            }
         }
-        found.sort();
-        Ok(found)
+        Ok(found.into_iter().collect())
     }
 
     fn place(&self, container: &str) -> Result<PathBuf> {

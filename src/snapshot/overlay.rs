@@ -9,15 +9,15 @@ use crate::sys::{file, mount};
 /// Layers whose names fit a page of options as they are.
 const LONG_NAMES: usize = 30;
 
-pub fn prepare(place: &Path, layers: &[PathBuf], target: &Path) -> Result<()> {
+/// A writable root filesystem. `volatile`: what is written is not synced, whoever asks; a power cut leaves the layer torn.
+pub fn prepare(place: &Path, layers: &[PathBuf], target: &Path, volatile: bool) -> Result<()> {
     let (upper, work) = (place.join("fs"), place.join("work"));
     file::make_dir(&work, 0o711)?;
     let empty;
     let lower = match layers {
         // An overlay needs one layer below; an image of none gets an empty one.
         [] => {
-            empty = [place.join("empty")];
-            file::make_dir(&empty[0], 0o755)?;
+            empty = [bottom(place)?];
             &empty[..]
         }
         layers => {
@@ -29,6 +29,30 @@ pub fn prepare(place: &Path, layers: &[PathBuf], target: &Path) -> Result<()> {
             layers
         }
     };
+    mount_at(place, lower, Some((&upper, &work)), volatile, target)
+}
+
+/// What the layers make together, for reading alone: no upper layer, nothing to sync. The empty layer at the bottom makes an
+/// overlay of a single layer too, so that its whiteouts and marks are hidden.
+pub fn view(place: &Path, layers: &[PathBuf], target: &Path) -> Result<()> {
+    let empty = bottom(place)?;
+    let mut lower = layers.to_vec();
+    if lower.len() < 2 {
+        lower.push(empty);
+    }
+    if lower.len() < 2 {
+        return mount::bind(&lower[0], target, false).and_then(|()| mount::make_readonly(target));
+    }
+    mount_at(place, &lower, None, false, target)
+}
+
+fn bottom(place: &Path) -> Result<PathBuf> {
+    let empty = place.join("empty");
+    file::make_dir(&empty, 0o755)?;
+    Ok(empty)
+}
+
+fn mount_at(place: &Path, lower: &[PathBuf], upper_work: Option<(&Path, &Path)>, volatile: bool, target: &Path) -> Result<()> {
     let links = place.join("l");
     let short;
     let lower = if lower.len() > LONG_NAMES {
@@ -37,7 +61,7 @@ pub fn prepare(place: &Path, layers: &[PathBuf], target: &Path) -> Result<()> {
     } else {
         lower
     };
-    let result = mount::overlay(&mount::Overlay { lower, upper_work: Some((&upper, &work)), volatile: false }, target);
+    let result = mount::overlay(&mount::Overlay { lower, upper_work, volatile }, target);
     // The kernel resolved the links; the mount keeps the directories themselves.
     file::remove_tree(&links)?;
     result
@@ -56,7 +80,7 @@ fn shorten(links: &Path, layers: &[PathBuf]) -> Result<Vec<PathBuf>> {
 }
 
 /// Mounts and unmounts a small overlay in `dir`, with what our layers need: opaque marks and whiteouts.
-pub fn probe(dir: &Path) -> Result<()> {
+pub fn probe(dir: &Path, volatile: bool) -> Result<()> {
     let place = dir.join(format!(".probe-{}", std::process::id()));
     file::remove_tree(&place)?;
     let result = (|| {
@@ -68,7 +92,7 @@ pub fn probe(dir: &Path) -> Result<()> {
         rustix::fs::mknodat(rustix::fs::CWD, high.join("hidden"), rustix::fs::FileType::CharacterDevice, rustix::fs::Mode::empty(), 0)
             .context(|| "make a whiteout")?;
         rooted::set_opaque(&high).context(|| "mark a directory opaque")?;
-        prepare(&place, &[high, low], &target)
+        prepare(&place, &[high, low], &target, volatile)
     })();
     mount::unmount(&place.join("target"))?;
     file::remove_tree(&place)?;

@@ -33,7 +33,27 @@ pub enum Mapping {
 const LAYERS: &str = "mapped";
 
 /// An overlay of id-mapped layers. The upper directory belongs to the namespace's root, like the top layer seen through the map.
-pub fn prepare_mapped(place: &Path, layers: &[PathBuf], target: &Path, owners: &Owners) -> Result<()> {
+pub fn prepare_mapped(place: &Path, layers: &[PathBuf], target: &Path, owners: &Owners, volatile: bool) -> Result<()> {
+    let mapped = map_layers(place, layers, owners)?;
+    crash::step("create:1-mapped-layers");
+    if layers.is_empty() {
+        let (uid, gid) = owners.maps.root();
+        let fs = place.join("fs");
+        std::os::unix::fs::chown(&fs, Some(uid), Some(gid)).context(|| format!("set the owner of {}", fs.display()))?;
+    }
+    overlay::prepare(place, &mapped, target, volatile)?;
+    // The overlay has its own copies of these mounts.
+    release(place)
+}
+
+/// The same to be read alone.
+pub fn view_mapped(place: &Path, layers: &[PathBuf], target: &Path, owners: &Owners) -> Result<()> {
+    let mapped = map_layers(place, layers, owners)?;
+    overlay::view(place, &mapped, target)?;
+    release(place)
+}
+
+fn map_layers(place: &Path, layers: &[PathBuf], owners: &Owners) -> Result<Vec<PathBuf>> {
     let namespace = File::open(owners.namespace).context(|| format!("open {}", owners.namespace.display()))?;
     let mut mapped = Vec::with_capacity(layers.len());
     for (number, layer) in layers.iter().enumerate() {
@@ -43,15 +63,7 @@ pub fn prepare_mapped(place: &Path, layers: &[PathBuf], target: &Path, owners: &
         idmap::attach(idmap::detached(layer, namespace.as_fd(), false, true, Flow::Private)?, &at)?;
         mapped.push(at);
     }
-    crash::step("create:1-mapped-layers");
-    if layers.is_empty() {
-        let (uid, gid) = owners.maps.root();
-        let fs = place.join("fs");
-        std::os::unix::fs::chown(&fs, Some(uid), Some(gid)).context(|| format!("set the owner of {}", fs.display()))?;
-    }
-    overlay::prepare(place, &mapped, target)?;
-    // The overlay has its own copies of these mounts.
-    release(place)
+    Ok(mapped)
 }
 
 /// Unmounts the layers, of which there are none but while an overlay is made and after a crash of just then.

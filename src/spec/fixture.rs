@@ -41,6 +41,7 @@ pub(crate) fn host() -> HostFacts {
         seccomp: true,
         apparmor: false,
         selinux: false,
+        mount_setattr: true,
     }
 }
 
@@ -123,8 +124,7 @@ impl Fixture {
         self.mounts.push(ResolvedMount {
             container_path: PathBuf::from(container_path),
             host_path: PathBuf::from(host_path),
-            readonly: false,
-            propagation: Propagation::Private,
+            ..Default::default()
         });
         self.mounts.last_mut().unwrap()
     }

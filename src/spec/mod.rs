@@ -3,7 +3,7 @@
 //!
 //! No field of a request is ignored in silence: the table of fields below says of each what becomes of it, and tests hold it to that.
 //! Of the image's configuration: User, Env, Entrypoint, Cmd and WorkingDir are in the spec, StopSignal is what stop sends, Volumes are
-//! empty directories in the rootfs, ExposedPorts and Labels do not apply. hostname and sysctls are left out of the spec on purpose:
+//! directories of the container's own (`container::image_volumes`), ExposedPorts and Labels do not apply. hostname and sysctls are left out of the spec on purpose:
 //! the namespaces are joined, and a runtime would rewrite the sandbox's.
 #![doc = include_str!("fields.md")]
 
@@ -138,6 +138,8 @@ pub struct HostFacts {
     pub seccomp: bool,
     pub apparmor: bool,
     pub selinux: bool,
+    /// Whether mounts can be changed with all below them (mount_setattr(2), Linux 5.12).
+    pub mount_setattr: bool,
 }
 
 /// Builds the spec. The second value has a line for each thing that was given less than asked; the caller logs them once.

@@ -6,19 +6,29 @@ use oci_spec::runtime::Mount;
 
 use super::Inputs;
 
-/// A bind mount of the request, its host path resolved (`container::mounts::resolve`).
-#[derive(Clone, Debug, PartialEq, Eq)]
+/// A bind mount of the request, its host path resolved (`container::mounts::find`), or a volume that an image brings
+/// (`container::image_volumes`).
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct ResolvedMount {
     /// Absolute and clean.
     pub container_path: PathBuf,
     /// Absolute, without links, existing.
     pub host_path: PathBuf,
     pub readonly: bool,
+    /// With all that is mounted below.
+    pub recursive_read_only: bool,
     pub propagation: Propagation,
+    /// Further options, of [`OPTIONS`].
+    pub options: Vec<String>,
 }
 
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+/// What mount_options may say. They hold for the mount itself, as `readonly` does, not for what is mounted below it; whatever
+/// else a mount has is given by fields of its own.
+pub const OPTIONS: [&str; 3] = ["noexec", "nosuid", "nodev"];
+
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Propagation {
+    #[default]
     Private,
     HostToContainer,
     Bidirectional,
@@ -44,7 +54,7 @@ pub(super) fn mounts(inputs: &Inputs) -> Vec<Mount> {
     let mut all: Vec<Mount> = usual(inputs).into_iter().filter(|mount| !replaced(mount.destination())).collect();
     // These come in even below a requested /dev: /dev/shm is the sandbox's.
     all.extend(sandbox_files(inputs).into_iter().filter(|mount| !requested(mount.destination())));
-    all.extend(inputs.mounts.iter().map(|mount| bind(&mount.container_path, &mount.host_path, mount.readonly, mount.propagation.option())));
+    all.extend(inputs.mounts.iter().map(requested_bind));
     // Stable: /proc stays before /dev.
     all.sort_by_key(|mount| mount.destination().components().count());
     all
@@ -86,6 +96,20 @@ fn sandbox_files(inputs: &Inputs) -> Vec<Mount> {
     }
     list.extend(files.shm.as_ref().map(|shm| bind(Path::new("/dev/shm"), shm, false, "rprivate")));
     list
+}
+
+fn requested_bind(asked: &ResolvedMount) -> Mount {
+    let mut mount = bind(&asked.container_path, &asked.host_path, asked.readonly, asked.propagation.option());
+    let options = mount.options_mut().get_or_insert_with(Vec::new);
+    if asked.recursive_read_only {
+        options.push("rro".to_owned());
+    }
+    for option in &asked.options {
+        if !options.contains(option) {
+            options.push(option.clone());
+        }
+    }
+    mount
 }
 
 fn bind(destination: &Path, source: &Path, readonly: bool, propagation: &str) -> Mount {
@@ -174,6 +198,16 @@ mod tests {
         fixture.mount("/dev", "/dev");
         fixture.files.shm = Some("/run/s1/shm".into());
         assert_eq!(destinations(&fixture), ["/proc", "/sys", "/dev", "/dev/shm", "/sys/fs/cgroup"]);
+    }
+
+    #[test]
+    fn options_of_a_requested_mount() {
+        let mut fixture = Fixture::new();
+        let mount = fixture.mount("/a", "/a");
+        (mount.readonly, mount.recursive_read_only) = (true, true);
+        assert_eq!(options(&at(&fixture, "/a")), "rbind,rprivate,ro,rro");
+        fixture.mount("/b", "/b").options = ["noexec", "nodev", "noexec"].map(str::to_owned).to_vec();
+        assert_eq!(options(&at(&fixture, "/b")), "rbind,rprivate,rw,noexec,nodev");
     }
 
     #[test]

@@ -9,6 +9,9 @@ use crate::error::{Context, Error, Result};
 
 const DEFAULT_PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
 
+/// The kernel's, its end mark included.
+pub const PATH_MAX: usize = 4096;
+
 /// The range of /proc/PID/oom_score_adj.
 const OOM_SCORE_ADJ: std::ops::RangeInclusive<i64> = -1000..=1000;
 
@@ -140,6 +143,9 @@ pub fn working_dir(requested: &str, image: &str) -> Result<PathBuf> {
     let chosen = if requested.is_empty() { image } else { requested };
     if chosen.contains('\0') {
         return Err(Error::invalid("working_dir: a NUL byte in it"));
+    }
+    if chosen.len() >= PATH_MAX {
+        return Err(Error::invalid(format!("working_dir: longer than {} bytes", PATH_MAX - 1)));
     }
     let path = clean(Path::new(chosen));
     match leads_out(&path) {

@@ -1,6 +1,7 @@
 //! What is refused by name: contradictions (INVALID_ARGUMENT), what this host cannot do (FAILED_PRECONDITION) and what is
 //! not built yet (UNIMPLEMENTED). Pure, so a caller can ask before it makes anything.
 
+use super::mounts::OPTIONS;
 use super::HostFacts;
 use crate::api::runtime::security_profile::ProfileType;
 use crate::api::runtime::{ContainerConfig, LinuxContainerSecurityContext, Mount, MountPropagation, PodSandboxConfig, SELinuxOption};
@@ -11,7 +12,7 @@ const DEVICE_ANNOTATIONS: &str = "cdi.k8s.io/";
 const CLASS_ANNOTATIONS: [&str; 2] = ["io.kubernetes.cri.rdt-class", "io.kubernetes.cri.blockio-class"];
 const SANDBOX_CLASS_ANNOTATIONS: [&str; 2] = ["rdt.resources.beta.kubernetes.io/", "blockio.resources.beta.kubernetes.io/"];
 
-/// Everything of a container's request that is not honoured.
+/// Everything of a container's request that is not honoured, but for its mounts: see [`mount`].
 pub fn container(config: &ContainerConfig, sandbox: &PodSandboxConfig, host: &HostFacts) -> Result<()> {
     if config.windows.is_some() {
         return Err(Error::invalid("windows: this is a Linux host"));
@@ -20,9 +21,6 @@ pub fn container(config: &ContainerConfig, sandbox: &PodSandboxConfig, host: &Ho
         return Err(Error::unimplemented("CDI_devices: not built yet"));
     }
     annotations(config, sandbox)?;
-    for asked in &config.mounts {
-        mount(asked, host)?;
-    }
     let Some(security) = config.linux.security_context.as_ref() else { return Ok(()) };
     if security.privileged && !sandbox.linux.security_context.privileged {
         return Err(Error::invalid("privileged: the sandbox is not privileged"));
@@ -50,33 +48,36 @@ fn annotations(config: &ContainerConfig, sandbox: &PodSandboxConfig) -> Result<(
     Ok(())
 }
 
-/// A mount that cannot be made as asked. Called before its host path is created.
-pub fn mount(mount: &Mount, host: &HostFacts) -> Result<()> {
+/// A mount that cannot be made as asked. Called before its host path is created. `recursive_read_only`: whether the OCI runtime can.
+pub fn mount(mount: &Mount, host: &HostFacts, recursive_read_only: bool) -> Result<()> {
     let place = || format!("mount {}", mount.container_path);
     let invalid = |what: &str| Err(Error::invalid(format!("{}: {what}", place())));
     let later = |what: &str| Err(Error::unimplemented(format!("{}: {what} not built yet", place())));
     let propagation = mount.propagation.enum_value();
-    if mount.image.is_some() {
-        return match mount.host_path.is_empty() {
-            true => later("image: image volumes are"),
-            false => invalid("host_path and image exclude each other"),
-        };
-    }
-    if !mount.image_sub_path.is_empty() {
-        return invalid("image_sub_path without image");
-    }
     if propagation.is_err() {
         return invalid("unknown propagation");
+    }
+    match mount.image.is_some() {
+        true if !mount.host_path.is_empty() => return invalid("host_path and image exclude each other"),
+        true if !mount.readonly => return invalid("readonly is not set, and an image can only be read"),
+        true if propagation == Ok(MountPropagation::PROPAGATION_BIDIRECTIONAL) => {
+            return invalid("propagation is bidirectional, and nothing can be mounted in an image");
+        }
+        false if !mount.image_sub_path.is_empty() => return invalid("image_sub_path without image"),
+        _ => {}
+    }
+    if let Some(option) = mount.mount_options.iter().find(|option| !OPTIONS.contains(&option.as_str())) {
+        return invalid(&format!("mount_options: {option:?} is not one of {}", OPTIONS.join(", ")));
     }
     if mount.recursive_read_only {
         if !mount.readonly || propagation != Ok(MountPropagation::PROPAGATION_PRIVATE) {
             return invalid("recursive_read_only needs readonly and private propagation");
         }
-        // kubelet knows this one by code UNKNOWN and by the first word of the whole message.
-        return Err(Error::new(Code::Unknown, format!("RROUnsupported: {}: recursive_read_only is not built yet", place())));
-    }
-    if !mount.mount_options.is_empty() {
-        return later("mount_options are");
+        if !recursive_read_only {
+            // kubelet knows this one by code UNKNOWN and by the first word of the whole message.
+            let why = "recursive_read_only: the OCI runtime or the kernel cannot do it";
+            return Err(Error::new(Code::Unknown, format!("RROUnsupported: {}: {why}", place())));
+        }
     }
     if mount.selinux_relabel && host.selinux {
         return later("selinux_relabel is");
@@ -188,7 +189,7 @@ mod tests {
     fn mount_refused(change: impl FnOnce(&mut Mount), code: Code, word: &str) {
         let mut asked = Mount { container_path: "/data".into(), host_path: "/srv".into(), ..Default::default() };
         change(&mut asked);
-        let error = mount(&asked, &HostFacts { selinux: true, ..host() }).unwrap_err();
+        let error = mount(&asked, &HostFacts { selinux: true, ..host() }, false).unwrap_err();
         assert_eq!(error.code(), code, "{error}");
         assert!(error.message().contains(word), "{error}");
     }
@@ -200,8 +201,17 @@ mod tests {
             m.host_path.clear();
             m.image = MessageField::some(ImageSpec::default());
         };
-        mount_refused(image, Code::Unimplemented, "image volumes");
+        mount_refused(image, Code::InvalidArgument, "readonly");
+        let both_ways = |m: &mut Mount| {
+            image(m);
+            m.readonly = true;
+            m.propagation = MountPropagation::PROPAGATION_BIDIRECTIONAL.into();
+        };
+        mount_refused(both_ways, Code::InvalidArgument, "bidirectional");
         mount_refused(|m| m.image_sub_path = "a".into(), Code::InvalidArgument, "image_sub_path");
+        let mut good = Mount { container_path: "/i".into(), readonly: true, image_sub_path: "a".into(), ..Default::default() };
+        good.image = MessageField::some(ImageSpec::default());
+        mount(&good, &host(), false).unwrap();
     }
 
     #[test]
@@ -209,6 +219,9 @@ mod tests {
         mount_refused(|m| m.recursive_read_only = true, Code::InvalidArgument, "needs readonly");
         let asked = |m: &mut Mount| (m.readonly, m.recursive_read_only) = (true, true);
         mount_refused(asked, Code::Unknown, "RROUnsupported: ");
+        let mut good = Mount { container_path: "/r".into(), host_path: "/srv".into(), ..Default::default() };
+        asked(&mut good);
+        mount(&good, &host(), true).unwrap();
         let slave = |m: &mut Mount| {
             (m.readonly, m.recursive_read_only) = (true, true);
             m.propagation = MountPropagation::PROPAGATION_HOST_TO_CONTAINER.into();
@@ -218,11 +231,15 @@ mod tests {
 
     #[test]
     fn options_labels_and_unknown_propagation() {
-        mount_refused(|m| m.mount_options.push("noexec".into()), Code::Unimplemented, "mount_options");
+        for option in ["rw", "exec", "bind", "remount", "idmap", "context=x", "noexec,nodev", ""] {
+            mount_refused(|m| m.mount_options.push(option.into()), Code::InvalidArgument, &format!("mount_options: {option:?}"));
+        }
         mount_refused(|m| m.selinux_relabel = true, Code::Unimplemented, "selinux_relabel");
         mount_refused(|m| m.propagation = protobuf::EnumOrUnknown::from_i32(9), Code::InvalidArgument, "propagation");
         let relabel = Mount { selinux_relabel: true, ..Default::default() };
-        mount(&relabel, &host()).unwrap();
+        mount(&relabel, &host(), false).unwrap();
+        let options = OPTIONS.map(str::to_owned).to_vec();
+        mount(&Mount { mount_options: options, ..Default::default() }, &host(), false).unwrap();
     }
 
     #[test]

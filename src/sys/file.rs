@@ -93,15 +93,10 @@ pub fn remove_dir(path: &Path) -> Result<()> {
     }
 }
 
-/// Removes a directory and all below it, links not followed; one that is not there is fine. The caller has unmounted
-/// what was mounted below: a mount point makes this fail, and nothing below a mount is touched... by `rmdir`, but files
-/// of a mounted tree would be, so callers unmount first and check.
+/// Removes a directory and all below it, links not followed; one that is not there is fine. What is mounted below makes it
+/// fail and stays as it is: callers unmount first.
 pub fn remove_tree(path: &Path) -> Result<()> {
-    match std::fs::remove_dir_all(path) {
-        Ok(()) => Ok(()),
-        Err(e) if e.kind() == ErrorKind::NotFound => Ok(()),
-        Err(e) => Err(e).context(|| format!("remove tree {}", path.display())),
-    }
+    super::tree::remove(path).map(drop)
 }
 
 /// Starts the writing of what a file has in memory alone, and does not wait for it. It promises nothing: an fsync that comes

@@ -47,7 +47,16 @@ impl Root {
     /// Creates a directory and its missing parents with mode 0755, links followed inside the tree, dangling ones too.
     /// Returns where it is: absolute inside the tree, without links. Nobody else may change the tree meanwhile.
     pub fn make_dirs(&self, path: &Path) -> Result<PathBuf> {
-        let what = || format!("create directory {} in {}", path.display(), self.path.display());
+        self.follow(path, true).context(|| format!("create directory {} in {}", path.display(), self.path.display()))
+    }
+
+    /// Where a path leads: absolute inside the tree, without links. What is missing is taken as written.
+    pub fn resolve(&self, path: &Path) -> Result<PathBuf> {
+        self.follow(path, false).context(|| format!("resolve {} in {}", path.display(), self.path.display()))
+    }
+
+    /// Follows a path name by name; `make`: all of it must be a directory, and is made one.
+    fn follow(&self, path: &Path, make: bool) -> rustix::io::Result<PathBuf> {
         let mut done = PathBuf::from("/");
         let mut ahead = parts(path);
         let mut links = 0;
@@ -56,30 +65,42 @@ impl Root {
                 done.pop();
                 continue;
             }
-            let parent = self.inside.dir(&done).context(what)?;
+            let parent = self.inside.dir(&done)?;
             let kind = match rustix::fs::statat(&parent, &name, AtFlags::SYMLINK_NOFOLLOW) {
                 Ok(stat) => FileType::from_raw_mode(stat.st_mode),
-                Err(Errno::NOENT) => {
-                    rustix::fs::mkdirat(&parent, &name, Mode::from_raw_mode(0o755)).context(what)?;
+                Err(Errno::NOENT) if make => {
+                    rustix::fs::mkdirat(&parent, &name, Mode::from_raw_mode(0o755))?;
                     FileType::Directory
                 }
-                Err(error) => return Err(error).context(what),
+                Err(Errno::NOENT) => {
+                    ahead.push_front(name);
+                    for part in ahead {
+                        match part == ".." {
+                            true => drop(done.pop()),
+                            false => done.push(part),
+                        }
+                    }
+                    return Ok(done);
+                }
+                Err(error) => return Err(error),
             };
             match kind {
-                FileType::Directory => done.push(&name),
                 FileType::Symlink => {
                     links += 1;
                     if links > MAX_LINKS {
-                        return Err(Errno::LOOP).context(what);
+                        return Err(Errno::LOOP);
                     }
-                    let target = rustix::fs::readlinkat(&parent, &name, Vec::new()).context(what)?;
+                    let target = rustix::fs::readlinkat(&parent, &name, Vec::new())?;
                     let target = PathBuf::from(OsString::from_vec(target.into_bytes()));
                     if target.is_absolute() {
                         done = PathBuf::from("/");
                     }
                     parts(&target).into_iter().rev().for_each(|part| ahead.push_front(part));
                 }
-                _ => return Err(Errno::NOTDIR).context(what),
+                FileType::Directory => done.push(&name),
+                // A file can be the end of a path, but no step of it.
+                _ if ahead.is_empty() && !make => done.push(&name),
+                _ => return Err(Errno::NOTDIR),
             }
         }
         Ok(done)
@@ -148,6 +169,22 @@ mod tests {
         assert!(root.join("outside").is_dir() && !dir.path().join("outside").exists());
         assert_eq!(tree.make_dirs(Path::new("/")).unwrap(), Path::new("/"));
         assert_eq!(tree.make_dirs(Path::new("/etc")).unwrap(), Path::new("/etc"));
+    }
+
+    #[test]
+    fn resolves_without_making() {
+        let (_dir, root) = tree();
+        symlink("/data/app", root.join("app")).unwrap();
+        symlink("../../..", root.join("up")).unwrap();
+        std::fs::write(root.join("etc/file"), "").unwrap();
+        let tree = Root::open(&root).unwrap();
+        for (path, found) in
+            [("/app/x/../y", "/data/app/y"), ("/up/etc", "/etc"), ("etc/file", "/etc/file"), ("/", "/"), ("/none/../../b", "/b")]
+        {
+            assert_eq!(tree.resolve(Path::new(path)).unwrap(), Path::new(found), "{path}");
+        }
+        assert!(!root.join("data").exists());
+        assert!(tree.resolve(Path::new("/etc/file/x")).is_err());
     }
 
     #[test]

@@ -61,6 +61,8 @@ pub mod socket;
 pub mod tcp;
 /// Threads with names.
 pub mod thread;
+/// Removal of directory trees of any depth.
+pub mod tree;
 /// The program that makes and enters user namespaces.
 pub mod userns;
 /// One thread that waits on many descriptors.

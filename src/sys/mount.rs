@@ -24,6 +24,32 @@ pub fn make_private(target: &Path) -> Result<()> {
         .context(|| format!("make mount {} private", target.display()))
 }
 
+/// Makes the bind mount at `target` read-only; what is mounted below it is not touched.
+pub fn make_readonly(target: &Path) -> Result<()> {
+    let flags = MsFlags::MS_BIND | MsFlags::MS_REMOUNT | MsFlags::MS_RDONLY;
+    nix::mount::mount(None::<&str>, target, None::<&str>, flags, None::<&str>)
+        .context(|| format!("make mount {} read-only", target.display()))
+}
+
+/// Whether the kernel has mount_setattr(2): asked with a descriptor that is none.
+#[cfg(feature = "engine")]
+pub fn has_setattr() -> bool {
+    // SAFETY: the call takes numbers, an empty path and a zeroed structure (struct mount_attr) that outlives it; it changes nothing,
+    // because descriptor -1 is none.
+    let result = unsafe {
+        let attributes = [0u64; 4];
+        libc::syscall(
+            libc::SYS_mount_setattr,
+            -1,
+            c"".as_ptr(),
+            libc::AT_EMPTY_PATH,
+            attributes.as_ptr(),
+            std::mem::size_of_val(&attributes),
+        )
+    };
+    result == 0 || Errno::last() != Errno::ENOSYS
+}
+
 /// Mounts a tmpfs of at most `size` bytes, whose root directory is `owner`'s (uid and gid).
 pub fn tmpfs(target: &Path, size: u64, mode: u32, owner: (u32, u32)) -> Result<()> {
     let flags = MsFlags::MS_NOSUID | MsFlags::MS_NODEV | MsFlags::MS_NOEXEC;

@@ -102,6 +102,14 @@ fn sandboxes() {
 
 type ContainerCase = (&'static str, Code, &'static str, fn(&mut ContainerConfig));
 
+fn image_mount(config: &mut ContainerConfig, image: &str, sub_path: &str) {
+    mount(config, |m| {
+        (m.readonly, m.image_sub_path) = (true, sub_path.into());
+        m.host_path.clear();
+        m.image = MessageField::some(ImageSpec { image: image.into(), ..Default::default() });
+    });
+}
+
 fn mount(config: &mut ContainerConfig, change: impl FnOnce(&mut Mount)) {
     let mut mount = Mount { container_path: "/data".into(), host_path: "/tmp".into(), ..Default::default() };
     change(&mut mount);
@@ -162,11 +170,17 @@ const CONTAINERS: &[ContainerCase] = &[
     ("localhost seccomp the old way", Code::UNIMPLEMENTED, "seccomp", |c| security(c).seccomp_profile_path = "localhost//a.json".into()),
     ("a seccomp profile that is none", Code::INVALID_ARGUMENT, "seccomp", |c| security(c).seccomp_profile_path = "strict".into()),
     ("windows", Code::INVALID_ARGUMENT, "windows", |c| c.windows = MessageField::some(WindowsContainerConfig::default())),
-    ("image volumes", Code::UNIMPLEMENTED, "image volumes", |c| {
+    ("a mount of an image to write to", Code::INVALID_ARGUMENT, "readonly", |c| {
         mount(c, |m| {
             m.host_path.clear();
             m.image = MessageField::some(ImageSpec { image: "localhost/test:1".into(), ..Default::default() });
         });
+    }),
+    ("a mount of an image that is not here", Code::UNKNOWN, "ImageVolumeMountFailed", |c| image_mount(c, "localhost/none:1", "")),
+    ("a mount of what an image has not", Code::UNKNOWN, "ImageVolumeMountFailed", |c| image_mount(c, "localhost/test:1", "not/there")),
+    ("a mount of an image for a handler", Code::INVALID_ARGUMENT, "runtime_handler", |c| {
+        image_mount(c, "localhost/test:1", "");
+        c.mounts[0].image.mut_or_insert_default().runtime_handler = "wasm".into();
     }),
     ("a mount of a path and of an image", Code::INVALID_ARGUMENT, "exclude", |c| {
         mount(c, |m| m.image = MessageField::some(ImageSpec { image: "localhost/test:1".into(), ..Default::default() }));
@@ -174,7 +188,7 @@ const CONTAINERS: &[ContainerCase] = &[
     ("a recursive read-only mount that is writable", Code::INVALID_ARGUMENT, "recursive_read_only", |c| {
         mount(c, |m| m.recursive_read_only = true)
     }),
-    ("mount options", Code::UNIMPLEMENTED, "mount_options", |c| mount(c, |m| m.mount_options.push("noexec".into()))),
+    ("mount options", Code::INVALID_ARGUMENT, "mount_options: \"suid\"", |c| mount(c, |m| m.mount_options.push("suid".into()))),
     ("a mount to nowhere", Code::INVALID_ARGUMENT, "container_path", |c| mount(c, |m| m.container_path = "data".into())),
     ("a mount over the root", Code::INVALID_ARGUMENT, "root", |c| mount(c, |m| m.container_path = "/a/..".into())),
     ("two mounts in one place", Code::INVALID_ARGUMENT, "twice", |c| {
@@ -239,10 +253,18 @@ fn containers() {
 
 #[test]
 fn kubelet_knows_it_by_its_first_word() {
-    let node = Node::start();
-    let sandbox = node.sandbox("web");
+    let mut node = Node::start();
     let mut config = node.container_config("app", "true");
     mount(&mut config, |m| (m.readonly, m.recursive_read_only) = (true, true));
+    let sandbox = node.sandbox("able");
+    let id = node.create(&sandbox, &config).expect("the runtime says that it can");
+    let spec = node.spec(&id);
+    let asked = spec["mounts"].as_array().expect("a list").iter().find(|m| m["destination"] == "/data").expect("it is there");
+    assert_eq!(asked["options"], serde_json::json!(["rbind", "rprivate", "ro", "rro"]));
+    node.stop_daemon();
+    std::fs::write(node.path("oci/features"), r#"{"linux":{"namespaces":["pid"]}}"#).expect("write the features");
+    node.start_daemon();
+    let sandbox = node.sandbox("web");
     let message = refused(node.create(&sandbox, &config), Code::UNKNOWN, "/data");
     assert!(message.starts_with("RROUnsupported"), "{message}");
 }

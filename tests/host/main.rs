@@ -3,6 +3,7 @@
 //!
 //! `CRISP_TEST_DAEMON=containerd` runs what every CRI runtime must do against containerd: that checks the tests.
 
+mod archive;
 mod client;
 mod daemon;
 mod events;
@@ -13,6 +14,7 @@ mod lifecycle;
 mod login;
 mod logs;
 mod metrics;
+mod mounts;
 mod namespaces;
 mod network;
 mod objects;
@@ -30,4 +32,5 @@ mod stats;
 mod trouble;
 mod unified;
 mod userns;
+mod volumes;
 mod websocket;

@@ -10,6 +10,7 @@ use crate::client::Call;
 use crate::daemon::{crispd, patience, tool, Kind};
 use crate::harness::{handlers, http_get_soon, kind, Container, Host, Sandbox};
 use crate::objects::{container_config, create_request, exec_request, run_request, sandbox_config};
+use crate::volumes::{image_mount, import_declaring};
 
 const COUNT: [&str; 3] = ["sh", "-c", "trap 'stop=1' TERM; i=0; while [ -z \"$stop\" ]; do i=$((i+1)); echo $i; usleep 10000; done"];
 
@@ -96,7 +97,7 @@ fn what_ended_meanwhile_is_told_truly() {
 }
 
 /// The whole life of a sandbox with a container, as far as the daemon lives. An error is a crash, or fails the test.
-fn live(host: &Host, name: &str, handler: &str, mapped: bool) -> Result<(), grpcio::Error> {
+fn live(host: &Host, name: &str, handler: &str, image: &str, mapped: bool) -> Result<(), grpcio::Error> {
     use crisp::api::runtime::{
         RemoveContainerRequest, RemovePodSandboxRequest, StartContainerRequest, StopContainerRequest, StopPodSandboxRequest,
     };
@@ -110,8 +111,14 @@ fn live(host: &Host, name: &str, handler: &str, mapped: bool) -> Result<(), grpc
     }
     std::fs::create_dir_all(&config.log_directory).expect("make the log directory");
     let sandbox = step(host, &run_request(&config, handler))?.pod_sandbox_id;
+    // With an image mounted, and of one that declares volumes.
     let mut main = container_config(&config, "main", &COUNT);
-    main.mounts = vec![crate::userns::mount("/data", &crate::userns::volume(host, "volume"), mapped)];
+    main.mounts = vec![
+        image_mount("/img", crate::daemon::BUSYBOX, "www"),
+        crate::userns::mount("/mapped", &crate::userns::volume(host, "volume"), mapped),
+        image_mount("/other", crate::daemon::BUSYBOX, ""),
+    ];
+    main.image.mut_or_insert_default().image = image.into();
     let request = create_request(&sandbox, &config, &main);
     let container = step(host, &request)?.container_id;
     step(host, &StartContainerRequest { container_id: container.clone(), ..Default::default() })?;
@@ -147,6 +154,7 @@ fn a_crash_at_each_step_leaves_nothing() {
     let handlers = handlers();
     let mut host = Host::start();
     let witness = Witness::new(&host, "");
+    let declaring = import_declaring(&host);
     let mut missed = Vec::new();
     for (number, step) in steps.iter().enumerate().step_by(stride()) {
         // Each step with one of the runtimes, in turns.
@@ -161,7 +169,7 @@ fn a_crash_at_each_step_leaves_nothing() {
             if host.client.call(&ListPodSandboxRequest::default()).is_ok() {
                 // Some steps are of user namespaces alone; the others are gone through with and without in turns.
                 let mapped = number % 3 == 0 || ["user", "mapped", "volumes"].iter().any(|word| step.contains(word));
-                outcome = live(&host, &format!("life{number}"), handler, mapped);
+                outcome = live(&host, &format!("life{number}"), handler, &declaring, mapped);
                 break;
             }
             std::thread::sleep(Duration::from_millis(10));
@@ -189,10 +197,14 @@ fn a_crash_at_each_step_leaves_nothing() {
         let containers = host.call(&ListContainersRequest::default()).containers;
         assert!(containers.iter().all(|container| container.pod_sandbox_id == witness.sandbox.id), "{step}: {containers:?}");
         // The same names can be used again.
-        live(&host, &format!("life{number}"), handler, number % 2 == 0).unwrap_or_else(|e| panic!("after a crash at {step}: {e}"));
+        live(&host, &format!("life{number}"), handler, &declaring, number % 2 == 0)
+            .unwrap_or_else(|e| panic!("after a crash at {step}: {e}"));
         let leased = crate::snapshot::leases(&host.daemon.layout);
         assert_eq!(leased, std::slice::from_ref(&witness.sandbox.ip), "after a crash at {step}");
+        let volumes = std::fs::read_dir(host.daemon.layout.path("root/volumes")).map_or(0, |entries| entries.count());
+        assert_eq!(volumes, 0, "after a crash at {step}");
     }
+    crate::volumes::remove_image(&host, &declaring);
     assert!(missed.is_empty(), "the life of a sandbox never came to: {missed:?}");
     host.finish();
 }

@@ -125,10 +125,11 @@ impl Case {
     fn spec(&self, id: &str) -> Spec {
         let rootfs = self.rootfs();
         let user = user::resolve(&rootfs, &self.config.linux.security_context, &self.image_user).unwrap();
-        let mounts = mounts::resolve(&self.config.mounts, &HOST).unwrap();
+        let mut mounts = mounts::check_all(&self.config.mounts, &HOST, true).unwrap();
+        mounts::find(&mut mounts).unwrap();
         let devices = devices::collect(&self.config).unwrap();
         let cwd = spec::process::working_dir(&self.config.working_dir, "").unwrap();
-        mounts::make_directories(&rootfs, &cwd, &[]).unwrap();
+        mounts::prepare_root(&rootfs, &cwd).unwrap();
         let inputs = Inputs {
             sandbox_id: "s",
             sandbox: &self.sandbox,

@@ -64,6 +64,12 @@ fn int(value: i64) -> MessageField<Int64Value> {
 const MOUNTS: &[Case] = &[
     case("mounts", |f| f.config.mounts = vec![mount("/data", |_| {}), mount("/data/../etc/hosts", |_| {}), mount("/dev/shm", |_| {})]),
     case("mount_readonly", |f| f.config.mounts = vec![mount("/data", |m| m.readonly = true)]),
+    case("mount_recursive_read_only", |f| {
+        f.config.mounts = vec![mount("/data", |m| (m.readonly, m.recursive_read_only) = (true, true))];
+    }),
+    case("mount_options", |f| {
+        f.config.mounts = vec![mount("/data", |m| m.mount_options = ["noexec", "nosuid", "noexec"].map(str::to_owned).to_vec())];
+    }),
     case("mount_propagation", |f| {
         f.config.mounts = vec![
             mount("/slave", |m| m.propagation = MountPropagation::PROPAGATION_HOST_TO_CONTAINER.into()),
