@@ -73,7 +73,7 @@ impl Writer {
                 let spare = state.spare.pop();
                 let new = spare.is_none() && state.made < COUNT;
                 state.made += usize::from(new);
-                (spare.is_some() || new).then(|| Some(spare))
+                (spare.is_some() || new).then_some(Some(spare))
             });
             let Ok(Some(spare)) = room else { return };
             let mut buffer = spare.unwrap_or_else(|| vec![0; BUFFER]);

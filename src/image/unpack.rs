@@ -315,9 +315,13 @@ impl Unpacker<'_> {
         // What was in it stands together in the order of paths.
         let gone = parent.path.join(name);
         let times: Vec<PathBuf> = self.times.range(gone.clone()..).map(|(p, _)| p).take_while(|p| p.starts_with(&gone)).cloned().collect();
-        times.iter().for_each(|path| drop(self.times.remove(path)));
+        for path in &times {
+            self.times.remove(path);
+        }
         let implicit: Vec<PathBuf> = self.done.implicit.range(gone.clone()..).take_while(|p| p.starts_with(&gone)).cloned().collect();
-        implicit.iter().for_each(|path| drop(self.done.implicit.remove(path)));
+        for path in &implicit {
+            self.done.implicit.remove(path);
+        }
         Ok(())
     }
 
