@@ -262,6 +262,8 @@ fn image_settings(config: &Config) -> image::Settings {
     settings.pinned = config.images.pinned.clone();
     settings.pinned.extend(config.sandbox_image.clone());
     settings.bounds.layer_workers = config.images.layer_downloads;
+    settings.bounds.all_layers = config.images.all_downloads;
+    settings.bounds.keep_free = config.images.keep_free_percent;
     settings.registry = registry_settings(config);
     settings.verifiers = image::Verifiers {
         dir: config.images.verifier_dir.clone(),

@@ -3,6 +3,14 @@
 
 /// Every step, in the order of a container's life.
 pub const STEPS: &[&str] = &[
+    "pull:1-manifest",
+    "pull:2-begun",
+    "pull:3-unpacked",
+    "pull:4-moved",
+    "pull:5-synced",
+    "pull:6-committed",
+    "pull:7-layers",
+    "pull:8-recorded",
     "run:1-recorded",
     "run:2-files",
     "run:3-user-namespace",

@@ -1,5 +1,8 @@
 //! What crisp asks of the kernel: the only place with unsafe code, child processes, threads, mounts and namespaces.
 
+/// Values that threads wait on, with cancellation.
+#[cfg(feature = "engine")]
+pub mod awaited;
 /// Cancellation and deadline of a call.
 pub mod cancel;
 /// Messages of a socket that must not block.

@@ -19,6 +19,7 @@ mod mounts;
 mod namespaces;
 mod network;
 mod objects;
+mod pulls;
 mod python;
 mod registry;
 mod resources;
