@@ -9,6 +9,7 @@ use parking_lot::Condvar;
 use serde::{Deserialize, Serialize};
 
 use super::apparmor::AppArmor;
+use super::classes::Classes;
 use super::confine::Confiner;
 use super::labels::{self, SeLinux};
 use super::metadata::Metadata;
@@ -52,6 +53,7 @@ pub struct Settings {
     /// Whether an exec with streams dies with its client.
     pub kill_on_disconnect: bool,
     pub defaults: Defaults,
+    pub classes: Classes,
     pub host: HostFacts,
     /// None: SELinux is off.
     pub selinux: Option<SeLinux>,
@@ -290,6 +292,8 @@ impl Containers {
         super::image_volumes::mount_images(meta, &held, &config.mounts, mounts, &self.snapshots, owners)?;
         super::volumes::place(&meta.dir, &config.mounts, mounts, user_namespace, &self.settings.shim)?;
         let devices = super::devices::collect(config)?;
+        super::update::check_cpuset(&container.cgroup()?, &config.linux.resources)?;
+        let (classes, class_warnings) = self.settings.classes.resolve(&inputs.sandbox.annotations, config)?;
         let working_dir = spec::process::working_dir(&config.working_dir, image_dir)?;
         super::mounts::prepare_root(&rootfs, &working_dir)?;
         // First, so that a mount of the request in the same depth comes after it.
@@ -306,6 +310,7 @@ impl Containers {
             rootfs: &rootfs,
             mounts,
             devices: &devices,
+            classes: &classes,
             cgroups_path: &meta.cgroups_path,
             hostname: inputs.hostname,
             host: &self.settings.host,
@@ -313,7 +318,7 @@ impl Containers {
             defaults: &self.settings.defaults,
             confinement: &confinement,
         })?;
-        for warning in confined.into_iter().chain(warnings) {
+        for warning in confined.into_iter().chain(class_warnings).chain(warnings) {
             log::warn!("container {}: {warning}", meta.id);
         }
         self.settings.edit(&mut built, config, inputs.sandbox)?;

@@ -3,6 +3,10 @@
 
 /// AppArmor profiles of the host.
 pub mod apparmor;
+/// Block I/O classes from their file.
+pub mod blockio;
+/// Classes that annotations ask for.
+pub mod classes;
 /// seccomp profiles, AppArmor and SELinux for one container.
 pub mod confine;
 /// Host devices of a container.
@@ -22,7 +26,7 @@ pub mod host;
 pub mod labels;
 /// Images as volumes, and volumes that images declare.
 pub mod image_volumes;
-/// Start, stop, kill, update, log.
+/// Start, stop, kill, log.
 pub mod lifecycle;
 /// Create, remove, lookup.
 pub mod manager;
@@ -38,11 +42,14 @@ pub mod signal;
 pub mod status;
 /// Exec with streams, attach.
 pub mod stream;
+/// UpdateContainerResources.
+pub mod update;
 /// The user of a container, from its rootfs.
 pub mod user;
 /// Id-mapped mounts.
 pub mod volumes;
 
+pub use classes::Classes;
 pub use manager::{Change, Container, Containers, CreateInputs, LayerWatch, Settings};
 pub use metadata::Metadata;
 pub use status::{State, Status};

@@ -7,6 +7,7 @@ use std::sync::Arc;
 
 use super::levels::{Level, Levels};
 use super::metadata::Metadata;
+use super::resources::Resources;
 use super::status::{Phase, Process, Status};
 use super::{attachment, files, namespaces, validate};
 use crate::api::runtime::PodSandboxConfig;
@@ -112,6 +113,10 @@ fn lost_namespace(meta: &Metadata) -> Option<&'static str> {
     (!meta.file("hosts").exists()).then_some("its files are gone")
 }
 
+fn said_of(config: &PodSandboxConfig) -> Resources<'_> {
+    Resources { overhead: config.linux.overhead.as_ref(), resources: config.linux.resources.as_ref() }
+}
+
 /// All sandboxes.
 pub struct Sandboxes {
     settings: Settings,
@@ -182,7 +187,9 @@ impl Sandboxes {
         handler: &str,
         requested_handler: &str,
     ) -> Result<String> {
-        let prepared = self.prepare(id, name, &config, handler, requested_handler);
+        let mut status = Status::new();
+        let said = said_of(&config).put(&mut status);
+        let prepared = said.and_then(|()| self.prepare(id, name, &config, handler, requested_handler));
         let (meta, sysctls, level) = match prepared {
             Ok(prepared) => prepared,
             Err(e) => {
@@ -190,7 +197,7 @@ impl Sandboxes {
                 return Err(e);
             }
         };
-        let sandbox = Arc::new(Sandbox::new(meta, config, Status::new(), level));
+        let sandbox = Arc::new(Sandbox::new(meta, config, status, level));
         let id = sandbox.id().to_owned();
         let result = self.build(&sandbox, config_bytes, sysctls);
         let Err(error) = result else {
@@ -229,6 +236,7 @@ impl Sandboxes {
     fn prepare(&self, id: String, name: String, config: &PodSandboxConfig, handler: &str, requested: &str) -> Result<Prepared> {
         let ns = validate::namespaces(config)?;
         let linux = config.linux.as_ref();
+        said_of(config).check().context(|| "linux")?;
         let mut sysctls: BTreeMap<String, String> = BTreeMap::new();
         if !ns.host_network {
             for (key, value) in &self.settings.sysctls {
