@@ -2,12 +2,13 @@
 
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use nix::sys::signal::{SigSet, Signal};
 
 use crate::cgroup::{warm::Warmer, Layout};
+use crate::check;
 use crate::config::{self, Config, Overrides};
 use crate::container::{self, Containers};
 use crate::error::{Context, Error, Result};
@@ -106,6 +107,7 @@ impl Daemon {
         let images = Images::open(image_settings(config))?;
         let mut snapshots = snapshotter(config)?;
         let disk = Arc::new(Disk::start(disk_settings(config), snapshots.count_projects())?);
+        let overlay = snapshots.kind() == Kind::Overlay;
         let host = container::host::detect()?;
         let handlers = Handlers::probe(&config.runtimes, config.default_runtime.as_deref(), &config.run.join("probe"), &config.shim);
         let patient = (config.limits.slow_threads / PATIENT_SHARE).max(1);
@@ -139,9 +141,11 @@ impl Daemon {
             run: config.run.clone(),
             config: describe(config),
             host,
+            check: OnceLock::new(),
             events: events.clone(),
             lists: Seats::new(patient),
         });
+        look_around(config, service.clone(), overlay)?;
         let settings = grpc::Settings {
             socket: config.socket.clone(),
             group: config.socket_group,
@@ -176,6 +180,20 @@ impl Daemon {
         self.endpoint = None;
         self.disk.stop();
     }
+}
+
+/// Has a thread find out what verbose Status tells of the host; nobody waits for it, and nothing is tried again that the start has tried.
+fn look_around(config: &Config, service: Arc<Service>, overlay: bool) -> Result<()> {
+    let config = config.clone();
+    crate::sys::thread::spawn("check", move || {
+        let known = check::Known { host: &service.host, handlers: &service.handlers, overlay };
+        let report = check::look(&config, Some(&known));
+        for finding in report.findings.iter().filter(|finding| finding.state == check::State::Warn) {
+            log::debug!("check: {} {}: {}", finding.topic, finding.name, finding.found);
+        }
+        let _ = service.check.set(report);
+    })?;
+    Ok(())
 }
 
 fn endpoint(address: SocketAddr, server: &grpc::Server, service: Arc<Service>) -> Result<Endpoint> {
@@ -304,6 +322,8 @@ fn container_settings(
         host,
         events,
         layers,
+        cdi: crate::cdi::Registry::new(config.cdi_spec_dirs.clone()),
+        hooks: crate::hooks::Directories::new(config.hooks_dirs.clone()),
     }
 }
 

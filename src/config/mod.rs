@@ -50,6 +50,10 @@ pub struct Config {
     /// Kept from image garbage collection; sandboxes of this version need none.
     pub sandbox_image: Option<String>,
     pub sysctls: BTreeMap<String, String>,
+    /// CDI spec files, in rising priority.
+    pub cdi_spec_dirs: Vec<PathBuf>,
+    /// OCI hooks, in rising priority.
+    pub hooks_dirs: Vec<PathBuf>,
     pub cni: Cni,
     pub images: Images,
     pub limits: Limits,
@@ -116,6 +120,8 @@ struct Raw {
     volatile_layers: bool,
     userns_rootfs: UsernsRootfs,
     sandbox_image: String,
+    cdi_spec_dirs: Vec<Spanned<String>>,
+    hooks_dirs: Vec<Spanned<String>>,
     runtimes: BTreeMap<String, RawRuntime>,
     sysctls: BTreeMap<String, Spanned<String>>,
     cni: RawCni,
@@ -183,6 +189,8 @@ impl Default for Raw {
             volatile_layers: true,
             userns_rootfs: UsernsRootfs::Auto,
             sandbox_image: String::new(),
+            cdi_spec_dirs: vec![text("/etc/cdi"), text("/var/run/cdi")],
+            hooks_dirs: vec![text("/usr/share/containers/oci/hooks.d"), text("/etc/containers/oci/hooks.d")],
             runtimes: BTreeMap::new(),
             sysctls: BTreeMap::from([
                 ("net.ipv4.ip_unprivileged_port_start".to_owned(), text("0")),
@@ -362,6 +370,8 @@ fn check(c: &Checker, raw: Raw) -> Result<Config> {
         userns_rootfs: raw.userns_rootfs,
         sandbox_image: Some(raw.sandbox_image).filter(|i| !i.is_empty()),
         sysctls,
+        cdi_spec_dirs: raw.cdi_spec_dirs.iter().map(|d| c.path("cdi_spec_dirs", d)).collect::<Result<_>>()?,
+        hooks_dirs: raw.hooks_dirs.iter().map(|d| c.path("hooks_dirs", d)).collect::<Result<_>>()?,
         cni: Cni {
             conf_dir: c.path("cni.conf_dir", &raw.cni.conf_dir)?,
             bin_dirs: raw.cni.bin_dirs.iter().map(|d| c.path("cni.bin_dirs", d)).collect::<Result<_>>()?,

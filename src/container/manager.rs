@@ -11,10 +11,12 @@ use serde::{Deserialize, Serialize};
 use super::metadata::Metadata;
 use super::status::{State, Status, User};
 use crate::api::runtime::{ContainerConfig, PodSandboxConfig};
+use crate::cdi;
 use crate::cgroup::stat::{Meter, Reader, Sample};
 use crate::cgroup::{Cgroup, Layout};
 use crate::error::{Context, Error, ErrorList, Result};
 use crate::event::{self, Listener};
+use crate::hooks;
 use crate::image::{Image, Images};
 use crate::runtime::Handler;
 use crate::snapshot::{Owners, Snapshotter};
@@ -49,6 +51,8 @@ pub struct Settings {
     pub host: HostFacts,
     pub events: Arc<dyn Listener<Change>>,
     pub layers: Arc<dyn LayerWatch>,
+    pub cdi: cdi::Registry,
+    pub hooks: hooks::Directories,
 }
 
 /// A step in the life of a container.
@@ -270,7 +274,7 @@ impl Containers {
         let volumes = super::image_volumes::declared(&meta.id, &image.volumes(), &rootfs, mounts, &self.snapshots, owners)?;
         mounts.splice(0..0, volumes);
         crash::step("create:3-volumes");
-        let (built, warnings) = spec::build(&spec::Inputs {
+        let (mut built, warnings) = spec::build(&spec::Inputs {
             sandbox_id: inputs.sandbox_id,
             sandbox: inputs.sandbox,
             config,
@@ -289,6 +293,7 @@ impl Containers {
         for warning in warnings {
             log::warn!("container {}: {warning}", meta.id);
         }
+        self.settings.edit(&mut built, config, inputs.sandbox)?;
         write_json(&meta.spec_path(), &built)?;
         crash::step("create:4-spec");
         self.update(container, |s| {

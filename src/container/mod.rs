@@ -3,6 +3,8 @@
 
 /// Host devices of a container.
 pub mod devices;
+/// CDI devices and hooks, put into a spec.
+mod edits;
 /// ExecSync.
 pub mod exec;
 /// What exits of shims and containers do.

@@ -63,7 +63,7 @@ impl Platform {
     /// This host's.
     pub fn host() -> Platform {
         let (architecture, variant) = match std::env::consts::ARCH {
-            "x86_64" => ("amd64", None),
+            "x86_64" => ("amd64", x86_level()),
             "aarch64" => ("arm64", Some("v8")),
             "arm" => ("arm", Some("v7")),
             "x86" => ("386", None),
@@ -74,9 +74,10 @@ impl Platform {
         Platform { os: "linux".to_owned(), architecture: architecture.to_owned(), variant: variant.map(str::to_owned) }
     }
 
-    /// How well an image for `other` runs here: lower is better, None not at all.
+    /// How well an image for `other` runs here: lower is better, None not at all. As containerd has it, a 64-bit host takes an
+    /// image for its 32-bit ancestor when there is no other.
     fn rank(&self, other: &Platform) -> Option<u32> {
-        if other.os != self.os || other.architecture != self.architecture {
+        if other.os != self.os {
             return None;
         }
         let level = |v: &Option<String>, default: u32| match v.as_deref() {
@@ -84,14 +85,43 @@ impl Platform {
             Some(v) => v.strip_prefix('v').and_then(|v| v.parse::<u32>().ok()),
         };
         // No variant means the base level: x86-64-v1, armv8, armv7.
-        let base = match self.architecture.as_str() {
+        let base = match other.architecture.as_str() {
             "arm64" => 8,
             "arm" => 7,
             _ => 1,
         };
-        let (ours, theirs) = (level(&self.variant, base)?, level(&other.variant, base)?);
-        ours.checked_sub(theirs)
+        let theirs = level(&other.variant, base)?;
+        match (self.architecture.as_str(), other.architecture.as_str()) {
+            // Plain amd64 is what everybody tests; a higher level is for want of it.
+            ("amd64", "amd64") if theirs == base => Some(0),
+            ("amd64", "amd64") => level(&self.variant, base)?.checked_sub(theirs).map(|rank| rank + 1),
+            ("amd64", "386") => Some(200),
+            ("arm64", "arm") => 208_u32.checked_sub(theirs).filter(|rank| *rank >= 200),
+            (ours, theirs_too) if ours == theirs_too => level(&self.variant, base)?.checked_sub(theirs),
+            _ => None,
+        }
     }
+}
+
+/// The level of the x86-64 psABI that this processor has; None: the first.
+#[cfg(target_arch = "x86_64")]
+fn x86_level() -> Option<&'static str> {
+    use std::arch::is_x86_feature_detected as has;
+    let second = has!("cmpxchg16b") && has!("popcnt") && has!("sse3") && has!("sse4.1") && has!("sse4.2") && has!("ssse3");
+    let third =
+        has!("avx") && has!("avx2") && has!("bmi1") && has!("bmi2") && has!("f16c") && has!("fma") && has!("lzcnt") && has!("movbe");
+    let fourth = has!("avx512f") && has!("avx512bw") && has!("avx512cd") && has!("avx512dq") && has!("avx512vl");
+    match (second, third, fourth) {
+        (true, true, true) => Some("v4"),
+        (true, true, false) => Some("v3"),
+        (true, false, _) => Some("v2"),
+        _ => None,
+    }
+}
+
+#[cfg(not(target_arch = "x86_64"))]
+fn x86_level() -> Option<&'static str> {
+    None
 }
 
 impl std::fmt::Display for Platform {
@@ -262,8 +292,9 @@ pub fn parse_config(data: &[u8], layers: usize, platform: &Platform) -> Result<(
         return Err(Error::precondition(format!("image config names {} layers, the manifest {layers}", diff_ids.len())));
     }
     let (os, architecture) = (config.os().to_string(), config.architecture().to_string());
-    let said = |text: &str, want: &str| text.is_empty() || text == want;
-    if !said(&os, &platform.os) || !said(&architecture, &platform.architecture) {
+    let or = |said: &str, ours: &str| if said.is_empty() { ours.to_owned() } else { said.to_owned() };
+    let built_for = Platform { os: or(&os, &platform.os), architecture: or(&architecture, &platform.architecture), variant: None };
+    if platform.rank(&built_for).is_none() {
         return Err(Error::precondition(format!("the image is for {os}/{architecture}, this host is {platform}")));
     }
     // Sets in JSON, lists in the type: sorted, so that equal images compare equal.
@@ -319,6 +350,37 @@ mod tests {
     }
 
     #[test]
+    fn levels_and_ancestors() {
+        let host = |architecture: &str, variant: Option<&str>| Platform {
+            os: "linux".into(),
+            architecture: architecture.into(),
+            variant: variant.map(str::to_owned),
+        };
+        let entries: Vec<_> = [("amd64", Some("v4")), ("386", None), ("amd64", Some("v2")), ("amd64", Some("v3")), ("amd64", Some("v1"))]
+            .into_iter()
+            .map(|(architecture, variant)| descriptor(OCI_MANIFEST, Some(("linux", architecture, variant))))
+            .collect();
+        let v3 = host("amd64", Some("v3"));
+        assert_eq!(choose(&entries, &v3).unwrap(), &entries[4], "plain first");
+        assert_eq!(choose(&entries[..4], &v3).unwrap(), &entries[3]);
+        assert_eq!(choose(&entries[..3], &v3).unwrap(), &entries[2]);
+        assert_eq!(choose(&entries[..2], &v3).unwrap(), &entries[1]);
+        assert!(choose(&entries[..1], &v3).is_err());
+        let entries: Vec<_> = [("arm", Some("v6")), ("arm", Some("v7")), ("arm64", Some("v9")), ("arm64", Some("v8"))]
+            .into_iter()
+            .map(|(architecture, variant)| descriptor(OCI_MANIFEST, Some(("linux", architecture, variant))))
+            .collect();
+        let arm = host("arm64", Some("v8"));
+        assert_eq!(choose(&entries, &arm).unwrap(), &entries[3]);
+        assert_eq!(choose(&entries[..3], &arm).unwrap(), &entries[1]);
+        let odd =
+            [descriptor(OCI_MANIFEST, Some(("linux", "arm", Some("v99")))), descriptor(OCI_MANIFEST, Some(("linux", "arm", Some("x"))))];
+        assert!(choose(&odd, &arm).is_err());
+        assert!(choose(&entries, &host("arm", Some("v5"))).is_err());
+        assert!(Platform::host().rank(&Platform { variant: None, ..Platform::host() }).is_some());
+    }
+
+    #[test]
     fn refuses_what_is_no_plain_image() {
         let d = serde_json::to_string(&descriptor(OCI_CONFIG, None)).unwrap();
         let layer = |t: &str| serde_json::to_string(&descriptor(t, None)).unwrap();
@@ -357,6 +419,7 @@ mod tests {
         assert!(parse_config(json.as_bytes(), 1, &host).is_ok());
         assert!(parse_config(json.as_bytes(), 2, &host).unwrap_err().message().contains("names 1"));
         assert!(parse_config(json.replace("amd64", "s390x").as_bytes(), 1, &host).unwrap_err().message().contains("s390x"));
+        assert!(parse_config(json.replace("amd64", "386").as_bytes(), 1, &host).is_ok());
     }
 
     proptest::proptest! {

@@ -76,6 +76,8 @@ fn mirrors_get_what_is_theirs_alone() {
     let site = site(&[&registry]);
     site.hosts(&registry.address, &text(&mirror.address));
     site.pull(&registry, ":v1", login()).unwrap();
+    let e = site.pull(&registry, ":absent", login()).unwrap_err();
+    assert!(e.message().contains("without credentials") && e.message().contains("belong into images.auth"), "{e}");
     assert!(mirror.seen.lock().unwrap().iter().all(|r| r.authorization().is_none() && r.header("x-key") == Some("k1")));
     assert!(registry.seen.lock().unwrap().iter().all(|r| r.header("x-key").is_none()));
     // Credentials that the node's configuration has for it are its own, and the registry's are another's.

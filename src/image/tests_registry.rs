@@ -32,6 +32,19 @@ fn by_tag_and_digest() {
 }
 
 #[test]
+fn registries_by_ipv6_address() {
+    let c = content(&[layer_tar("a")]);
+    let fake = Fake::honest(&c.answers);
+    // Mapped, so that hosts without IPv6 on loopback have it too.
+    let host = format!("[::ffff:127.0.0.1]:{}", fake.address.rsplit(':').next().unwrap());
+    let site = site(&[]);
+    site.hosts(&format!("{}_", host.replace("]:", "]_")), &format!("server = \"http://{host}\""));
+    let image = site.images.pull(&format!("{host}/a/b:v1"), None, &Cancel::never(), None).unwrap();
+    assert_eq!(image.repo_tags, [format!("{host}/a/b:v1")]);
+    assert!(fake.seen.lock().unwrap().iter().all(|r| r.header("host") == Some(host.as_str())));
+}
+
+#[test]
 fn basic_authentication() {
     let answers = content(&[layer_tar("a")]).answers;
     let fake = Fake::start(move |r| {

@@ -39,7 +39,7 @@ pub use stream_lists::Seats;
 
 use std::cell::RefCell;
 use std::path::PathBuf;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 use crate::api::{self, admin as admin_api, runtime};
 use crate::cgroup::warm::Warmer;
@@ -136,6 +136,8 @@ pub struct Service {
     pub config: String,
     /// What the host can do, found out at start.
     pub host: crate::spec::HostFacts,
+    /// What `crispd check` would say, once it is known.
+    pub check: OnceLock<crate::check::Report>,
     /// What the managers tell, for GetContainerEvents.
     pub events: Arc<Bus<Fact>>,
     /// For lists that are sent in pieces.

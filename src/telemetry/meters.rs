@@ -30,6 +30,7 @@ struct Meters {
     pulls: IntCounterVec,
     pull_durations: Histogram,
     pull_bytes: IntCounter,
+    pull_resumes: IntCounter,
     pulls_running: IntGauge,
     layers_unpacked: IntCounter,
     unpacked_bytes: IntCounter,
@@ -77,6 +78,7 @@ impl Meters {
                 ),
             ),
             pull_bytes: counter("crisp_image_pull_received_bytes_total", "Bytes of layers received from registries."),
+            pull_resumes: counter("crisp_image_pull_resumes_total", "Downloads of layers that broke or stalled and were taken up again."),
             pulls_running: kept(&registry, IntGauge::new("crisp_image_pulls_running", "Pulls under way.")),
             layers_unpacked: counter("crisp_image_layers_unpacked_total", "Layers unpacked, of pulls and imports."),
             unpacked_bytes: counter("crisp_image_unpacked_bytes_total", "Bytes on disk of the layers unpacked."),
@@ -176,6 +178,11 @@ pub fn layer_unpacked(bytes: u64) {
 /// Bytes of a layer came from a registry.
 pub fn pull_received(bytes: u64) {
     METERS.pull_bytes.inc_by(bytes);
+}
+
+/// A layer's download is taken up again.
+pub fn pull_resumed() {
+    METERS.pull_resumes.inc();
 }
 
 /// A container was started, or was not.

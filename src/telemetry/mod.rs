@@ -5,6 +5,7 @@
 //! crisp_calls_total{method,code}                  crisp_call_duration_seconds{method}
 //! crisp_lane_refused_total{lane}                  crisp_lane_queued_calls{lane}, _workers, _busy_workers
 //! crisp_image_pulls_total{result}                 crisp_image_pull_duration_seconds, crisp_image_pull_received_bytes_total
+//! crisp_image_pull_resumes_total
 //! crisp_image_pulls_running                       crisp_image_layers_unpacked_total, crisp_image_unpacked_bytes_total
 //! crisp_images{state}                             crisp_image_layers, crisp_image_layers_bytes
 //! crisp_shim_starts_total{result}                 crisp_shim_deaths_total, crisp_shims
@@ -24,7 +25,7 @@ mod server;
 
 pub use gauges::Gauges;
 pub use meters::{
-    call_meter, cni_ran, events_dropped, image_pull, lane_refused, layer_unpacked, pull_received, shim_died, shim_started,
+    call_meter, cni_ran, events_dropped, image_pull, lane_refused, layer_unpacked, pull_received, pull_resumed, shim_died, shim_started,
     streaming_session, CallMeter, Pull, Session,
 };
 pub use server::Endpoint;

@@ -259,13 +259,16 @@ impl Daemon {
     fn crispd_config(&self) -> String {
         let path = |name: &str| toml_text(&self.layout.path(name).display().to_string());
         let mut text = format!(
-            "socket = {}\nroot = {}\nrun = {}\nshim = {}\nlog_level = \"{}\"\ncgroup_driver = \"cgroupfs\"\n",
+            "socket = {}\nroot = {}\nrun = {}\nshim = {}\nlog_level = \"{}\"\ncgroup_driver = \"cgroupfs\"\n\
+             cdi_spec_dirs = [{}]\nhooks_dirs = [{}]\n",
             path("cri.sock"),
             path("root"),
             path("run"),
             path("bin/crisp-shim"),
             // As in use when it is measured; as much as there is when it is tested.
             if cfg!(debug_assertions) { "debug" } else { "info" },
+            path("cdi"),
+            path("hooks"),
         );
         if let Some((name, _)) = self.options.runtimes.first() {
             text += &format!("default_runtime = {}\n", toml_text(name));

@@ -44,10 +44,10 @@ impl Authority {
         self.dir.join(name).display().to_string()
     }
 
-    /// NAME.key and NAME.crt for 127.0.0.1.
+    /// NAME.key and NAME.crt for 127.0.0.1 and registry.test.
     fn issue(&self, name: &str) -> (String, String) {
         let (key, request, certificate) = (self.file(&format!("{name}.key")), self.file("csr"), self.file(&format!("{name}.crt")));
-        fs::write(self.file("names"), "subjectAltName=IP:127.0.0.1\n").unwrap();
+        fs::write(self.file("names"), "subjectAltName=IP:127.0.0.1,DNS:registry.test\n").unwrap();
         let subject = format!("/CN={name}");
         tool("openssl", &["req", "-newkey", "rsa:2048", "-nodes", "-subj", &subject, "-keyout", &key, "-out", &request]);
         let (ca, ca_key, names) = (self.file("ca.crt"), self.file("ca.key"), self.file("names"));
@@ -336,4 +336,44 @@ fn a_real_registry_goes_on_in_the_middle() {
     let images = store(&dir, "root", |settings| settings.registry.plain_http = vec![address.clone()]);
     pull(&images, &format!("{address}/test/box:1"), None).unwrap();
     assert!(cut.load(Ordering::SeqCst), "nothing was cut");
+}
+
+/// A proxy that leads every tunnel to `target`, whatever was asked; the heads of what was asked.
+fn proxy(target: String) -> (String, Arc<Mutex<Vec<String>>>) {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let (address, heads) = (listener.local_addr().unwrap().to_string(), Arc::new(Mutex::new(Vec::new())));
+    let log = heads.clone();
+    std::thread::spawn(move || {
+        for mut client in listener.incoming().flatten() {
+            let (target, log) = (target.clone(), log.clone());
+            std::thread::spawn(move || {
+                let (mut head, mut byte) = (Vec::new(), [0]);
+                while !head.ends_with(b"\r\n\r\n") && client.read_exact(&mut byte).is_ok() {
+                    head.push(byte[0]);
+                }
+                log.lock().unwrap().push(String::from_utf8_lossy(&head).into_owned());
+                client.write_all(b"HTTP/1.1 200 OK\r\n\r\n").unwrap();
+                let mut server = TcpStream::connect(target).unwrap();
+                let (mut up, mut down) = (client.try_clone().unwrap(), server.try_clone().unwrap());
+                std::thread::spawn(move || std::io::copy(&mut up, &mut down));
+                let _ = std::io::copy(&mut server, &mut client);
+            });
+        }
+    });
+    (address, heads)
+}
+
+#[test]
+fn tls_through_a_proxy() {
+    let dir = tempfile::tempdir().unwrap();
+    let pki = Authority::new(dir.path());
+    let (key, certificate) = pki.issue("server");
+    let registry = Registry::start(&storage(dir.path()), &format!("  tls: {{certificate: {certificate}, key: {key}}}"), "");
+    let (address, heads) = proxy(registry.host.clone());
+    hosts(&dir, "registry.test:443", &format!("ca = \"{}\"\n", pki.file("ca.crt")));
+    // The name is the proxy's to find: here is no server that knows it.
+    let images = store(&dir, "root", |settings| settings.registry.proxies = Proxies::new(&format!("http://{address}"), "", ""));
+    pull(&images, "registry.test:443/test/box:1", None).unwrap();
+    let heads = heads.lock().unwrap();
+    assert!(!heads.is_empty() && heads.iter().all(|head| head.starts_with("CONNECT registry.test:443 ")), "{heads:?}");
 }

@@ -6,6 +6,7 @@
 mod archive;
 mod client;
 mod daemon;
+mod devices;
 mod events;
 mod exposition;
 mod harness;

@@ -175,6 +175,9 @@ fn a_crash_at_each_step_leaves_nothing() {
         }
         // The process is gone a moment after its connection.
         std::thread::sleep(Duration::from_millis(100));
+        while outcome.is_err() && host.daemon.ended().is_none() && begin.elapsed() < patience(Duration::from_secs(30)) {
+            std::thread::sleep(Duration::from_millis(20));
+        }
         let end = host.daemon.ended();
         match (&outcome, end) {
             (_, Some(_)) => {}

@@ -32,6 +32,11 @@ pub struct Keyring {
 }
 
 impl Keyring {
+    /// Whether the client sent credentials.
+    pub fn has_request(&self) -> bool {
+        self.request != Auth::default()
+    }
+
     /// For the host `authority`. `own` says that it is the one the reference names: credentials of a request that name no
     /// server are for that one alone. `repository` is the name in the reference, `domain/path`.
     pub fn find(&self, authority: &str, own: bool, repository: &str, cancel: &Cancel) -> Result<Credentials> {

@@ -98,6 +98,7 @@ impl Download {
             return Err(unavailable(format!("{} from {host}: {why}, at byte {} of {}", self.what, self.done, self.size)));
         }
         log::info!("image: {} from {host}: {why}; going on at byte {} of {}", self.what, self.done, self.size);
+        telemetry::pull_resumed();
         self.breaks.broke(self.done);
         // The same host once more, at once; after that the others, in turn.
         let mut start = self.at;
