@@ -2,12 +2,13 @@
 
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use nix::sys::signal::{SigSet, Signal};
 
 use crate::cgroup::{warm::Warmer, Layout};
+use crate::check;
 use crate::config::{self, Config, Overrides};
 use crate::container::{self, Containers};
 use crate::error::{Context, Error, Result};
@@ -106,12 +107,13 @@ impl Daemon {
         let images = Images::open(image_settings(config))?;
         let mut snapshots = snapshotter(config)?;
         let disk = Arc::new(Disk::start(disk_settings(config), snapshots.count_projects())?);
+        let overlay = snapshots.kind() == Kind::Overlay;
         let host = container::host::detect()?;
         let handlers = Handlers::probe(&config.runtimes, config.default_runtime.as_deref(), &config.run.join("probe"), &config.shim);
         let patient = (config.limits.slow_threads / PATIENT_SHARE).max(1);
         let events = Bus::<Fact>::new(config.limits.event_queue, patient);
         let sandboxes = Arc::new(Sandboxes::open(sandbox_settings(config, events.clone()), network.clone(), watcher.clone())?);
-        let settings = container_settings(config, host.clone(), events.clone(), disk.clone());
+        let settings = container_settings(config, host.clone(), events.clone(), disk.clone())?;
         let containers = Arc::new(Containers::open(settings, images.clone(), snapshots, watcher.clone())?);
         sandboxes.restore()?;
         containers.restore(|id| sandboxes.find(id).ok().flatten().is_some())?;
@@ -139,9 +141,11 @@ impl Daemon {
             run: config.run.clone(),
             config: describe(config),
             host,
+            check: OnceLock::new(),
             events: events.clone(),
             lists: Seats::new(patient),
         });
+        look_around(config, service.clone(), overlay)?;
         let settings = grpc::Settings {
             socket: config.socket.clone(),
             group: config.socket_group,
@@ -176,6 +180,20 @@ impl Daemon {
         self.endpoint = None;
         self.disk.stop();
     }
+}
+
+/// Has a thread find out what verbose Status tells of the host; nobody waits for it, and nothing is tried again that the start has tried.
+fn look_around(config: &Config, service: Arc<Service>, overlay: bool) -> Result<()> {
+    let config = config.clone();
+    crate::sys::thread::spawn("check", move || {
+        let known = check::Known { host: &service.host, handlers: &service.handlers, overlay };
+        let report = check::look(&config, Some(&known));
+        for finding in report.findings.iter().filter(|finding| finding.state == check::State::Warn) {
+            log::debug!("check: {} {}: {}", finding.topic, finding.name, finding.found);
+        }
+        let _ = service.check.set(report);
+    })?;
+    Ok(())
 }
 
 fn endpoint(address: SocketAddr, server: &grpc::Server, service: Arc<Service>) -> Result<Endpoint> {
@@ -244,6 +262,8 @@ fn image_settings(config: &Config) -> image::Settings {
     settings.pinned = config.images.pinned.clone();
     settings.pinned.extend(config.sandbox_image.clone());
     settings.bounds.layer_workers = config.images.layer_downloads;
+    settings.bounds.all_layers = config.images.all_downloads;
+    settings.bounds.keep_free = config.images.keep_free_percent;
     settings.registry = registry_settings(config);
     settings.verifiers = image::Verifiers {
         dir: config.images.verifier_dir.clone(),
@@ -292,19 +312,27 @@ fn container_settings(
     host: crate::spec::HostFacts,
     events: Arc<dyn Listener<container::Change>>,
     layers: Arc<Disk>,
-) -> container::Settings {
-    container::Settings {
+) -> Result<container::Settings> {
+    let resources = &config.resources;
+    Ok(container::Settings {
         root: config.root.clone(),
         run: config.run.clone(),
         shim: config.shim.clone(),
         runtime_timeout: config.limits.runtime_timeout,
         exec_output: config.limits.exec_output,
         kill_on_disconnect: config.streaming.kill_on_disconnect,
-        defaults: crate::spec::Defaults::default(),
+        defaults: crate::spec::Defaults { pids_limit: resources.pids_limit, rlimits: resources.rlimits.clone(), ..Default::default() },
+        classes: container::Classes {
+            block_io: resources.blockio_classes.as_deref().map(container::blockio::BlockIoClasses::load).transpose()?,
+            rdt: resources.rdt_classes,
+            ignore_unconfigured: resources.ignore_unconfigured_classes,
+        },
         host,
         events,
         layers,
-    }
+        cdi: crate::cdi::Registry::new(config.cdi_spec_dirs.clone()),
+        hooks: crate::hooks::Directories::new(config.hooks_dirs.clone()),
+    })
 }
 
 /// The configuration for the admin service; there are no secrets in it.

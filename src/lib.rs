@@ -16,6 +16,10 @@ pub mod grpc;
 #[cfg(feature = "engine")]
 pub mod service;
 
+/// What this host can do, for `crispd check` and verbose Status.
+#[cfg(feature = "engine")]
+pub mod check;
+
 /// What is fuzzed, for tests/fuzz and the replay of its corpora.
 #[cfg(any(test, feature = "fuzz"))]
 #[path = "../tests/fuzz/targets.rs"]
@@ -55,6 +59,12 @@ pub mod cgroup;
 /// Root filesystems from layers: overlay, copy.
 #[cfg(feature = "engine")]
 pub mod snapshot;
+/// CDI: devices by name, from spec files into OCI specs.
+#[cfg(feature = "engine")]
+pub mod cdi;
+/// OCI hooks of the host's administrator.
+#[cfg(feature = "engine")]
+pub mod hooks;
 /// The OCI runtime spec of a container, computed without I/O.
 #[cfg(feature = "engine")]
 pub mod spec;

@@ -5,6 +5,8 @@
 mod images;
 /// `[stats]` and `[metrics]`.
 mod observe;
+/// [resources].
+mod resources;
 /// [streaming].
 mod streaming;
 
@@ -20,6 +22,7 @@ use crate::runtime::{Handler, Kind};
 
 pub use images::{Images, RegistryAuth};
 pub use observe::{Metrics, MetricsGroup, Stats};
+pub use resources::Resources;
 pub use streaming::{Streaming, Tls};
 
 /// The commented default configuration.
@@ -50,9 +53,14 @@ pub struct Config {
     /// Kept from image garbage collection; sandboxes of this version need none.
     pub sandbox_image: Option<String>,
     pub sysctls: BTreeMap<String, String>,
+    /// CDI spec files, in rising priority.
+    pub cdi_spec_dirs: Vec<PathBuf>,
+    /// OCI hooks, in rising priority.
+    pub hooks_dirs: Vec<PathBuf>,
     pub cni: Cni,
     pub images: Images,
     pub limits: Limits,
+    pub resources: Resources,
     pub streaming: Streaming,
     pub stats: Stats,
     pub metrics: Metrics,
@@ -116,11 +124,14 @@ struct Raw {
     volatile_layers: bool,
     userns_rootfs: UsernsRootfs,
     sandbox_image: String,
+    cdi_spec_dirs: Vec<Spanned<String>>,
+    hooks_dirs: Vec<Spanned<String>>,
     runtimes: BTreeMap<String, RawRuntime>,
     sysctls: BTreeMap<String, Spanned<String>>,
     cni: RawCni,
     images: images::Raw,
     limits: RawLimits,
+    resources: resources::Raw,
     streaming: streaming::Raw,
     stats: observe::RawStats,
     metrics: observe::RawMetrics,
@@ -183,6 +194,8 @@ impl Default for Raw {
             volatile_layers: true,
             userns_rootfs: UsernsRootfs::Auto,
             sandbox_image: String::new(),
+            cdi_spec_dirs: vec![text("/etc/cdi"), text("/var/run/cdi")],
+            hooks_dirs: vec![text("/usr/share/containers/oci/hooks.d"), text("/etc/containers/oci/hooks.d")],
             runtimes: BTreeMap::new(),
             sysctls: BTreeMap::from([
                 ("net.ipv4.ip_unprivileged_port_start".to_owned(), text("0")),
@@ -191,6 +204,7 @@ impl Default for Raw {
             cni: RawCni::default(),
             images: images::Raw::default(),
             limits: RawLimits::default(),
+            resources: resources::Raw::default(),
             streaming: streaming::Raw::default(),
             stats: observe::RawStats::default(),
             metrics: observe::RawMetrics::default(),
@@ -362,6 +376,8 @@ fn check(c: &Checker, raw: Raw) -> Result<Config> {
         userns_rootfs: raw.userns_rootfs,
         sandbox_image: Some(raw.sandbox_image).filter(|i| !i.is_empty()),
         sysctls,
+        cdi_spec_dirs: raw.cdi_spec_dirs.iter().map(|d| c.path("cdi_spec_dirs", d)).collect::<Result<_>>()?,
+        hooks_dirs: raw.hooks_dirs.iter().map(|d| c.path("hooks_dirs", d)).collect::<Result<_>>()?,
         cni: Cni {
             conf_dir: c.path("cni.conf_dir", &raw.cni.conf_dir)?,
             bin_dirs: raw.cni.bin_dirs.iter().map(|d| c.path("cni.bin_dirs", d)).collect::<Result<_>>()?,
@@ -383,6 +399,7 @@ fn check(c: &Checker, raw: Raw) -> Result<Config> {
             exec_output: c.number("limits.exec_output_bytes", &raw.limits.exec_output_bytes, 1024, 15 << 20)?,
             event_queue: c.number("limits.event_queue", &raw.limits.event_queue, 16, 1 << 20)?,
         },
+        resources: raw.resources.check(c)?,
         streaming: raw.streaming.check(c)?,
         stats: raw.stats.check(c)?,
         metrics: raw.metrics.check(c)?,

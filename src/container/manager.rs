@@ -8,13 +8,16 @@ use std::time::Duration;
 use parking_lot::Condvar;
 use serde::{Deserialize, Serialize};
 
+use super::classes::Classes;
 use super::metadata::Metadata;
 use super::status::{State, Status, User};
 use crate::api::runtime::{ContainerConfig, PodSandboxConfig};
+use crate::cdi;
 use crate::cgroup::stat::{Meter, Reader, Sample};
 use crate::cgroup::{Cgroup, Layout};
 use crate::error::{Context, Error, ErrorList, Result};
 use crate::event::{self, Listener};
+use crate::hooks;
 use crate::image::{Image, Images};
 use crate::runtime::Handler;
 use crate::snapshot::{Owners, Snapshotter};
@@ -46,9 +49,12 @@ pub struct Settings {
     /// Whether an exec with streams dies with its client.
     pub kill_on_disconnect: bool,
     pub defaults: Defaults,
+    pub classes: Classes,
     pub host: HostFacts,
     pub events: Arc<dyn Listener<Change>>,
     pub layers: Arc<dyn LayerWatch>,
+    pub cdi: cdi::Registry,
+    pub hooks: hooks::Directories,
 }
 
 /// A step in the life of a container.
@@ -264,13 +270,15 @@ impl Containers {
         super::image_volumes::mount_images(meta, &held, &config.mounts, mounts, &self.snapshots, owners)?;
         super::volumes::place(&meta.dir, &config.mounts, mounts, user_namespace, &self.settings.shim)?;
         let devices = super::devices::collect(config)?;
+        super::update::check_cpuset(&container.cgroup()?, &config.linux.resources)?;
+        let (classes, class_warnings) = self.settings.classes.resolve(&inputs.sandbox.annotations, config)?;
         let working_dir = spec::process::working_dir(&config.working_dir, image_dir)?;
         super::mounts::prepare_root(&rootfs, &working_dir)?;
         // First, so that a mount of the request in the same depth comes after it.
         let volumes = super::image_volumes::declared(&meta.id, &image.volumes(), &rootfs, mounts, &self.snapshots, owners)?;
         mounts.splice(0..0, volumes);
         crash::step("create:3-volumes");
-        let (built, warnings) = spec::build(&spec::Inputs {
+        let (mut built, warnings) = spec::build(&spec::Inputs {
             sandbox_id: inputs.sandbox_id,
             sandbox: inputs.sandbox,
             config,
@@ -280,15 +288,17 @@ impl Containers {
             rootfs: &rootfs,
             mounts,
             devices: &devices,
+            classes: &classes,
             cgroups_path: &meta.cgroups_path,
             hostname: inputs.hostname,
             host: &self.settings.host,
             files: &inputs.files,
             defaults: &self.settings.defaults,
         })?;
-        for warning in warnings {
+        for warning in class_warnings.into_iter().chain(warnings) {
             log::warn!("container {}: {warning}", meta.id);
         }
+        self.settings.edit(&mut built, config, inputs.sandbox)?;
         write_json(&meta.spec_path(), &built)?;
         crash::step("create:4-spec");
         self.update(container, |s| {

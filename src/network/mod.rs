@@ -30,4 +30,5 @@ mod tests;
 pub use attachment::{Attachment, Bandwidth, PortMapping};
 pub use conflist::{Conflist, Directory, PluginConf, Version};
 pub use manager::{Attached, Network, Readiness, Settings, Setup};
+pub use plugin::Plugins;
 pub use result::{Address, Dns, Interface, Outcome};

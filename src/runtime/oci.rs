@@ -102,7 +102,9 @@ pub fn features() -> Args {
 pub fn last_error(log: &str) -> Option<String> {
     let lines = || log.lines().rev().map(str::trim).filter(|l| !l.is_empty());
     let parsed = |line: &str| serde_json::from_str::<serde_json::Value>(line).ok();
-    let error = lines().filter_map(parsed).find(|v| matches!(v["level"].as_str(), Some("error" | "fatal")));
+    let says = |v: &serde_json::Value| v["msg"].as_str().is_some_and(|msg| !msg.trim().is_empty());
+    // crun that detaches adds an error without words.
+    let error = lines().filter_map(parsed).find(|v| matches!(v["level"].as_str(), Some("error" | "fatal")) && says(v));
     let text = match error {
         Some(value) => value["msg"].as_str()?.to_owned(),
         None => {
@@ -157,6 +159,8 @@ mod tests {
         assert_eq!(last_error(runc).as_deref(), Some("runc run failed: no such file"));
         let crun = "{\"msg\":\"executable file `nope` not found in $PATH\",\"level\":\"error\",\"time\":\"t\"}\n";
         assert_eq!(last_error(crun).as_deref(), Some("executable file `nope` not found in $PATH"));
+        let hook = "{\"msg\":\"error executing hook `/bin/sh` (exit code: 3)\",\"level\":\"error\"}\n{\"msg\":\"\",\"level\":\"error\"}\n";
+        assert_eq!(last_error(hook).as_deref(), Some("error executing hook `/bin/sh` (exit code: 3)"));
         assert_eq!(last_error("panic: runtime error\n\n").as_deref(), Some("panic: runtime error"));
         assert_eq!(last_error("\n"), None);
     }

@@ -105,6 +105,7 @@ impl Service {
             "seccomp": self.host.seccomp,
             "apparmor": self.host.apparmor,
             "selinux": self.host.selinux,
+            "check": self.check.get(),
         })
         .to_string()
     }

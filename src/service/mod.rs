@@ -23,7 +23,7 @@ mod info;
 mod metrics;
 /// How far a pull is.
 mod progress;
-/// RunPodSandbox, StopPodSandbox, RemovePodSandbox.
+/// RunPodSandbox, StopPodSandbox, RemovePodSandbox, UpdatePodSandboxResources.
 mod sandbox;
 /// PodSandboxStatus and ListPodSandbox.
 mod sandbox_status;
@@ -39,7 +39,7 @@ pub use stream_lists::Seats;
 
 use std::cell::RefCell;
 use std::path::PathBuf;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 use crate::api::{self, admin as admin_api, runtime};
 use crate::cgroup::warm::Warmer;
@@ -136,6 +136,8 @@ pub struct Service {
     pub config: String,
     /// What the host can do, found out at start.
     pub host: crate::spec::HostFacts,
+    /// What `crispd check` would say, once it is known.
+    pub check: OnceLock<crate::check::Report>,
     /// What the managers tell, for GetContainerEvents.
     pub events: Arc<Bus<Fact>>,
     /// For lists that are sent in pieces.
@@ -218,6 +220,15 @@ impl RuntimeService for Service {
         call: &Call,
     ) -> Result<runtime::UpdateContainerResourcesResponse> {
         self.update_resources(&request, call)
+    }
+
+    fn update_pod_sandbox_resources(
+        &self,
+        request: runtime::UpdatePodSandboxResourcesRequest,
+        call: &Call,
+    ) -> Result<runtime::UpdatePodSandboxResourcesResponse> {
+        self.update_sandbox(&request, call)?;
+        Ok(runtime::UpdatePodSandboxResourcesResponse::new())
     }
 
     fn list_metric_descriptors(

@@ -2,7 +2,11 @@
 //! killed, output read to its end, exit record written, watchers told, the OCI runtime made to forget it. In this order: whoever
 //! hears of an exit finds its record, and whoever finds a shim gone without a record knows that it died.
 
+use std::path::Path;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+
+use serde::de::IgnoredAny;
+use serde::Deserialize;
 
 use super::exec::read_pid;
 use super::protocol::{Answer, Event, ExitRecord, Fault, Phase, VERSION};
@@ -21,6 +25,9 @@ const KILL_LIMIT: Duration = Duration::from_secs(10);
 const DRAIN_LIMIT: Duration = Duration::from_secs(1);
 /// How long removing the cgroups may take.
 const REMOVE_LIMIT: Duration = Duration::from_millis(500);
+
+/// Longest config.json that is read, bytes; ours are some ten thousand.
+const SPEC_LIMIT: u64 = 16 << 20;
 
 const PID_FILE: &str = "pid";
 const RUN_LOG: &str = "runtime.log";
@@ -232,13 +239,13 @@ impl Shim {
         }
     }
 
-    /// What the runtime's `delete` does about a container that has ended, without a process: its cgroups and its state directory go (our
-    /// specs have no hooks). False where things do not look as crun and runc leave them; then the command has to do it.
+    /// What the runtime's `delete` does about a container that has ended, without a process: its cgroups and its state directory go. False
+    /// where there is more to do, poststop hooks, or things do not look as crun and runc leave them; then the command has to do it.
     fn forget(&self) -> bool {
         let handler = &self.config.handler;
         let state = handler.root.join(&self.config.id);
         let known = matches!(handler.kind, Kind::Crun | Kind::Runc) && !handler.systemd_cgroup && state.is_dir();
-        known && self.cgroup.remove(REMOVE_LIMIT).is_ok() && file::remove_tree(&state).is_ok()
+        known && !has_poststop(&self.dir) && self.cgroup.remove(REMOVE_LIMIT).is_ok() && file::remove_tree(&state).is_ok()
     }
 
     /// Leaves word for the daemon that the OCI runtime still knows the container.
@@ -263,7 +270,45 @@ impl Shim {
     }
 }
 
+/// Whether the bundle's spec has hooks for after the end. One that cannot be read may.
+fn has_poststop(bundle: &Path) -> bool {
+    #[derive(Default, Deserialize)]
+    struct Spec {
+        #[serde(default)]
+        hooks: Option<Hooks>,
+    }
+    #[derive(Default, Deserialize)]
+    struct Hooks {
+        #[serde(default)]
+        poststop: Option<Vec<IgnoredAny>>,
+    }
+    let read = file::read(&bundle.join("config.json"), SPEC_LIMIT).ok();
+    let spec = read.and_then(|bytes| serde_json::from_slice::<Spec>(&bytes).ok());
+    spec.is_none_or(|spec| spec.hooks.and_then(|hooks| hooks.poststop).is_some_and(|list| !list.is_empty()))
+}
+
 /// Nanoseconds since the epoch.
 fn now() -> i64 {
     SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_nanos() as i64)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn poststop_hooks_are_seen() {
+        let dir = tempfile::tempdir().unwrap();
+        let with = |spec: &str| {
+            std::fs::write(dir.path().join("config.json"), spec).unwrap();
+            has_poststop(dir.path())
+        };
+        assert!(!with(r#"{"ociVersion": "1.0.2", "linux": {}}"#));
+        assert!(!with(r#"{"hooks": {"prestart": [{"path": "/bin/true"}], "poststop": []}}"#));
+        assert!(!with(r#"{"hooks": null}"#));
+        assert!(with(r#"{"hooks": {"poststop": [{"path": "/bin/true"}]}}"#));
+        assert!(with("{"), "what cannot be read may have some");
+        std::fs::remove_file(dir.path().join("config.json")).unwrap();
+        assert!(has_poststop(dir.path()));
+    }
 }

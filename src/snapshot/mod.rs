@@ -17,7 +17,7 @@ use std::sync::Arc;
 
 use crate::error::{Context, Error, ErrorList, Result};
 use crate::sys::quota::Projects;
-use crate::sys::{file, mount};
+use crate::sys::{file, mount, namespace};
 
 /// How root filesystems are made.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -30,6 +30,12 @@ pub enum Kind {
 
 /// In a snapshot: what views of other images need.
 const VIEWS: &str = "views";
+
+/// Whether the file system of `dir` can carry overlays: mounts a small one, where nobody else sees it, and removes it again.
+pub fn try_overlay(dir: &Path) -> Result<()> {
+    let dir = dir.to_owned();
+    namespace::in_own_mounts(move || overlay::probe(&dir, false))
+}
 
 /// Makes and removes snapshots below one root.
 #[derive(Clone, Debug)]

@@ -116,6 +116,17 @@ pub fn in_netns<T: Send + 'static>(pin: &Path, body: impl FnOnce() -> Result<T> 
     })
 }
 
+/// Runs `body` on a thread of its own in a new mount namespace, of whose mounts the host sees nothing.
+#[cfg(feature = "engine")]
+pub fn in_own_mounts<T: Send + 'static>(body: impl FnOnce() -> Result<T> + Send + 'static) -> Result<T> {
+    run_apart("own-mounts", move || {
+        nix::sched::unshare(CloneFlags::CLONE_NEWNS).context(|| "unshare the mount namespace")?;
+        let all = nix::mount::MsFlags::MS_REC | nix::mount::MsFlags::MS_PRIVATE;
+        nix::mount::mount(None::<&str>, "/", None::<&str>, all, None::<&str>).context(|| "make all mounts private")?;
+        body()
+    })
+}
+
 fn enter_here(pin: &Path) -> Result<()> {
     let what = || format!("enter namespace {}", pin.display());
     if !is_pinned(pin) {

@@ -180,6 +180,18 @@ fn verbose_status_and_file_systems() {
         assert!(fs.len() == 1 && fs[0].timestamp > 0 && !fs[0].fs_id.mountpoint.is_empty());
         assert!(fs[0].used_bytes.is_some() && fs[0].inodes_used.is_some());
     }
+    let used =
+        |info: &ImageFsInfoResponse| (info.container_filesystems[0].used_bytes.value, info.container_filesystems[0].inodes_used.value);
+    assert_eq!(used(&info), (0, 0), "there is no container");
+    assert!(info.image_filesystems[0].used_bytes.value > 4096 && info.image_filesystems[0].inodes_used.value >= 4);
+    assert_eq!(info.image_filesystems[0].fs_id, info.container_filesystems[0].fs_id);
+    let sandbox = node.sandbox("web");
+    let container = node.create(&sandbox, &node.container_config("app", "true")).expect("create");
+    let with = node.images().image_fs_info(&ImageFsInfoRequest::default(), SHORT).expect("info");
+    assert!(used(&with).0 > 0 && used(&with).1 > 0, "a writable layer is used space");
+    assert_eq!(with.image_filesystems[0].used_bytes, info.image_filesystems[0].used_bytes);
+    node.remove(&container).expect("remove");
+    assert_eq!(used(&node.images().image_fs_info(&ImageFsInfoRequest::default(), SHORT).expect("info")), (0, 0));
 }
 
 #[test]
@@ -227,9 +239,9 @@ fn a_check_of_all_images_and_a_repair() {
     let layer = std::fs::read_dir(node.path("root/layers"))
         .expect("layers")
         .map(|e| e.expect("entry").path())
-        .find(|p| std::fs::read(p.join("diff/pulled")).is_ok());
+        .find(|p| std::fs::read(p.join("diff/mark")).is_ok_and(|mark| mark == b"pulled"));
     let layer = layer.expect("the pulled layer");
-    std::fs::write(layer.join("diff/pulled"), "something else").expect("damage it");
+    std::fs::write(layer.join("diff/mark"), "something else").expect("damage it");
     let problems = check(&node, false);
     assert_eq!((problems.len(), problems[0].kind.as_str(), problems[0].action.as_str()), (1, "layer", ""));
     assert_eq!(problems[0].images, [registry.image()]);

@@ -10,10 +10,14 @@ mod archive;
 mod calls;
 /// Clients that go away, deadlines, a hundred calls that wait.
 mod cancel;
+/// `crispd check`, and verbose Status.
+mod check;
 /// Containers: the happy path and its rules.
 mod container;
 /// proto/ and the table of facts.
 mod descriptor;
+/// CDI devices and hooks in specs.
+mod edits;
 /// GetContainerEvents.
 mod events;
 /// ExecSync.
@@ -38,6 +42,8 @@ mod raw;
 mod refused;
 /// A registry in this process.
 mod registry;
+/// Limits of containers and sandboxes, classes.
+mod resources;
 /// Another daemon on the same directories.
 mod restart;
 /// Equal calls that meet.

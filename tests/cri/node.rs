@@ -462,6 +462,7 @@ fn configuration(dir: &Path, options: &Options) -> String {
     for (key, name) in [("root", "root"), ("run", "run"), ("netns_dir", "netns")] {
         text += &format!("{key} = {}\n", path(name));
     }
+    text += &format!("cdi_spec_dirs = [{}]\nhooks_dirs = [{}]\n", path("cdi"), path("hooks"));
     text += &format!("shim = {:?}\ndefault_runtime = \"fake\"\n", shim.display().to_string());
     // Of type runc it starts an exec in a cgroup of its own.
     text += &format!("[runtimes.fake]\npath = {}\ntype = \"runc\"\n", path("oci/runtime"));

@@ -158,8 +158,13 @@ const CONTAINERS: &[ContainerCase] = &[
         options.pid = NamespaceMode::TARGET.into();
         options.target_id = "0123456789".into();
     }),
-    ("CDI devices", Code::UNIMPLEMENTED, "CDI_devices", |c| c.CDI_devices.push(CDIDevice { name: "a/b=c".into(), ..Default::default() })),
-    ("CDI by annotation", Code::UNIMPLEMENTED, "cdi.k8s.io/x", |c| drop(c.annotations.insert("cdi.k8s.io/x".into(), "a/b=c".into()))),
+    ("a CDI device that is none", Code::INVALID_ARGUMENT, "CDI_devices", |c| {
+        c.CDI_devices.push(CDIDevice { name: "gpu0".into(), ..Default::default() })
+    }),
+    ("a CDI device that is unknown", Code::FAILED_PRECONDITION, "a/b=c", |c| {
+        c.CDI_devices.push(CDIDevice { name: "a/b=c".into(), ..Default::default() })
+    }),
+    ("CDI by annotation", Code::INVALID_ARGUMENT, "cdi.k8s.io/x", |c| drop(c.annotations.insert("cdi.k8s.io/x".into(), "a/b".into()))),
     ("localhost seccomp", Code::UNIMPLEMENTED, "seccomp", |c| {
         security(c).seccomp = MessageField::some(SecurityProfile {
             profile_type: ProfileType::Localhost.into(),

@@ -6,6 +6,7 @@
 mod archive;
 mod client;
 mod daemon;
+mod devices;
 mod events;
 mod exposition;
 mod harness;
@@ -18,8 +19,10 @@ mod mounts;
 mod namespaces;
 mod network;
 mod objects;
+mod pulls;
 mod python;
 mod registry;
+mod resources;
 mod restart;
 mod shim;
 mod snapshot;
