@@ -113,7 +113,7 @@ impl Daemon {
         let patient = (config.limits.slow_threads / PATIENT_SHARE).max(1);
         let events = Bus::<Fact>::new(config.limits.event_queue, patient);
         let sandboxes = Arc::new(Sandboxes::open(sandbox_settings(config, events.clone()), network.clone(), watcher.clone())?);
-        let settings = container_settings(config, host.clone(), events.clone(), disk.clone());
+        let settings = container_settings(config, host.clone(), events.clone(), disk.clone())?;
         let containers = Arc::new(Containers::open(settings, images.clone(), snapshots, watcher.clone())?);
         sandboxes.restore()?;
         containers.restore(|id| sandboxes.find(id).ok().flatten().is_some())?;
@@ -262,6 +262,8 @@ fn image_settings(config: &Config) -> image::Settings {
     settings.pinned = config.images.pinned.clone();
     settings.pinned.extend(config.sandbox_image.clone());
     settings.bounds.layer_workers = config.images.layer_downloads;
+    settings.bounds.all_layers = config.images.all_downloads;
+    settings.bounds.keep_free = config.images.keep_free_percent;
     settings.registry = registry_settings(config);
     settings.verifiers = image::Verifiers {
         dir: config.images.verifier_dir.clone(),
@@ -310,21 +312,27 @@ fn container_settings(
     host: crate::spec::HostFacts,
     events: Arc<dyn Listener<container::Change>>,
     layers: Arc<Disk>,
-) -> container::Settings {
-    container::Settings {
+) -> Result<container::Settings> {
+    let resources = &config.resources;
+    Ok(container::Settings {
         root: config.root.clone(),
         run: config.run.clone(),
         shim: config.shim.clone(),
         runtime_timeout: config.limits.runtime_timeout,
         exec_output: config.limits.exec_output,
         kill_on_disconnect: config.streaming.kill_on_disconnect,
-        defaults: crate::spec::Defaults::default(),
+        defaults: crate::spec::Defaults { pids_limit: resources.pids_limit, rlimits: resources.rlimits.clone(), ..Default::default() },
+        classes: container::Classes {
+            block_io: resources.blockio_classes.as_deref().map(container::blockio::BlockIoClasses::load).transpose()?,
+            rdt: resources.rdt_classes,
+            ignore_unconfigured: resources.ignore_unconfigured_classes,
+        },
         host,
         events,
         layers,
         cdi: crate::cdi::Registry::new(config.cdi_spec_dirs.clone()),
         hooks: crate::hooks::Directories::new(config.hooks_dirs.clone()),
-    }
+    })
 }
 
 /// The configuration for the admin service; there are no secrets in it.

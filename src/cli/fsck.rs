@@ -75,11 +75,15 @@ fn as_text(problems: &[Problem], end: &CheckProgress, repair: bool) -> String {
         }
     }
     text.push_str(&format!("checked {} images: {} layers, {} blobs; ", end.images, end.layers, end.blobs));
-    text.push_str(&match (problems.len(), problems.iter().filter(|p| is_open(p)).count()) {
-        (0, _) => "all is well\n".to_owned(),
-        (n, 0) => format!("{n} found, none that needs more\n"),
-        (n, open) if repair => format!("{n} found, {open} not mended\n"),
-        (n, open) => format!("{n} found; --repair mends {open}\n"),
+    let open = problems.iter().filter(|p| is_open(p)).count();
+    // What is missing already, a pull alone can mend.
+    let lacking = problems.iter().filter(|p| p.kind == "incomplete").count();
+    text.push_str(&match problems.len() {
+        0 => "all is well\n".to_owned(),
+        n if open == 0 => format!("{n} found, none that needs more\n"),
+        n if open == lacking => format!("{n} found; pull the incomplete images again\n"),
+        n if repair => format!("{n} found, {open} not mended\n"),
+        n => format!("{n} found; --repair mends {}\n", open - lacking),
     });
     text
 }
@@ -110,5 +114,9 @@ mod tests {
         let mended = as_text(&[problem("layer", "marked"), problem("orphan", "")], &end, true);
         assert!(mended.contains("bad thing; marked\n") && mended.ends_with("2 found, none that needs more\n"), "{mended}");
         assert!(as_text(&[problem("blob", "")], &end, true).ends_with("1 found, 1 not mended\n"));
+        let lacking = [problem("incomplete", ""), problem("layer", "marked")];
+        assert!(as_text(&lacking, &end, true).ends_with("2 found; pull the incomplete images again\n"));
+        let both = [problem("incomplete", ""), problem("layer", "")];
+        assert!(as_text(&both, &end, false).ends_with("2 found; --repair mends 1\n"));
     }
 }

@@ -136,7 +136,7 @@ impl Bars {
                 }
             } else if self.layers.contains_key(&at) || self.layers.len() < BARS {
                 let bar = self.layers.entry(at).or_insert_with(|| {
-                    let bar = self.screen.add(ProgressBar::new(0));
+                    let bar = self.screen.add(ProgressBar::new(unsigned(layer.total)));
                     bar.set_style(style("  {prefix} [{bar:30}] {msg}"));
                     bar.set_prefix(short_id(&layer.digest));
                     bar

@@ -5,6 +5,8 @@
 mod images;
 /// `[stats]` and `[metrics]`.
 mod observe;
+/// [resources].
+mod resources;
 /// [streaming].
 mod streaming;
 
@@ -20,6 +22,7 @@ use crate::runtime::{Handler, Kind};
 
 pub use images::{Images, RegistryAuth};
 pub use observe::{Metrics, MetricsGroup, Stats};
+pub use resources::Resources;
 pub use streaming::{Streaming, Tls};
 
 /// The commented default configuration.
@@ -57,6 +60,7 @@ pub struct Config {
     pub cni: Cni,
     pub images: Images,
     pub limits: Limits,
+    pub resources: Resources,
     pub streaming: Streaming,
     pub stats: Stats,
     pub metrics: Metrics,
@@ -127,6 +131,7 @@ struct Raw {
     cni: RawCni,
     images: images::Raw,
     limits: RawLimits,
+    resources: resources::Raw,
     streaming: streaming::Raw,
     stats: observe::RawStats,
     metrics: observe::RawMetrics,
@@ -199,6 +204,7 @@ impl Default for Raw {
             cni: RawCni::default(),
             images: images::Raw::default(),
             limits: RawLimits::default(),
+            resources: resources::Raw::default(),
             streaming: streaming::Raw::default(),
             stats: observe::RawStats::default(),
             metrics: observe::RawMetrics::default(),
@@ -393,6 +399,7 @@ fn check(c: &Checker, raw: Raw) -> Result<Config> {
             exec_output: c.number("limits.exec_output_bytes", &raw.limits.exec_output_bytes, 1024, 15 << 20)?,
             event_queue: c.number("limits.event_queue", &raw.limits.event_queue, 16, 1 << 20)?,
         },
+        resources: raw.resources.check(c)?,
         streaming: raw.streaming.check(c)?,
         stats: raw.stats.check(c)?,
         metrics: raw.metrics.check(c)?,

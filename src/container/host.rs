@@ -44,6 +44,7 @@ pub fn detect() -> Result<HostFacts> {
     let cgroup_v2 = magic == CGROUP2_MAGIC;
     Ok(HostFacts {
         cgroup_v2,
+        cgroup_controllers: if cgroup_v2 { v2_controllers() } else { Vec::new() },
         cgroup_mounts: if cgroup_v2 { Vec::new() } else { cgroup_mounts(&mounts) },
         host_mounts: mounts.iter().map(|m| &m.target).filter(|target| is_taken_from_host(target)).cloned().collect(),
         bounding: capabilities(capability_mask(&status, "CapBnd")?),
@@ -52,7 +53,11 @@ pub fn detect() -> Result<HostFacts> {
         hard_rlimits: if may_raise { Vec::new() } else { hard_rlimits() },
         swap_accounting: if cgroup_v2 { swap_on_v2() } else { swap_on_v1(&mounts) },
         hugepage_sizes: hugepage_sizes(),
-        hugetlb_controller: if cgroup_v2 { has_v2_controller("hugetlb") } else { v1_hierarchy(&mounts, "hugetlb").is_some() },
+        hugetlb_controller: if cgroup_v2 {
+            v2_controllers().iter().any(|c| c == "hugetlb")
+        } else {
+            v1_hierarchy(&mounts, "hugetlb").is_some()
+        },
         seccomp: Path::new("/proc/sys/kernel/seccomp/actions_avail").exists(),
         apparmor: read("/sys/module/apparmor/parameters/enabled").starts_with('Y'),
         selinux: Path::new("/sys/fs/selinux/enforce").exists(),
@@ -127,8 +132,8 @@ fn swap_on_v2() -> bool {
     }
 }
 
-fn has_v2_controller(controller: &str) -> bool {
-    read(Path::new(CGROUP).join("cgroup.controllers")).split_ascii_whitespace().any(|name| name == controller)
+fn v2_controllers() -> Vec<String> {
+    read(Path::new(CGROUP).join("cgroup.controllers")).split_ascii_whitespace().map(str::to_owned).collect()
 }
 
 fn hugepage_sizes() -> Vec<String> {

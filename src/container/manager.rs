@@ -8,6 +8,7 @@ use std::time::Duration;
 use parking_lot::Condvar;
 use serde::{Deserialize, Serialize};
 
+use super::classes::Classes;
 use super::metadata::Metadata;
 use super::status::{State, Status, User};
 use crate::api::runtime::{ContainerConfig, PodSandboxConfig};
@@ -48,6 +49,7 @@ pub struct Settings {
     /// Whether an exec with streams dies with its client.
     pub kill_on_disconnect: bool,
     pub defaults: Defaults,
+    pub classes: Classes,
     pub host: HostFacts,
     pub events: Arc<dyn Listener<Change>>,
     pub layers: Arc<dyn LayerWatch>,
@@ -268,6 +270,8 @@ impl Containers {
         super::image_volumes::mount_images(meta, &held, &config.mounts, mounts, &self.snapshots, owners)?;
         super::volumes::place(&meta.dir, &config.mounts, mounts, user_namespace, &self.settings.shim)?;
         let devices = super::devices::collect(config)?;
+        super::update::check_cpuset(&container.cgroup()?, &config.linux.resources)?;
+        let (classes, class_warnings) = self.settings.classes.resolve(&inputs.sandbox.annotations, config)?;
         let working_dir = spec::process::working_dir(&config.working_dir, image_dir)?;
         super::mounts::prepare_root(&rootfs, &working_dir)?;
         // First, so that a mount of the request in the same depth comes after it.
@@ -284,13 +288,14 @@ impl Containers {
             rootfs: &rootfs,
             mounts,
             devices: &devices,
+            classes: &classes,
             cgroups_path: &meta.cgroups_path,
             hostname: inputs.hostname,
             host: &self.settings.host,
             files: &inputs.files,
             defaults: &self.settings.defaults,
         })?;
-        for warning in warnings {
+        for warning in class_warnings.into_iter().chain(warnings) {
             log::warn!("container {}: {warning}", meta.id);
         }
         self.settings.edit(&mut built, config, inputs.sandbox)?;

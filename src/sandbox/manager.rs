@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use super::metadata::Metadata;
+use super::resources::Resources;
 use super::status::{Phase, Process, Status};
 use super::{attachment, files, namespaces, validate};
 use crate::api::runtime::PodSandboxConfig;
@@ -97,6 +98,10 @@ fn lost_namespace(meta: &Metadata) -> Option<&'static str> {
     (!meta.file("hosts").exists()).then_some("its files are gone")
 }
 
+fn said_of(config: &PodSandboxConfig) -> Resources<'_> {
+    Resources { overhead: config.linux.overhead.as_ref(), resources: config.linux.resources.as_ref() }
+}
+
 /// All sandboxes.
 pub struct Sandboxes {
     settings: Settings,
@@ -158,7 +163,9 @@ impl Sandboxes {
         handler: &str,
         requested_handler: &str,
     ) -> Result<String> {
-        let prepared = self.prepare(id, name, &config, handler, requested_handler);
+        let mut status = Status::new();
+        let said = said_of(&config).put(&mut status);
+        let prepared = said.and_then(|()| self.prepare(id, name, &config, handler, requested_handler));
         let (meta, sysctls) = match prepared {
             Ok(prepared) => prepared,
             Err(e) => {
@@ -166,7 +173,7 @@ impl Sandboxes {
                 return Err(e);
             }
         };
-        let sandbox = Arc::new(Sandbox::new(meta, config, Status::new()));
+        let sandbox = Arc::new(Sandbox::new(meta, config, status));
         let id = sandbox.id().to_owned();
         let result = self.build(&sandbox, config_bytes, sysctls);
         let Err(error) = result else {
@@ -212,6 +219,7 @@ impl Sandboxes {
     ) -> Result<(Metadata, Vec<(String, String)>)> {
         let ns = validate::namespaces(config)?;
         let linux = config.linux.as_ref();
+        said_of(config).check().context(|| "linux")?;
         let mut sysctls: BTreeMap<String, String> = BTreeMap::new();
         if !ns.host_network {
             for (key, value) in &self.settings.sysctls {

@@ -32,7 +32,8 @@ use crate::error::Result;
 pub use mounts::{Propagation, ResolvedMount};
 pub use namespaces::{NamespacePaths, Pid};
 pub use process::exec_process;
-pub use resources::{update_resources, ResolvedDevice, Update};
+pub use resources::update::{update_resources, OomScoreAdj, Update};
+pub use resources::{Classes, ResolvedDevice};
 pub use userns::UserNamespace;
 
 /// crun 1.8.1 refuses 1.2.0; nothing here needs more.
@@ -51,6 +52,8 @@ pub struct Inputs<'a> {
     pub mounts: &'a [ResolvedMount],
     /// Those of the request; those of the whole host for a privileged container.
     pub devices: &'a [ResolvedDevice],
+    /// What the request's classes mean here.
+    pub classes: &'a Classes,
     /// In the syntax of the cgroup driver; see the OCI spec, linux.cgroupsPath.
     pub cgroups_path: &'a str,
     /// For the variable HOSTNAME; the UTS namespace has it already.
@@ -117,6 +120,8 @@ pub struct Rlimit {
 #[derive(Clone, Debug)]
 pub struct HostFacts {
     pub cgroup_v2: bool,
+    /// Controllers of the v2 hierarchy; none on v1.
+    pub cgroup_controllers: Vec<String>,
     /// What an OCI runtime may mount below a container's /sys/fs/cgroup, by name; nothing on v2. Names that it does not mount do
     /// no harm.
     pub cgroup_mounts: Vec<String>,
@@ -160,6 +165,7 @@ pub fn build(inputs: &Inputs) -> Result<(Spec, Vec<String>)> {
         .set_cgroups_path(Some(PathBuf::from(inputs.cgroups_path)))
         .set_namespaces(Some(namespaces::namespaces(inputs)))
         .set_devices(Some(resources::device_nodes(inputs.devices)))
+        .set_intel_rdt(resources::rdt(inputs.classes))
         .set_seccomp(security::seccomp(inputs.security(), &bounding, inputs.host)?)
         .set_rootfs_propagation(mounts::rootfs_propagation(inputs.mounts))
         .set_masked_paths(security::masked_paths(inputs.security())?)
@@ -206,6 +212,10 @@ fn annotations(inputs: &Inputs) -> HashMap<String, String> {
         ("image-name", image),
     ];
     all.extend(ours.map(|(key, value)| (format!("io.kubernetes.cri.{key}"), value.to_owned())));
+    if !inputs.cgroups_path.starts_with('/') {
+        // Below systemd's scope crun would make a cgroup of its own, where nobody looks for limits and processes.
+        all.insert("run.oci.systemd.subgroup".to_owned(), String::new());
+    }
     all
 }
 
@@ -247,6 +257,15 @@ mod tests {
         let annotations = fixture.build().0.annotations().clone().unwrap();
         assert_eq!((annotations.len(), annotations["example.com/a"].as_str()), (8, "1"));
         assert_eq!(annotations["io.kubernetes.cri.sandbox-id"], "s1");
+    }
+
+    #[test]
+    fn a_scope_of_systemd_is_the_containers_own() {
+        let fixture = Fixture::new();
+        let inputs = super::Inputs { cgroups_path: "kubepods.slice:crisp:c1", ..fixture.inputs() };
+        let spec = super::build(&inputs).unwrap().0;
+        assert_eq!(spec.linux().as_ref().unwrap().cgroups_path().as_ref().unwrap().to_str(), Some("kubepods.slice:crisp:c1"));
+        assert_eq!(spec.annotations().as_ref().unwrap()["run.oci.systemd.subgroup"], "");
     }
 
     #[test]

@@ -7,16 +7,11 @@ use crate::api::runtime::security_profile::ProfileType;
 use crate::api::runtime::{ContainerConfig, LinuxContainerSecurityContext, Mount, MountPropagation, PodSandboxConfig, SELinuxOption};
 use crate::error::{Code, Error, Result};
 
-/// Annotations by which other runtimes are told of cache and block I/O classes.
-const CLASS_ANNOTATIONS: [&str; 2] = ["io.kubernetes.cri.rdt-class", "io.kubernetes.cri.blockio-class"];
-const SANDBOX_CLASS_ANNOTATIONS: [&str; 2] = ["rdt.resources.beta.kubernetes.io/", "blockio.resources.beta.kubernetes.io/"];
-
 /// Everything of a container's request that is not honoured, but for its mounts: see [`mount`].
 pub fn container(config: &ContainerConfig, sandbox: &PodSandboxConfig, host: &HostFacts) -> Result<()> {
     if config.windows.is_some() {
         return Err(Error::invalid("windows: this is a Linux host"));
     }
-    annotations(config, sandbox)?;
     let Some(security) = config.linux.security_context.as_ref() else { return Ok(()) };
     if security.privileged && !sandbox.linux.security_context.privileged {
         return Err(Error::invalid("privileged: the sandbox is not privileged"));
@@ -25,23 +20,6 @@ pub fn container(config: &ContainerConfig, sandbox: &PodSandboxConfig, host: &Ho
         selinux(options, host)?;
     }
     apparmor(security, host)
-}
-
-fn annotations(config: &ContainerConfig, sandbox: &PodSandboxConfig) -> Result<()> {
-    let refused = |key: &str| Err(Error::unimplemented(format!("annotation {key}: not built yet")));
-    for key in config.annotations.keys() {
-        if CLASS_ANNOTATIONS.contains(&key.as_str()) {
-            return refused(key);
-        }
-    }
-    for key in sandbox.annotations.keys() {
-        let scope = SANDBOX_CLASS_ANNOTATIONS.iter().find_map(|prefix| key.strip_prefix(prefix));
-        let ours = |scope: &str| scope == "pod" || scope.strip_prefix("container.") == Some(config.metadata.name.as_str());
-        if scope.is_some_and(ours) {
-            return refused(key);
-        }
-    }
-    Ok(())
 }
 
 /// A mount that cannot be made as asked. Called before its host path is created. `recursive_read_only`: whether the OCI runtime can.
@@ -161,17 +139,6 @@ mod tests {
     #[test]
     fn windows() {
         refused(|f| f.config.windows = MessageField::some(WindowsContainerConfig::default()), Code::InvalidArgument, "windows");
-    }
-
-    #[test]
-    fn annotations_that_ask_for_classes() {
-        let on_container = |key: &'static str| move |f: &mut Fixture| drop(f.config.annotations.insert(key.into(), "x".into()));
-        let on_sandbox = |key: &'static str| move |f: &mut Fixture| drop(f.sandbox.annotations.insert(key.into(), "x".into()));
-        refused(on_container("io.kubernetes.cri.rdt-class"), Code::Unimplemented, "rdt-class");
-        refused(on_sandbox("blockio.resources.beta.kubernetes.io/pod"), Code::Unimplemented, "blockio");
-        refused(on_sandbox("rdt.resources.beta.kubernetes.io/container.app"), Code::Unimplemented, "rdt");
-        accepted(on_sandbox("rdt.resources.beta.kubernetes.io/container.other"));
-        accepted(on_container("example.com/a"));
     }
 
     #[test]

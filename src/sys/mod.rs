@@ -1,5 +1,8 @@
 //! What crisp asks of the kernel: the only place with unsafe code, child processes, threads, mounts and namespaces.
 
+/// Values that threads wait on, with cancellation.
+#[cfg(feature = "engine")]
+pub mod awaited;
 /// Cancellation and deadline of a call.
 pub mod cancel;
 /// Messages of a socket that must not block.
@@ -11,6 +14,9 @@ pub mod console;
 /// Crash points of debug builds.
 #[cfg(feature = "engine")]
 pub mod crash;
+/// Lists of CPUs and memory nodes.
+#[cfg(feature = "engine")]
+pub mod cpulist;
 /// CPU time of processes.
 #[cfg(feature = "daemon")]
 pub mod cputime;

@@ -158,12 +158,9 @@ fn refused_fields_are_refused_by_name() {
     let made = Made::new();
     let mut wrong = Vec::new();
     for row in rows().filter(|row| row.state == State::Refused) {
-        // A field, or the message that is refused with it; a whole request, by the name of the call.
+        // A field, or the message that is refused with it.
         let mut names: Vec<&str> =
             row.path().rsplit('.').take(2).filter(|name| !["container", "sandbox", "update"].contains(name)).collect();
-        if row.path() == "update_sandbox" {
-            names = vec!["UpdatePodSandboxResources"];
-        }
         // The deprecated form is told as the field that it stands for.
         names.extend(row.path().ends_with(".apparmor_profile").then_some("apparmor"));
         match made.ask(&row, false) {

@@ -13,7 +13,7 @@ use crisp::api::runtime::{
     PodSandboxConfig, PodSandboxMetadata, SecurityProfile,
 };
 use crisp::container::{devices, host, mounts, user};
-use crisp::spec::{self, Defaults, HostFacts, Inputs, NamespacePaths, SandboxFiles};
+use crisp::spec::{self, Classes, Defaults, HostFacts, Inputs, NamespacePaths, SandboxFiles};
 use crisp::sys::cancel::Cancel;
 use crisp::sys::namespace::{self, NewNamespaces};
 use crisp::sys::process::{Output, Program};
@@ -140,6 +140,7 @@ impl Case {
             rootfs: &rootfs,
             mounts: &mounts,
             devices: &devices,
+            classes: &Classes::default(),
             cgroups_path: &format!("/{id}"),
             hostname: "p",
             host: &HOST,

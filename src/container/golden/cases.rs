@@ -115,7 +115,7 @@ const RESOURCES: &[Case] = &[
         f.resources().hugepage_limits = vec![limit("2MB", 4 << 20), limit("64KB", 0)];
     }),
     case("unified", |f| {
-        f.host.cgroup_v2 = true;
+        f.set_v2();
         f.host.cgroup_mounts.clear();
         f.resources().unified = [("memory.high".to_owned(), "1000000".to_owned())].into();
     }),
