@@ -10,6 +10,7 @@ use nix::sys::signal::{SigSet, Signal};
 use crate::cgroup::{warm::Warmer, Layout};
 use crate::check;
 use crate::config::{self, Config, Overrides};
+use crate::container::labels::SeLinux;
 use crate::container::{self, Containers};
 use crate::error::{Context, Error, Result};
 use crate::event::{Bus, Listener};
@@ -108,12 +109,15 @@ impl Daemon {
         let mut snapshots = snapshotter(config)?;
         let disk = Arc::new(Disk::start(disk_settings(config), snapshots.count_projects())?);
         let overlay = snapshots.kind() == Kind::Overlay;
-        let host = container::host::detect()?;
+        let mut host = container::host::detect()?;
+        let selinux = selinux(config);
+        host.selinux = selinux.is_some();
         let handlers = Handlers::probe(&config.runtimes, config.default_runtime.as_deref(), &config.run.join("probe"), &config.shim);
         let patient = (config.limits.slow_threads / PATIENT_SHARE).max(1);
         let events = Bus::<Fact>::new(config.limits.event_queue, patient);
-        let sandboxes = Arc::new(Sandboxes::open(sandbox_settings(config, events.clone()), network.clone(), watcher.clone())?);
-        let settings = container_settings(config, host.clone(), events.clone(), disk.clone());
+        let sandboxes =
+            Arc::new(Sandboxes::open(sandbox_settings(config, selinux.clone(), events.clone()), network.clone(), watcher.clone())?);
+        let settings = container_settings(config, host.clone(), selinux, events.clone(), disk.clone())?;
         let containers = Arc::new(Containers::open(settings, images.clone(), snapshots, watcher.clone())?);
         sandboxes.restore()?;
         containers.restore(|id| sandboxes.find(id).ok().flatten().is_some())?;
@@ -262,6 +266,8 @@ fn image_settings(config: &Config) -> image::Settings {
     settings.pinned = config.images.pinned.clone();
     settings.pinned.extend(config.sandbox_image.clone());
     settings.bounds.layer_workers = config.images.layer_downloads;
+    settings.bounds.all_layers = config.images.all_downloads;
+    settings.bounds.keep_free = config.images.keep_free_percent;
     settings.registry = registry_settings(config);
     settings.verifiers = image::Verifiers {
         dir: config.images.verifier_dir.clone(),
@@ -288,7 +294,7 @@ fn snapshotter(config: &Config) -> Result<Snapshotter> {
     Ok(snapshots)
 }
 
-fn sandbox_settings(config: &Config, events: Arc<dyn Listener<sandbox::Change>>) -> sandbox::Settings {
+fn sandbox_settings(config: &Config, selinux: Option<SeLinux>, events: Arc<dyn Listener<sandbox::Change>>) -> sandbox::Settings {
     sandbox::Settings {
         root: config.root.clone(),
         run: config.run.clone(),
@@ -297,8 +303,21 @@ fn sandbox_settings(config: &Config, events: Arc<dyn Listener<sandbox::Change>>)
         systemd_cgroup: config.systemd_cgroup,
         sysctls: config.sysctls.clone(),
         extra_networks: config.cni.extra_networks,
+        selinux: selinux.map(|selinux| selinux.policy),
         events,
     }
+}
+
+/// None unless it is switched on, and there.
+fn selinux(config: &Config) -> Option<SeLinux> {
+    if !config.selinux {
+        return None;
+    }
+    let found = SeLinux::detect(Path::new("/sys/fs/selinux"), Path::new("/etc/selinux"));
+    if found.is_none() {
+        log::warn!("selinux = true, and the kernel has it not enabled: containers get no labels");
+    }
+    found
 }
 
 fn disk_settings(config: &Config) -> filesystem::Settings {
@@ -308,23 +327,31 @@ fn disk_settings(config: &Config) -> filesystem::Settings {
 fn container_settings(
     config: &Config,
     host: crate::spec::HostFacts,
+    selinux: Option<SeLinux>,
     events: Arc<dyn Listener<container::Change>>,
     layers: Arc<Disk>,
-) -> container::Settings {
-    container::Settings {
+) -> Result<container::Settings> {
+    let resources = &config.resources;
+    Ok(container::Settings {
         root: config.root.clone(),
         run: config.run.clone(),
         shim: config.shim.clone(),
         runtime_timeout: config.limits.runtime_timeout,
         exec_output: config.limits.exec_output,
         kill_on_disconnect: config.streaming.kill_on_disconnect,
-        defaults: crate::spec::Defaults::default(),
+        defaults: crate::spec::Defaults { pids_limit: resources.pids_limit, rlimits: resources.rlimits.clone(), ..Default::default() },
+        classes: container::Classes {
+            block_io: resources.blockio_classes.as_deref().map(container::blockio::BlockIoClasses::load).transpose()?,
+            rdt: resources.rdt_classes,
+            ignore_unconfigured: resources.ignore_unconfigured_classes,
+        },
         host,
+        selinux,
         events,
         layers,
         cdi: crate::cdi::Registry::new(config.cdi_spec_dirs.clone()),
         hooks: crate::hooks::Directories::new(config.hooks_dirs.clone()),
-    }
+    })
 }
 
 /// The configuration for the admin service; there are no secrets in it.

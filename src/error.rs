@@ -120,6 +120,25 @@ impl Cause for Error {
     }
 }
 
+/// A full file system is the one thing that every call means alike: RESOURCE_EXHAUSTED.
+macro_rules! system {
+    ($($t:ty => $number:expr),* $(,)?) => {$(
+        impl Cause for $t {
+            fn into_parts(self) -> (Code, String) {
+                let number: Option<i32> = $number(&self);
+                let full = matches!(number, Some(libc::ENOSPC | libc::EDQUOT));
+                (if full { Code::ResourceExhausted } else { Code::Internal }, chain(&self))
+            }
+        }
+    )*};
+}
+
+system!(
+    std::io::Error => std::io::Error::raw_os_error,
+    nix::errno::Errno => |e: &nix::errno::Errno| Some(*e as i32),
+    rustix::io::Errno => |e: &rustix::io::Errno| Some(e.raw_os_error()),
+);
+
 macro_rules! foreign {
     ($($t:ty),* $(,)?) => {$(
         impl Cause for $t {
@@ -130,15 +149,7 @@ macro_rules! foreign {
     )*};
 }
 
-foreign!(
-    std::io::Error,
-    nix::errno::Errno,
-    rustix::io::Errno,
-    serde_json::Error,
-    std::num::ParseIntError,
-    std::str::Utf8Error,
-    std::string::FromUtf8Error,
-);
+foreign!(serde_json::Error, std::num::ParseIntError, std::str::Utf8Error, std::string::FromUtf8Error,);
 
 #[cfg(feature = "engine")]
 foreign!(protobuf::Error, ureq::Error, oci_spec::OciSpecError);

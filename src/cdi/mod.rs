@@ -11,7 +11,7 @@ mod edits;
 /// Names of devices, in requests and annotations.
 mod name;
 /// YAML as JSON values.
-mod yaml;
+pub mod yaml;
 
 use std::collections::{BTreeMap, HashMap};
 use std::path::{Path, PathBuf};

@@ -1,6 +1,9 @@
 //! Control groups: where the hierarchies are, the path of a container in each, its processes, OOM counter, kill, removal.
 //! One description serves v1, v2 and the hybrid of both: a cgroup is a list of directories, one per mounted hierarchy.
 
+/// Limits as files: kept before an update, written back after one that failed.
+#[cfg(feature = "engine")]
+pub mod limits;
 /// Formats of kernel files (cgroup-v2.rst, "Interface File Formats").
 pub mod parse;
 /// Paths as the OCI spec writes them, and systemd's slices.
@@ -14,6 +17,9 @@ pub mod v1;
 pub mod v2;
 /// Makes the first move of a process into a cgroup cheap.
 pub mod warm;
+
+/// What the names of execs' own cgroups, below their container's, begin with.
+pub const EXEC: &str = "crisp-exec-";
 
 use std::io::ErrorKind;
 use std::path::{Path, PathBuf};

@@ -26,6 +26,10 @@ pub struct Images {
     pub preload_dir: PathBuf,
     pub pinned: Vec<String>,
     pub layer_downloads: usize,
+    /// The same for all images together.
+    pub all_downloads: u64,
+    /// Percent of the file system.
+    pub keep_free_percent: u64,
     /// Programs that judge images before a pull.
     pub verifier_dir: Option<PathBuf>,
     pub verifier_timeout: Duration,
@@ -62,6 +66,8 @@ pub(super) struct Raw {
     preload_dir: Spanned<String>,
     pinned: Vec<Spanned<String>>,
     layer_downloads: Spanned<usize>,
+    all_downloads: Spanned<u64>,
+    keep_free_percent: Spanned<u64>,
     verifier_dir: Spanned<String>,
     verifier_timeout_seconds: Spanned<u64>,
     max_verifiers: Spanned<usize>,
@@ -79,6 +85,8 @@ impl Default for Raw {
             preload_dir: text("/var/lib/crisp-preload"),
             pinned: Vec::new(),
             layer_downloads: at(3),
+            all_downloads: at(6),
+            keep_free_percent: at(2),
             verifier_dir: text("/etc/crisp/image-verifiers"),
             verifier_timeout_seconds: at(10),
             max_verifiers: at(10),
@@ -112,6 +120,8 @@ impl Raw {
             preload_dir: c.path("images.preload_dir", &self.preload_dir)?,
             pinned: check_pinned(c, &self.pinned)?,
             layer_downloads: c.number("images.layer_downloads", &self.layer_downloads, 1, 64)?,
+            all_downloads: c.number("images.all_downloads", &self.all_downloads, 1, 256)?,
+            keep_free_percent: c.number("images.keep_free_percent", &self.keep_free_percent, 0, 90)?,
             verifier_dir: c.optional_path("images.verifier_dir", &self.verifier_dir)?,
             verifier_timeout: Duration::from_secs(c.number("images.verifier_timeout_seconds", &self.verifier_timeout_seconds, 1, 3600)?),
             max_verifiers: c.number("images.max_verifiers", &self.max_verifiers, 1, 1000)?,

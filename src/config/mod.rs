@@ -5,6 +5,8 @@
 mod images;
 /// `[stats]` and `[metrics]`.
 mod observe;
+/// [resources].
+mod resources;
 /// [streaming].
 mod streaming;
 
@@ -20,6 +22,7 @@ use crate::runtime::{Handler, Kind};
 
 pub use images::{Images, RegistryAuth};
 pub use observe::{Metrics, MetricsGroup, Stats};
+pub use resources::Resources;
 pub use streaming::{Streaming, Tls};
 
 /// The commented default configuration.
@@ -39,6 +42,8 @@ pub struct Config {
     pub netns_dir: PathBuf,
     pub log_level: log::LevelFilter,
     pub systemd_cgroup: bool,
+    /// Containers get SELinux labels where the kernel has it enabled.
+    pub selinux: bool,
     pub shim: PathBuf,
     /// Name of the default runtime handler; None: the first of crun, runc that passes a probe.
     pub default_runtime: Option<String>,
@@ -57,6 +62,7 @@ pub struct Config {
     pub cni: Cni,
     pub images: Images,
     pub limits: Limits,
+    pub resources: Resources,
     pub streaming: Streaming,
     pub stats: Stats,
     pub metrics: Metrics,
@@ -114,6 +120,7 @@ struct Raw {
     netns_dir: Spanned<String>,
     log_level: Spanned<String>,
     cgroup_driver: Spanned<String>,
+    selinux: bool,
     shim: Spanned<String>,
     default_runtime: Spanned<String>,
     snapshotter: Snapshotter,
@@ -127,6 +134,7 @@ struct Raw {
     cni: RawCni,
     images: images::Raw,
     limits: RawLimits,
+    resources: resources::Raw,
     streaming: streaming::Raw,
     stats: observe::RawStats,
     metrics: observe::RawMetrics,
@@ -183,6 +191,7 @@ impl Default for Raw {
             netns_dir: text("/run/netns"),
             log_level: text("info"),
             cgroup_driver: text("cgroupfs"),
+            selinux: false,
             shim: text(""),
             default_runtime: text(""),
             snapshotter: Snapshotter::Auto,
@@ -199,6 +208,7 @@ impl Default for Raw {
             cni: RawCni::default(),
             images: images::Raw::default(),
             limits: RawLimits::default(),
+            resources: resources::Raw::default(),
             streaming: streaming::Raw::default(),
             stats: observe::RawStats::default(),
             metrics: observe::RawMetrics::default(),
@@ -362,6 +372,7 @@ fn check(c: &Checker, raw: Raw) -> Result<Config> {
         netns_dir: c.path("netns_dir", &raw.netns_dir)?,
         log_level,
         systemd_cgroup,
+        selinux: raw.selinux,
         shim,
         default_runtime,
         runtimes,
@@ -393,6 +404,7 @@ fn check(c: &Checker, raw: Raw) -> Result<Config> {
             exec_output: c.number("limits.exec_output_bytes", &raw.limits.exec_output_bytes, 1024, 15 << 20)?,
             event_queue: c.number("limits.event_queue", &raw.limits.event_queue, 16, 1 << 20)?,
         },
+        resources: raw.resources.check(c)?,
         streaming: raw.streaming.check(c)?,
         stats: raw.stats.check(c)?,
         metrics: raw.metrics.check(c)?,

@@ -44,6 +44,7 @@ pub fn detect() -> Result<HostFacts> {
     let cgroup_v2 = magic == CGROUP2_MAGIC;
     Ok(HostFacts {
         cgroup_v2,
+        cgroup_controllers: if cgroup_v2 { v2_controllers() } else { Vec::new() },
         cgroup_mounts: if cgroup_v2 { Vec::new() } else { cgroup_mounts(&mounts) },
         host_mounts: mounts.iter().map(|m| &m.target).filter(|target| is_taken_from_host(target)).cloned().collect(),
         bounding: capabilities(capability_mask(&status, "CapBnd")?),
@@ -52,12 +53,31 @@ pub fn detect() -> Result<HostFacts> {
         hard_rlimits: if may_raise { Vec::new() } else { hard_rlimits() },
         swap_accounting: if cgroup_v2 { swap_on_v2() } else { swap_on_v1(&mounts) },
         hugepage_sizes: hugepage_sizes(),
-        hugetlb_controller: if cgroup_v2 { has_v2_controller("hugetlb") } else { v1_hierarchy(&mounts, "hugetlb").is_some() },
+        hugetlb_controller: if cgroup_v2 {
+            v2_controllers().iter().any(|c| c == "hugetlb")
+        } else {
+            v1_hierarchy(&mounts, "hugetlb").is_some()
+        },
         seccomp: Path::new("/proc/sys/kernel/seccomp/actions_avail").exists(),
-        apparmor: read("/sys/module/apparmor/parameters/enabled").starts_with('Y'),
+        kernel: kernel_version(&text("/proc/sys/kernel/osrelease")?)?,
+        apparmor: apparmor(Path::new("/sys/module/apparmor/parameters/enabled"), Path::new("/sys/kernel/security/apparmor")),
         selinux: Path::new("/sys/fs/selinux/enforce").exists(),
         mount_setattr: mount::has_setattr(),
     })
+}
+
+/// Enabled, and its list of profiles can be read: in a container of another runtime it often cannot.
+fn apparmor(enabled: &Path, files: &Path) -> bool {
+    files.is_dir() && read(enabled).starts_with('Y')
+}
+
+/// `6.1.0-18-cloud-amd64` -> (6, 1)
+fn kernel_version(release: &str) -> Result<(u32, u32)> {
+    let mut numbers = release.split(|c: char| !c.is_ascii_digit()).map(|digits| digits.parse().ok());
+    match (numbers.next().flatten(), numbers.next().flatten()) {
+        (Some(major), Some(minor)) => Ok((major, minor)),
+        _ => Err(Error::internal(format!("read the kernel's version: found {release:?}"))),
+    }
 }
 
 /// Mount points that a container in a user namespace may have to take from the host.
@@ -127,8 +147,8 @@ fn swap_on_v2() -> bool {
     }
 }
 
-fn has_v2_controller(controller: &str) -> bool {
-    read(Path::new(CGROUP).join("cgroup.controllers")).split_ascii_whitespace().any(|name| name == controller)
+fn v2_controllers() -> Vec<String> {
+    read(Path::new(CGROUP).join("cgroup.controllers")).split_ascii_whitespace().map(str::to_owned).collect()
 }
 
 fn hugepage_sizes() -> Vec<String> {
@@ -163,6 +183,29 @@ mod tests {
         assert!(capability_mask(status, "CapAmb").is_err());
         assert_eq!(capabilities(u64::MAX).len(), 41);
         assert_eq!(capabilities(1 << 40), [Capability::CheckpointRestore].into());
+    }
+
+    #[test]
+    fn kernel_versions() {
+        for (text, version) in [("6.1.0-18-cloud-amd64\n", (6, 1)), ("5.10", (5, 10)), ("4.8+", (4, 8))] {
+            assert_eq!(kernel_version(text).unwrap(), version);
+        }
+        for bad in ["", "six", "6", "6.x"] {
+            assert!(kernel_version(bad).is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn apparmor_needs_to_be_enabled_and_seen() {
+        let dir = tempfile::tempdir().unwrap();
+        let (enabled, files) = (dir.path().join("enabled"), dir.path().join("apparmor"));
+        std::fs::write(&enabled, "Y\n").unwrap();
+        assert!(!apparmor(&enabled, &files));
+        std::fs::create_dir(&files).unwrap();
+        assert!(apparmor(&enabled, &files));
+        std::fs::write(&enabled, "N\n").unwrap();
+        assert!(!apparmor(&enabled, &files));
+        assert!(!apparmor(Path::new("/nonexistent"), &files));
     }
 
     #[test]

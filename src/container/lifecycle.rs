@@ -1,4 +1,4 @@
-//! Start, stop, kill, update, log: transitions of one container. An op lock covers a transition, not a wait.
+//! Start, stop, kill, log: transitions of one container. An op lock covers a transition, not a wait.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use super::manager::{Container, Containers};
 use super::signal;
 use super::status::State;
-use crate::api::runtime::{ContainerConfig, LinuxContainerResources};
+use crate::api::runtime::ContainerConfig;
 use crate::error::{Context, Error, Result};
 use crate::image::Image;
 use crate::shim::client::{self, Client};
@@ -14,7 +14,6 @@ use crate::shim::protocol::{self, ShimConfig};
 use crate::store::now_ns;
 use crate::sys::cancel::Cancel;
 use crate::sys::crash;
-use crate::sys::file::{self, Durability};
 
 /// What a shim needs beyond the OCI runtime's own time: to start, to answer.
 const SHIM_MARGIN: Duration = Duration::from_secs(15);
@@ -93,21 +92,6 @@ impl Containers {
         }
     }
 
-    /// Runtimes leave oom_score_adj alone in updates: it is a property of processes.
-    fn set_oom_score_adj(&self, container: &Container, adj: i32) -> Result<()> {
-        for pid in container.cgroup()?.procs() {
-            let path = format!("/proc/{pid}/oom_score_adj");
-            match std::fs::write(&path, adj.to_string()) {
-                Err(e) if !matches!(e.kind(), std::io::ErrorKind::NotFound) && e.raw_os_error() != Some(libc::ESRCH) => {
-                    return Err(e).context(|| format!("write {adj} to {path}"));
-                }
-                // Gone meanwhile is fine.
-                _ => {}
-            }
-        }
-        Ok(())
-    }
-
     /// StopContainer: the stop signal, up to `grace` for it to work, then KILL for every process. Success when it does not
     /// run any more. A second stop with a shorter grace just kills earlier.
     pub fn stop(self: &Arc<Self>, container: &Arc<Container>, grace: Duration, cancel: &Cancel) -> Result<()> {
@@ -184,69 +168,11 @@ impl Containers {
         self.forget(container)
     }
 
-    /// UpdateContainerResources: all of it or none.
-    pub fn update_resources(&self, container: &Arc<Container>, new: &LinuxContainerResources) -> Result<()> {
-        let id = container.id();
-        let what = || format!("update container {id}");
-        let _op = container.op.lock();
-        container.status.lock().can_update(id)?;
-        let path = container.meta.spec_path();
-        let mut spec: oci_spec::runtime::Spec =
-            serde_json::from_slice(&file::read(&path, 16 << 20)?).context(|| format!("{}: read {}", what(), path.display()))?;
-        let update = crate::spec::update_resources(&mut spec, new, &self.settings.host).context(what)?;
-        for warning in &update.warnings {
-            log::warn!("container {id}: {warning}");
-        }
-        if container.status.lock().state == State::Running {
-            let json = serde_json::to_value(&update.resources).context(what)?;
-            Client::new(&container.meta.dir).update(json, self.settings.runtime_timeout + SHIM_MARGIN).context(what)?;
-            if let Some(adj) = update.oom_score_adj {
-                self.set_oom_score_adj(container, adj).context(what)?;
-            }
-        }
-        let json = serde_json::to_vec(&spec).context(what)?;
-        file::write(&path, &json, 0o600, Durability::Atomic)?;
-        let mut now: LinuxContainerResources = protobuf::Message::parse_from_bytes(&container.status().resources).context(what)?;
-        merge(&mut now, new);
-        let bytes = protobuf::Message::write_to_bytes(&now).context(what)?;
-        self.update(container, |s| s.resources = bytes)
-    }
-
     /// ReopenContainerLog: the new file exists when this returns.
     pub fn reopen_log(&self, container: &Container) -> Result<()> {
         let id = container.id();
         container.status.lock().can_talk(id, "reopen the log of")?;
         let Some(path) = &container.meta.log_path else { return Ok(()) };
         Client::new(&container.meta.dir).reopen_log(path).context(|| format!("reopen the log of container {id}"))
-    }
-}
-
-/// 0 and "" of an update mean unchanged.
-fn merge(now: &mut LinuxContainerResources, new: &LinuxContainerResources) {
-    macro_rules! numbers {
-        ($($field:ident),*) => {$( if new.$field != 0 { now.$field = new.$field; } )*};
-    }
-    numbers!(cpu_period, cpu_quota, cpu_shares, memory_limit_in_bytes, memory_swap_limit_in_bytes, oom_score_adj);
-    for (now, new) in [(&mut now.cpuset_cpus, &new.cpuset_cpus), (&mut now.cpuset_mems, &new.cpuset_mems)] {
-        if !new.is_empty() {
-            now.clone_from(new);
-        }
-    }
-    for limit in &new.hugepage_limits {
-        now.hugepage_limits.retain(|l| l.page_size != limit.page_size);
-        now.hugepage_limits.push(limit.clone());
-    }
-    now.unified.extend(new.unified.clone());
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn zero_and_empty_mean_unchanged() {
-        let mut now = LinuxContainerResources { cpu_shares: 100, cpuset_cpus: "0".into(), memory_limit_in_bytes: 5, ..Default::default() };
-        merge(&mut now, &LinuxContainerResources { cpu_shares: 200, cpuset_mems: "0".into(), ..Default::default() });
-        assert_eq!((now.cpu_shares, now.memory_limit_in_bytes, now.cpuset_cpus.as_str(), now.cpuset_mems.as_str()), (200, 5, "0", "0"));
     }
 }

@@ -8,6 +8,10 @@ use std::time::Duration;
 use parking_lot::Condvar;
 use serde::{Deserialize, Serialize};
 
+use super::apparmor::AppArmor;
+use super::classes::Classes;
+use super::confine::Confiner;
+use super::labels::{self, SeLinux};
 use super::metadata::Metadata;
 use super::status::{State, Status, User};
 use crate::api::runtime::{ContainerConfig, PodSandboxConfig};
@@ -25,6 +29,7 @@ use crate::store::{new_id, now_ns, Claim, Index, Names, Records};
 use crate::sys::cancel::Cancel;
 use crate::sys::crash;
 use crate::sys::file::{self, Durability};
+use crate::sys::label::SELINUX;
 use crate::sys::lock::{Lock, Rank};
 use crate::sys::watch::Watcher;
 
@@ -48,7 +53,10 @@ pub struct Settings {
     /// Whether an exec with streams dies with its client.
     pub kill_on_disconnect: bool,
     pub defaults: Defaults,
+    pub classes: Classes,
     pub host: HostFacts,
+    /// None: SELinux is off.
+    pub selinux: Option<SeLinux>,
     pub events: Arc<dyn Listener<Change>>,
     pub layers: Arc<dyn LayerWatch>,
     pub cdi: cdi::Registry,
@@ -124,6 +132,10 @@ pub struct CreateInputs<'a> {
     pub sandbox: &'a PodSandboxConfig,
     pub config: ContainerConfig,
     pub handler: Handler,
+    /// Its OCI runtime would compile a seccomp profile at each start.
+    pub compile_filter: bool,
+    /// SELinux level of the sandbox, "" without SELinux.
+    pub level: &'a str,
     pub namespaces: NamespacePaths,
     /// Set when `namespaces.pid` is another container's.
     pub target: Option<String>,
@@ -143,13 +155,16 @@ pub struct Containers {
     pub(super) images: Images,
     pub(super) snapshots: Snapshotter,
     pub(super) watcher: Watcher,
+    confiner: Confiner,
 }
 
 impl Containers {
     pub fn open(settings: Settings, images: Images, snapshots: Snapshotter, watcher: Watcher) -> Result<Containers> {
         let records = Records::open(&settings.root, "containers")?;
         file::make_dir(&settings.run.join("containers"), 0o711)?;
-        Ok(Containers { settings, records, names: Names::new("container"), index: Index::new("container"), images, snapshots, watcher })
+        let confiner = Confiner::new(AppArmor::default(), settings.selinux.clone());
+        let (names, index) = (Names::new("container"), Index::new("container"));
+        Ok(Containers { settings, records, names, index, images, snapshots, watcher, confiner })
     }
 
     pub fn get(&self, id: &str) -> Result<Arc<Container>> {
@@ -252,12 +267,16 @@ impl Containers {
         let resources = resources.transpose().context(|| "encode resources")?.unwrap_or_default();
         self.update(container, |s| s.resources = resources)?;
         crash::step("create:1-recorded");
+        let mut confined = Vec::new();
+        let contexts = (&config.linux.security_context, &inputs.sandbox.linux.security_context);
+        let confinement = self.confiner.prepare(contexts.0, contexts.1, inputs.level, &self.settings.host, &mut confined)?;
         make_bundle(meta)?;
         let mut held = self.images.hold_all(&meta.id, &meta.chains())?;
         let user_namespace = inputs.namespaces.user.as_ref();
         let owners = user_namespace.map(|user| Owners { maps: user.maps, namespace: &user.path });
         let owners = owners.as_ref();
-        self.snapshots.prepare(&meta.id, &held.remove(0).layers, &meta.rootfs(), owners)?;
+        let label = confinement.labels.as_ref().map(|labels| labels.mount.as_str());
+        self.snapshots.prepare(&meta.id, &held.remove(0).layers, &meta.rootfs(), owners, label)?;
         crash::step("create:2-snapshot");
         let rootfs = meta.rootfs();
         let defaults = image.config.config().as_ref();
@@ -265,9 +284,16 @@ impl Containers {
         let image_dir = defaults.and_then(|c| c.working_dir().as_deref()).unwrap_or_default();
         let user = super::user::resolve(&rootfs, &config.linux.security_context, image_user)?;
         super::mounts::find(mounts)?;
+        if let Some(label) = label {
+            // Mounts of images have no path of the host.
+            let asked = config.mounts.iter().zip(&*mounts).filter(|(asked, mount)| asked.selinux_relabel && mount.host_path.is_absolute());
+            asked.map(|(_, mount)| mount).try_for_each(|mount| labels::relabel(&mount.host_path, SELINUX, label))?;
+        }
         super::image_volumes::mount_images(meta, &held, &config.mounts, mounts, &self.snapshots, owners)?;
         super::volumes::place(&meta.dir, &config.mounts, mounts, user_namespace, &self.settings.shim)?;
         let devices = super::devices::collect(config)?;
+        super::update::check_cpuset(&container.cgroup()?, &config.linux.resources)?;
+        let (classes, class_warnings) = self.settings.classes.resolve(&inputs.sandbox.annotations, config)?;
         let working_dir = spec::process::working_dir(&config.working_dir, image_dir)?;
         super::mounts::prepare_root(&rootfs, &working_dir)?;
         // First, so that a mount of the request in the same depth comes after it.
@@ -284,16 +310,21 @@ impl Containers {
             rootfs: &rootfs,
             mounts,
             devices: &devices,
+            classes: &classes,
             cgroups_path: &meta.cgroups_path,
             hostname: inputs.hostname,
             host: &self.settings.host,
             files: &inputs.files,
             defaults: &self.settings.defaults,
+            confinement: &confinement,
         })?;
-        for warning in warnings {
+        for warning in confined.into_iter().chain(class_warnings).chain(warnings) {
             log::warn!("container {}: {warning}", meta.id);
         }
         self.settings.edit(&mut built, config, inputs.sandbox)?;
+        if inputs.compile_filter {
+            self.confiner.precompile(&mut built, &self.settings.host.arch);
+        }
         write_json(&meta.spec_path(), &built)?;
         crash::step("create:4-spec");
         self.update(container, |s| {

@@ -1,6 +1,14 @@
 //! Containers: from CREATED to EXITED. The OCI runtime runs at start, not at create: a created container is a bundle on disk
 //! and costs no process, and an exited one has neither shim nor runtime state.
 
+/// AppArmor profiles of the host.
+pub mod apparmor;
+/// Block I/O classes from their file.
+pub mod blockio;
+/// Classes that annotations ask for.
+pub mod classes;
+/// seccomp profiles, AppArmor and SELinux for one container.
+pub mod confine;
 /// Host devices of a container.
 pub mod devices;
 /// CDI devices and hooks, put into a spec.
@@ -14,9 +22,11 @@ pub mod exit;
 mod golden;
 /// What the host can do.
 pub mod host;
+/// SELinux labels.
+pub mod labels;
 /// Images as volumes, and volumes that images declare.
 pub mod image_volumes;
-/// Start, stop, kill, update, log.
+/// Start, stop, kill, log.
 pub mod lifecycle;
 /// Create, remove, lookup.
 pub mod manager;
@@ -32,11 +42,14 @@ pub mod signal;
 pub mod status;
 /// Exec with streams, attach.
 pub mod stream;
+/// UpdateContainerResources.
+pub mod update;
 /// The user of a container, from its rootfs.
 pub mod user;
 /// Id-mapped mounts.
 pub mod volumes;
 
+pub use classes::Classes;
 pub use manager::{Change, Container, Containers, CreateInputs, LayerWatch, Settings};
 pub use metadata::Metadata;
 pub use status::{State, Status};

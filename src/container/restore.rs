@@ -55,6 +55,9 @@ impl Containers {
             (State::Exited, _) if meta.dir.join(crate::shim::protocol::SOCKET_FILE).exists() => self.follow(&container),
             _ => {}
         }
+        if let Err(e) = self.finish_undo(&container) {
+            log::error!("container {}: {e}", meta.id);
+        }
         if !sandbox_exists(&meta.sandbox_id) {
             log::warn!("container {}: its sandbox {} is gone, removed", meta.id, meta.sandbox_id);
             self.bury(&container, 137, "ContainerStatusUnknown", "its sandbox is gone");

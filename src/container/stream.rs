@@ -151,7 +151,11 @@ impl Containers {
         let user = container.status().user;
         give(&ends, container.meta.owner(user.uid, user.gid))?;
         let null = File::options().read(true).write(true).open("/dev/null").context(|| "open /dev/null")?;
-        let fds = ends.each_ref().map(|e| e.as_ref().map_or(null.as_fd(), AsFd::as_fd));
+        let empty = crate::sys::process::no_input()?;
+        let mut fds = ends.each_ref().map(|e| e.as_ref().map_or(null.as_fd(), AsFd::as_fd));
+        if ends[0].is_none() {
+            fds[0] = empty.as_fd();
+        }
         let exec = client.exec(&request, fds, starting).context(what)?;
         let [stdin, stdout, stderr] = pairs;
         Ok(streams(Kind::Exec(exec, None), stdin, stdout, stderr))

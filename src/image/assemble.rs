@@ -1,16 +1,20 @@
-//! From the parts of an image to the image: layers made in parallel, then the record. Pulls and imports share it.
+//! From the parts of an image to the image: layers made in parallel and committed in order, then the record. Pulls and imports
+//! share it.
 
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::collections::BTreeMap;
+use std::sync::atomic::Ordering;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use super::catalog::{Addition, Image};
 use super::digest::{chain_ids, Digest};
-use super::layers::{Stream, Wanted};
+use super::layers::{Claimed, Made, Stream};
+use super::make::Wanted;
 use super::manifest::{self, Descriptor};
 use super::{Inner, Phase, Progress, Watch};
 use crate::error::{Code, Error, Result};
 use crate::sys::cancel::Cancel;
+use crate::sys::crash;
 use crate::sys::lock::{Lock, Rank};
 use crate::sys::thread;
 
@@ -38,11 +42,23 @@ struct Job {
     have_digests: bool,
     diff_ids: Vec<Digest>,
     chain: Vec<Digest>,
-    next: AtomicUsize,
     open: OpenLayer,
     cancel: Cancel,
     watch: Option<Watch>,
-    error: Lock<Option<Error>>,
+    /// Below the layer store's own lock.
+    work: Lock<Work>,
+}
+
+/// How far the layers are.
+struct Work {
+    /// Layers nobody of us has begun with, lowest first.
+    left: Vec<usize>,
+    /// Layers that wait for those below: None for one that was there.
+    made: BTreeMap<usize, Option<Made>>,
+    /// The lowest layer that is not committed.
+    next: usize,
+    committing: bool,
+    error: Option<Error>,
 }
 
 /// Keeps the layers of a pull under way from being collected.
@@ -68,26 +84,35 @@ pub(super) fn assemble(inner: &Arc<Inner>, parts: Parts, open: OpenLayer, cancel
     let chain = chain_ids(&diff_ids);
     let lease = Lease { inner, holder: format!("pull/{}", inner.serial.fetch_add(1, Ordering::Relaxed)) };
     inner.layers.hold(&lease.holder, &chain);
-    let missing = chain.iter().filter(|c| !inner.layers.is_ready(c)).count();
+    let missing: Vec<u64> =
+        chain.iter().zip(&parts.layers).filter(|(c, _)| !inner.layers.is_ready(c)).map(|(_, layer)| layer.size).collect();
+    // Unpacked they are larger: what cannot even hold them as they come is not begun with.
+    let bytes = missing.iter().fold(0u64, |sum, size| sum.saturating_add(*size));
+    if bytes > 0 {
+        inner.layers.room.check(bytes)?;
+    }
     let job = Arc::new(Job {
         inner: inner.clone(),
+        work: Lock::new(
+            Rank::Status,
+            Work { left: (0..parts.layers.len()).collect(), made: BTreeMap::new(), next: 0, committing: false, error: None },
+        ),
         layers: parts.layers,
         have_digests: parts.layers_have_digests,
         diff_ids,
         chain,
-        next: AtomicUsize::new(0),
         open,
         cancel: cancel.clone(),
         watch,
-        error: Lock::new(Rank::Leaf, None),
     });
     for i in 0..job.layers.len() {
         job.report(i, Phase::Waiting, 0);
     }
     let mut threads = Vec::new();
-    for i in 1..missing.min(inner.bounds.layer_workers) {
+    for i in 1..missing.len().min(inner.bounds.layer_workers) {
         let job = job.clone();
-        threads.push(thread::spawn(&format!("layer-{i}"), move || job.work())?);
+        // One worker does it too.
+        threads.extend(thread::spawn(&format!("layer-{i}"), move || job.work()).inspect_err(|e| log::warn!("image: {e}")));
     }
     job.work();
     for thread in threads {
@@ -95,63 +120,119 @@ pub(super) fn assemble(inner: &Arc<Inner>, parts: Parts, open: OpenLayer, cancel
             job.fail(Error::internal("a layer's thread panicked"));
         }
     }
-    if let Some(error) = job.error.lock().take() {
+    let (error, unfinished) = {
+        let mut work = job.work.lock();
+        (work.error.take(), std::mem::take(&mut work.made))
+    };
+    // Their files go before anybody hears of the end.
+    drop(unfinished);
+    if let Some(error) = error {
         return Err(error);
     }
     cancel.check()?;
+    crash::step("pull:7-layers");
     let addition =
         Addition { manifest: &parts.manifest, manifest_data: &parts.manifest_data, config_data: &parts.config_data, names: &parts.names };
     inner.catalog.add(&addition, &inner.layers)
 }
 
 impl Job {
-    /// Takes layers, lowest first, until none is left.
+    /// Takes layers, the lowest that is free first, until none is left.
     fn work(&self) {
         loop {
-            let i = self.next.fetch_add(1, Ordering::Relaxed);
-            if i >= self.layers.len() || self.cancel.is_cancelled() {
-                return;
+            match self.step() {
+                Ok(true) => {}
+                Ok(false) => return,
+                Err(e) => return self.fail(e),
             }
-            if let Err(e) = self.layer(i) {
-                self.fail(e);
+        }
+    }
+
+    /// One layer; false when there is none left to begin with.
+    fn step(&self) -> Result<bool> {
+        let (i, claim) = loop {
+            self.cancel.check()?;
+            let claimed = {
+                let mut work = self.work.lock();
+                if work.left.is_empty() {
+                    return Ok(false);
+                }
+                let claimed = self.inner.layers.claim(work.left.iter().map(|i| (*i, &self.chain[*i])));
+                if let Claimed::Here(i) | Claimed::Ours(i, _) = &claimed {
+                    work.left.retain(|left| left != i);
+                }
+                claimed
+            };
+            match claimed {
+                Claimed::Here(i) => break (i, None),
+                Claimed::Ours(i, claim) => break (i, Some(claim)),
+                // Other pulls make what is left.
+                Claimed::Busy(seen) => self.inner.layers.changed(seen, &self.cancel)?,
             }
+        };
+        let make = |claim| {
+            self.report(i, Phase::Downloading, 0);
+            self.inner.layers.make(claim, &self.wanted(i), &self.cancel, || self.open(i))
+        };
+        let phase = if claim.is_some() { Phase::Done } else { Phase::Exists };
+        let made = claim.map(make).transpose()?;
+        self.work.lock().made.insert(i, made);
+        self.commit()?;
+        self.report(i, phase, self.layers[i].size);
+        Ok(true)
+    }
+
+    /// Commits what has all layers below it committed, unless another worker is at it, who will then see this too.
+    fn commit(&self) -> Result<()> {
+        loop {
+            let mut batch = Vec::new();
+            {
+                let mut work = self.work.lock();
+                if work.committing || work.error.is_some() {
+                    return Ok(());
+                }
+                let first = work.next;
+                loop {
+                    let next = work.next;
+                    let Some(made) = work.made.remove(&next) else { break };
+                    batch.extend(made);
+                    work.next += 1;
+                }
+                if work.next == first {
+                    return Ok(());
+                }
+                work.committing = true;
+            }
+            let committed = self.inner.layers.commit(batch);
+            self.work.lock().committing = false;
+            committed?;
         }
     }
 
     /// Keeps the first error and stops the others, whose own errors follow from it.
     fn fail(&self, error: Error) {
-        {
-            let mut first = self.error.lock();
-            if first.is_none() {
-                *first = Some(error);
-            }
-        }
+        self.work.lock().error.get_or_insert(error);
         self.cancel.set();
     }
 
-    fn layer(&self, i: usize) -> Result<()> {
-        let descriptor = &self.layers[i];
-        let wanted = Wanted {
+    fn wanted(&self, i: usize) -> Wanted<'_> {
+        Wanted {
             diff_id: &self.diff_ids[i],
             chain: &self.chain[..=i],
-            digest: Some(&descriptor.digest).filter(|_| self.have_digests),
-            size: descriptor.size,
-        };
-        let mut made = false;
-        self.inner.layers.ensure(&wanted, &self.cancel, || {
-            made = true;
-            self.report(i, Phase::Downloading, 0);
-            let mut stream = (self.open)(descriptor)?;
-            if let Some(watch) = &self.watch {
-                let (tell, start) = (watch.clone(), self.progress(i, Phase::Retrying, 0));
-                stream.breaks.on_break(move |received| tell(&Progress { done: received.min(start.total), ..start.clone() }));
-                let progress = self.progress(i, Phase::Downloading, 0);
-                stream.reader = Box::new(Meter { inner: stream.reader, progress, watch: watch.clone(), last: None });
-            }
-            Ok(stream)
-        })?;
-        self.report(i, if made { Phase::Done } else { Phase::Exists }, descriptor.size);
-        Ok(())
+            digest: Some(&self.layers[i].digest).filter(|_| self.have_digests),
+            size: self.layers[i].size,
+        }
+    }
+
+    fn open(&self, i: usize) -> Result<Stream> {
+        let mut stream = (self.open)(&self.layers[i])?;
+        if let Some(watch) = &self.watch {
+            let (tell, start) = (watch.clone(), self.progress(i, Phase::Retrying, 0));
+            stream.breaks.on_break(move |received| tell(&Progress { done: received.min(start.total), ..start.clone() }));
+            let progress = self.progress(i, Phase::Downloading, 0);
+            stream.reader = Box::new(Meter { inner: stream.reader, progress, watch: watch.clone(), last: None });
+        }
+        Ok(stream)
     }
 
     fn progress(&self, i: usize, phase: Phase, done: u64) -> Progress {

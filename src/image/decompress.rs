@@ -1,34 +1,46 @@
-//! Layer streams: gzip (any number of members) or plain, told apart by their first bytes, never by a media type.
+//! Layer streams: gzip (any number of members), zstd (any number of frames) or plain, told apart by their first bytes, never
+//! by a media type.
 
-use std::io::{BufRead, BufReader, Read, Result};
+use std::io::{Chain, Cursor, Read, Result};
 
 use flate2::bufread::GzDecoder;
 
+use super::frames::{self, Frames, Input};
+use crate::sys::cancel::Cancel;
+
 const GZIP: [u8; 2] = [0x1f, 0x8b];
-const ZSTD: [u8; 4] = [0x28, 0xb5, 0x2f, 0xfd];
 const XZ: [u8; 6] = [0xfd, b'7', b'z', b'X', b'Z', 0];
 const BZIP2: [u8; 3] = *b"BZh";
 
+/// A stream whose first bytes have been looked at.
+type Start<R> = Chain<Cursor<Vec<u8>>, R>;
+
 /// A stream without its compression.
 pub enum Decompress<R: Read> {
-    Plain(BufReader<R>),
-    Gzip(Gzip<R>),
+    Plain(Start<R>),
+    Gzip(Gzip<Start<R>>),
+    Zstd(Box<Frames<Start<R>>>),
 }
 
 impl<R: Read> Decompress<R> {
-    /// Looks at the first bytes. zstd, xz and bzip2 are refused by name.
-    pub fn new(inner: R) -> Result<Decompress<R>> {
-        let mut inner = BufReader::with_capacity(64 << 10, inner);
-        let start = inner.fill_buf()?;
-        for (magic, name) in [(&ZSTD[..], "zstd"), (&XZ, "xz"), (&BZIP2, "bzip2")] {
+    /// Looks at the first bytes. xz and bzip2 are refused by name. `cancel` ends a wait for the memory that zstd needs.
+    pub fn new(mut inner: R, cancel: &Cancel) -> Result<Decompress<R>> {
+        let mut start = Vec::new();
+        inner.by_ref().take(XZ.len() as u64).read_to_end(&mut start)?;
+        for (magic, name) in [(&XZ[..], "xz"), (&BZIP2, "bzip2")] {
             if start.starts_with(magic) {
-                return Err(std::io::Error::other(format!("compression {name} is not supported, only gzip")));
+                return Err(std::io::Error::other(format!("compression {name} is not supported, only gzip and zstd")));
             }
         }
-        if start.starts_with(&GZIP) {
-            return Ok(Decompress::Gzip(Gzip { state: State::Member(Box::new(GzDecoder::new(inner))) }));
+        let (gzip, zstd) = (start.starts_with(&GZIP), frames::begins(&start));
+        let whole = Cursor::new(start).chain(inner);
+        if zstd {
+            return Ok(Decompress::Zstd(Box::new(Frames::new(whole, cancel))));
         }
-        Ok(Decompress::Plain(inner))
+        if gzip {
+            return Ok(Decompress::Gzip(Gzip { state: State::Member(Box::new(GzDecoder::new(Input::new(whole)))) }));
+        }
+        Ok(Decompress::Plain(whole))
     }
 }
 
@@ -37,6 +49,7 @@ impl<R: Read> Read for Decompress<R> {
         match self {
             Decompress::Plain(inner) => inner.read(buffer),
             Decompress::Gzip(inner) => inner.read(buffer),
+            Decompress::Zstd(inner) => inner.read(buffer),
         }
     }
 }
@@ -48,8 +61,8 @@ pub struct Gzip<R: Read> {
 }
 
 enum State<R: Read> {
-    Member(Box<GzDecoder<BufReader<R>>>),
-    Tail(BufReader<R>),
+    Member(Box<GzDecoder<Input<R>>>),
+    Tail(Input<R>),
     Changing,
 }
 
@@ -67,9 +80,7 @@ impl<R: Read> Read for Gzip<R> {
                     }
                     let State::Member(decoder) = std::mem::replace(&mut self.state, State::Changing) else { return Ok(0) };
                     let mut inner = decoder.into_inner();
-                    // One byte at a buffer's end is enough to go on: a header that is none is an error of the decoder.
-                    let start = inner.fill_buf()?;
-                    let another = start.first() == Some(&GZIP[0]) && start.get(1).is_none_or(|b| *b == GZIP[1]);
+                    let another = inner.peek(GZIP.len())? == GZIP;
                     self.state = if another { State::Member(Box::new(GzDecoder::new(inner))) } else { State::Tail(inner) };
                 }
                 State::Tail(inner) => {
@@ -95,24 +106,29 @@ mod tests {
 
     fn read(data: &[u8]) -> Result<Vec<u8>> {
         let mut out = Vec::new();
-        Decompress::new(data)?.read_to_end(&mut out)?;
+        Decompress::new(data, &Cancel::never())?.read_to_end(&mut out)?;
         Ok(out)
     }
 
     #[test]
-    fn plain_gzip_members_and_tails() {
+    fn plain_gzip_zstd_members_and_tails() {
         assert_eq!(read(b"plain").unwrap(), b"plain");
         assert_eq!(read(b"").unwrap(), b"");
+        assert_eq!(read(b"\x1f").unwrap(), b"\x1f");
         assert_eq!(read(&gzip(b"one")).unwrap(), b"one");
         assert_eq!(read(&[gzip(b"one"), gzip(b"two")].concat()).unwrap(), b"onetwo");
         assert_eq!(read(&[gzip(b"one"), vec![0; 100]].concat()).unwrap(), b"one");
         assert_eq!(read(&[gzip(b"one"), b"garbage".to_vec()].concat()).unwrap(), b"one");
+        assert_eq!(read(&[gzip(b"one"), vec![0x1f]].concat()).unwrap(), b"one");
+        let zstd = ruzstd::encoding::compress_to_vec(&b"one"[..], ruzstd::encoding::CompressionLevel::Fastest);
+        assert_eq!(read(&zstd).unwrap(), b"one");
     }
 
     #[test]
     fn cut_or_foreign_streams_are_errors() {
         let data = gzip(&[9u8; 5000]);
         assert!(read(&data[..data.len() - 3]).is_err());
-        assert!(read(&ZSTD).unwrap_err().to_string().contains("zstd"));
+        assert!(read(&XZ).unwrap_err().to_string().contains("xz"));
+        assert!(read(b"BZh9").unwrap_err().to_string().contains("bzip2"));
     }
 }

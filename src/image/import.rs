@@ -124,7 +124,7 @@ fn open(path: &Path, scratch: &Path, cancel: &Cancel) -> Result<Source> {
         return Err(Error::invalid("neither a file nor a directory"));
     }
     let file = File::open(path).context(|| "open")?;
-    let file = match Decompress::new(&file).context(|| "read")? {
+    let file = match Decompress::new(&file, cancel).context(|| "read")? {
         Decompress::Plain(_) => file,
         // Members are read out of order and at once: that needs a plain archive.
         _ => inflate(&file, scratch, cancel)?,
@@ -142,7 +142,7 @@ fn inflate(file: &File, scratch: &Path, cancel: &Cancel) -> Result<File> {
     let plain = rustix::fs::open(scratch, OFlags::TMPFILE | OFlags::RDWR | OFlags::CLOEXEC, Mode::from(0o600))
         .context(|| format!("make a file in {}", scratch.display()))?;
     let mut plain = File::from(plain);
-    let mut stream = Decompress::new(file).context(|| "decompress")?;
+    let mut stream = Decompress::new(file, cancel).context(|| "decompress")?;
     let mut buffer = vec![0u8; 256 << 10];
     loop {
         cancel.check()?;

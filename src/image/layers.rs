@@ -6,29 +6,31 @@ use std::io::Read;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
-use std::time::Duration;
 
-use parking_lot::Condvar;
 use serde::{Deserialize, Serialize};
 
 use super::damage::Damaged;
-use super::decompress::Decompress;
-use super::digest::{is_hex, Digest, Verifier};
+use super::digest::{is_hex, Digest};
+use super::make::{self, Wanted};
+use super::room::Room;
+use super::slots::Slots;
 use super::unpack::{self, Limits, Unpacked};
 use crate::error::{Context, Error, ErrorList, Result};
+use crate::sys::awaited::Awaited;
 use crate::sys::cancel::Cancel;
+use crate::sys::crash;
 use crate::sys::file::{self, Durability};
 use crate::sys::lock::{Lock, Rank};
 use crate::sys::thread;
 use crate::telemetry;
 
 pub(super) const MARKER: &str = "layer.json";
+/// The layer's files.
+pub(super) const DIFF: &str = "diff";
 /// Beside the marker: see `tape`.
 pub(super) const TAPE: &str = "tape";
 /// In the name of a directory that is being deleted.
 const GONE: &str = ".gone-";
-/// Between looks at cancellation while another pull makes the layer we want.
-const LOOK: Duration = Duration::from_millis(100);
 
 /// What the marker says.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -66,6 +68,8 @@ pub(super) struct State {
     pub(super) holds: HashMap<String, Vec<Digest>>,
     /// See `damage`.
     pub(super) damaged: Damaged,
+    /// Counts what may interest somebody who found a layer busy.
+    changes: u64,
 }
 
 /// The layer store.
@@ -73,8 +77,10 @@ pub struct Layers {
     pub(super) dir: PathBuf,
     limits: Limits,
     serial: AtomicU64,
-    pub(super) state: Lock<State>,
-    changed: Condvar,
+    pub(super) state: Awaited<State>,
+    /// Layers on their way at a time, for all pulls together.
+    slots: Slots,
+    pub room: Room,
 }
 
 /// A layer's bytes as they come. `fault` holds the error of a reader that has a better one than its I/O error (a registry
@@ -114,20 +120,29 @@ impl Stream {
     }
 }
 
-/// A layer to make: its place in the chain and how its stream must turn out.
-pub struct Wanted<'a> {
-    pub diff_id: &'a Digest,
-    /// Chain IDs from the lowest layer to this one.
-    pub chain: &'a [Digest],
-    /// Digest of the stream as it comes; None where only the diff ID is known.
-    pub digest: Option<&'a Digest>,
-    /// Bytes of the stream as it comes.
-    pub size: u64,
+/// What `claim` found.
+pub enum Claimed {
+    /// A layer that is there.
+    Here(usize),
+    /// A layer to make, and the sole right to do so.
+    Ours(usize, Claim),
+    /// All are being made by others. The number is for `changed`.
+    Busy(u64),
+}
+
+/// A layer made and verified, waiting for its commit. Dropped, it leaves nothing.
+pub struct Made {
+    // Fields go in this order: the files before the right to make them.
+    temp: Temp,
+    claim: Claim,
+    diff_id: Digest,
+    below: Vec<Digest>,
+    unpacked: Unpacked,
 }
 
 impl Layers {
     /// Opens the store: finds finished layers, removes half-made ones. Whatever is not ours is left alone.
-    pub fn open(dir: &Path, limits: Limits) -> Result<Layers> {
+    pub fn open(dir: &Path, limits: Limits, room: Room, slots: Slots) -> Result<Layers> {
         file::make_dir(dir, 0o711)?;
         let mut state = State::default();
         let mut gone = Vec::new();
@@ -150,7 +165,7 @@ impl Layers {
             }
         }
         delete(gone);
-        Ok(Layers { dir: dir.to_owned(), limits, serial: AtomicU64::new(0), state: Lock::new(Rank::Leaf, state), changed: Condvar::new() })
+        Ok(Layers { dir: dir.to_owned(), limits, serial: AtomicU64::new(0), state: Awaited::new(Rank::Leaf, state), slots, room })
     }
 
     /// Where a layer's files are.
@@ -214,112 +229,83 @@ impl Layers {
         self.state.lock().holds.remove(holder);
     }
 
-    /// Makes one layer unless it is there. `open` gives the stream; it is called at most once, and not at all when
-    /// somebody else makes the layer meanwhile. Waits for the layer below before it commits.
-    pub fn ensure(&self, wanted: &Wanted, cancel: &Cancel, open: impl FnOnce() -> Result<Stream>) -> Result<()> {
-        let Some(chain_id) = wanted.chain.last() else { return Err(Error::internal("a layer without a chain ID")) };
-        let Some(_claim) = self.claim(chain_id, cancel)? else { return Ok(()) };
+    /// Takes the first of some layers that is there or that nobody makes; `wanted` gives each with a number of the caller's.
+    pub fn claim<'a>(&self, wanted: impl Iterator<Item = (usize, &'a Digest)>) -> Claimed {
+        let mut state = self.state.lock();
+        for (number, chain_id) in wanted {
+            if state.ready.contains_key(chain_id) {
+                return Claimed::Here(number);
+            }
+            if state.busy.insert(chain_id.clone()) {
+                return Claimed::Ours(number, self.claimed(chain_id));
+            }
+        }
+        Claimed::Busy(state.changes)
+    }
+
+    /// The guard of a right that was taken already.
+    pub(super) fn claimed(&self, chain_id: &Digest) -> Claim {
+        Claim { state: self.state.clone(), chain_id: chain_id.clone() }
+    }
+
+    /// Waits until something has changed since `claim` said Busy.
+    pub fn changed(&self, seen: u64, cancel: &Cancel) -> Result<()> {
+        self.state.wait(cancel, |state| (state.changes != seen).then_some(()))
+    }
+
+    /// Makes a layer in a place of its own: in parallel with any other, the one below it included. `open` gives the stream.
+    pub fn make(&self, claim: Claim, wanted: &Wanted, cancel: &Cancel, open: impl FnOnce() -> Result<Stream>) -> Result<Made> {
         let serial = self.serial.fetch_add(1, Ordering::Relaxed);
-        let temp = Temp(self.dir.join(format!("{}.tmp-{serial}", chain_id.hex())));
+        let temp = Temp(self.dir.join(format!("{}.tmp-{serial}", claim.chain_id.hex())));
+        let _slot = self.slots.take(1, cancel)?;
         file::remove_tree(&temp.0)?;
-        let diff = temp.0.join("diff");
+        let diff = temp.0.join(DIFF);
         file::make_dir(&temp.0, 0o700)?;
         file::make_dir(&diff, 0o755)?;
+        crash::step("pull:2-begun");
         let stream = open()?;
         let fault = stream.fault.clone();
-        let unpacked = self.stream(wanted, stream.reader, &diff, cancel);
+        let unpacked = make::make(stream.reader, wanted, &temp.0, &self.limits, &self.room, cancel);
         // A fault goes unchanged: some errors are known to clients by their first word.
         let unpacked = match (unpacked, fault.lock().take()) {
             (Err(_), Some(fault)) => return Err(fault),
             (result, _) => result.context(|| format!("layer {}", wanted.digest.unwrap_or(wanted.diff_id)))?,
         };
-        let below = &wanted.chain[..wanted.chain.len() - 1];
-        if let Some(parent) = below.last() {
-            self.await_ready(parent, cancel)?;
-        }
-        self.commit(wanted, chain_id, below, &unpacked, &temp.0)
+        crash::step("pull:3-unpacked");
+        let below = wanted.chain[..wanted.chain.len() - 1].to_vec();
+        Ok(Made { temp, claim, diff_id: wanted.diff_id.clone(), below, unpacked })
     }
 
-    /// Downloads, verifies, decompresses, verifies, unpacks: all in one pass.
-    fn stream(&self, wanted: &Wanted, stream: Box<dyn Read + Send>, diff: &Path, cancel: &Cancel) -> Result<Unpacked> {
-        let fault = |e: Error| e.with_code(crate::error::Code::FailedPrecondition);
-        let mut blob = Verifier::new(stream, wanted.size);
-        // Headers and padding come on top of the files' bytes, never more than twice as much in earnest.
-        let bound = self.limits.max_bytes.saturating_mul(2).saturating_add(64 << 20);
-        let result = (|| {
-            let mut plain = Verifier::new(Decompress::new(&mut blob).context(|| "decompress").map_err(fault)?, bound);
-            let unpacked = unpack::unpack(&mut plain, diff, &diff.with_file_name(TAPE), &self.limits, cancel)?;
-            let (diff_id, _) = plain.finish().context(|| "decompress").map_err(fault)?;
-            if diff_id != *wanted.diff_id {
-                return Err(Error::precondition(format!("content is {diff_id}, the image config says {}", wanted.diff_id)));
-            }
-            Ok(unpacked)
-        })();
-        if cancel.is_cancelled() {
-            cancel.check()?;
+    /// Commits layers of one image, lowest first; those below them are committed. The files of all are brought to the disk by
+    /// one call, and only then do the markers say that they are there.
+    pub fn commit(&self, mut batch: Vec<Made>) -> Result<()> {
+        for made in &mut batch {
+            let parents: Vec<PathBuf> = made.below.iter().rev().map(|c| self.diff_dir(c)).collect();
+            unpack::inherit(&made.temp.0.join(DIFF), &made.unpacked.implicit, &parents)?;
+            let place = self.dir.join(made.claim.chain_id.hex());
+            self.make_room(&made.claim.chain_id, &place)?;
+            std::fs::rename(&made.temp.0, &place).context(|| format!("move layer to {}", place.display()))?;
+            // Without a marker it is still half-made, and goes with `made`.
+            made.temp.0 = place;
         }
-        // Of a stream that could not be used, the digest says whether the image is bad or the transfer was.
-        match (blob.finish(), wanted.digest) {
-            (Ok((digest, size)), Some(want)) if digest != *want || size != wanted.size => {
-                Err(Error::precondition(format!("received {digest} ({size} bytes), want {want} ({} bytes)", wanted.size)))
-            }
-            (Err(e), _) if result.is_ok() => Err(e).context(|| "read to the end").map_err(fault),
-            _ => result,
-        }
-    }
-
-    fn commit(&self, wanted: &Wanted, chain_id: &Digest, below: &[Digest], unpacked: &Unpacked, temp: &Path) -> Result<()> {
-        let parents: Vec<PathBuf> = below.iter().rev().map(|c| self.diff_dir(c)).collect();
-        if !parents.is_empty() {
-            unpack::inherit(&temp.join("diff"), &unpacked.implicit, &parents)?;
-        }
-        let place = self.dir.join(chain_id.hex());
-        self.make_room(chain_id, &place)?;
-        std::fs::rename(temp, &place).context(|| format!("move layer to {}", place.display()))?;
-        // The files must be on disk before the marker says so: one call for them all.
+        crash::step("pull:4-moved");
         let dir = std::fs::File::open(&self.dir).context(|| format!("open {}", self.dir.display()))?;
         rustix::fs::syncfs(&dir).context(|| format!("sync {}", self.dir.display()))?;
-        let marker = Marker {
-            version: 1,
-            chain_id: chain_id.clone(),
-            diff_id: wanted.diff_id.clone(),
-            bytes: unpacked.bytes,
-            inodes: unpacked.inodes,
-            taped: unpacked.taped,
-        };
-        marker.write(&place)?;
-        telemetry::layer_unpacked(unpacked.bytes);
-        self.state.lock().ready.insert(chain_id.clone(), marker);
-        self.changed.notify_all();
-        Ok(())
-    }
-
-    /// Takes the sole right to make a layer; None when it is there. Waits while another has the right.
-    pub(super) fn claim(&self, chain_id: &Digest, cancel: &Cancel) -> Result<Option<Claim<'_>>> {
-        let mut state = self.state.lock();
-        loop {
-            cancel.check()?;
-            if state.ready.contains_key(chain_id) {
-                return Ok(None);
-            }
-            if state.busy.insert(chain_id.clone()) {
-                return Ok(Some(Claim { layers: self, chain_id: chain_id.clone() }));
-            }
-            state.wait_for(&self.changed, LOOK);
-        }
-    }
-
-    /// The guard of a right that was taken already.
-    pub(super) fn claimed(&self, chain_id: &Digest) -> Claim<'_> {
-        Claim { layers: self, chain_id: chain_id.clone() }
-    }
-
-    /// Waits for a layer that another worker of the same pull takes care of.
-    fn await_ready(&self, chain_id: &Digest, cancel: &Cancel) -> Result<()> {
-        let mut state = self.state.lock();
-        while !state.ready.contains_key(chain_id) {
-            cancel.check()?;
-            state.wait_for(&self.changed, LOOK);
+        crash::step("pull:5-synced");
+        for mut made in batch {
+            let marker = Marker {
+                version: 1,
+                chain_id: made.claim.chain_id.clone(),
+                diff_id: made.diff_id.clone(),
+                bytes: made.unpacked.bytes,
+                inodes: made.unpacked.inodes,
+                taped: made.unpacked.taped,
+            };
+            marker.write(&made.temp.0)?;
+            made.temp.keep();
+            telemetry::layer_unpacked(marker.bytes);
+            self.state.change(|state| state.ready.insert(marker.chain_id.clone(), marker));
+            crash::step("pull:6-committed");
         }
         Ok(())
     }
@@ -327,8 +313,7 @@ impl Layers {
     /// Removes all layers that neither `used` nor a holder needs. Gives back how many went; their files are deleted behind
     /// the caller's back, because a large layer can keep a slow disk busy for half a minute.
     pub fn collect(&self, used: &HashSet<Digest>) -> Result<usize> {
-        let goes: Vec<Digest> = {
-            let mut state = self.state.lock();
+        let goes: Vec<Digest> = self.state.change(|state| {
             let held: HashSet<&Digest> = state.holds.values().flatten().collect();
             let free = |c: &&Digest| !used.contains(*c) && !held.contains(*c) && !state.busy.contains(*c);
             let goes: Vec<Digest> = state.ready.keys().filter(free).cloned().collect();
@@ -337,11 +322,11 @@ impl Layers {
                 state.busy.insert(chain_id.clone());
             }
             goes
-        };
+        });
         let mut errors = ErrorList::default();
         let mut gone = self.useless_damaged();
         for chain_id in &goes {
-            let _claim = Claim { layers: self, chain_id: chain_id.clone() };
+            let _claim = self.claimed(chain_id);
             let place = self.dir.join(chain_id.hex());
             // The marker first: what a crash leaves is then half-made, not half-there.
             errors.keep(file::remove_file(&place.join(MARKER)));
@@ -353,23 +338,34 @@ impl Layers {
 }
 
 /// The sole right to one layer; given back on drop.
-pub(super) struct Claim<'a> {
-    layers: &'a Layers,
+pub struct Claim {
+    state: Awaited<State>,
     chain_id: Digest,
 }
 
-impl Drop for Claim<'_> {
+impl Drop for Claim {
     fn drop(&mut self) {
-        self.layers.state.lock().busy.remove(&self.chain_id);
-        self.layers.changed.notify_all();
+        self.state.change(|state| {
+            state.busy.remove(&self.chain_id);
+            state.changes += 1;
+        });
     }
 }
 
 /// A directory that goes when the work on it ends, one way or the other.
 struct Temp(PathBuf);
 
+impl Temp {
+    fn keep(&mut self) {
+        self.0 = PathBuf::new();
+    }
+}
+
 impl Drop for Temp {
     fn drop(&mut self) {
+        if self.0.as_os_str().is_empty() {
+            return;
+        }
         if let Err(e) = file::remove_tree(&self.0) {
             log::error!("image: {e}");
         }
@@ -419,10 +415,10 @@ pub(super) fn read_marker(dir: &Path) -> Result<Marker> {
 #[cfg(test)]
 pub(super) fn settle(dir: &Path) {
     let going = || std::fs::read_dir(dir).unwrap().flatten().any(|e| e.file_name().to_string_lossy().contains(GONE));
-    let end = std::time::Instant::now() + Duration::from_secs(60);
+    let end = std::time::Instant::now() + std::time::Duration::from_secs(60);
     while going() {
         assert!(std::time::Instant::now() < end, "deletion does not end");
-        std::thread::sleep(Duration::from_millis(5));
+        std::thread::sleep(std::time::Duration::from_millis(5));
     }
 }
 
@@ -435,6 +431,10 @@ mod tests {
         Limits { max_entries: 100, max_bytes: 1 << 20 }
     }
 
+    fn open(dir: &Path) -> Layers {
+        Layers::open(dir, limits(), Room::new(dir, 0), Slots::new(2)).unwrap()
+    }
+
     fn layer(name: &str) -> Vec<u8> {
         let mut builder = tar::Builder::new(Vec::new());
         let mut h = tar::Header::new_gnu();
@@ -444,29 +444,33 @@ mod tests {
         builder.into_inner().unwrap()
     }
 
+    fn made(layers: &Layers, wanted: &Wanted, data: &[u8]) -> Result<Made> {
+        let Claimed::Ours(0, claim) = layers.claim([(0, wanted.chain.last().unwrap())].into_iter()) else { panic!("there or busy") };
+        let data = data.to_vec();
+        layers.make(claim, wanted, &Cancel::never(), || Ok(Stream::new(std::io::Cursor::new(data))))
+    }
+
     fn ensure(layers: &Layers, data: &[u8], diff_id: &Digest, digest: &Digest) -> Result<()> {
         let chain = [diff_id.clone()];
         let wanted = Wanted { diff_id, chain: &chain, digest: Some(digest), size: data.len() as u64 };
-        let data = data.to_vec();
-        layers.ensure(&wanted, &Cancel::never(), || Ok(Stream::new(std::io::Cursor::new(data))))
+        made(layers, &wanted, data).and_then(|made| layers.commit(vec![made]))
     }
 
     #[test]
     fn made_once_held_and_collected() {
         let dir = tempfile::tempdir().unwrap();
-        let layers = Layers::open(dir.path(), limits()).unwrap();
+        let layers = open(dir.path());
         let data = layer("a");
         let id = Digest::of(&data);
         ensure(&layers, &data, &id, &id).unwrap();
         let chain = [id.clone()];
-        let wanted = Wanted { diff_id: &id, chain: &chain, digest: None, size: 0 };
-        layers.ensure(&wanted, &Cancel::never(), || panic!("opened again")).unwrap();
+        assert!(matches!(layers.claim([(7, &id)].into_iter()), Claimed::Here(7)));
         assert_eq!(std::fs::read(layers.diff_dir(&id).join("a")).unwrap(), b"abc");
         // The directory, the file and the tape.
         assert_eq!(layers.usage(), Usage { bytes: 3 * 4096, inodes: 3 });
         layers.hold_ready("c1", &chain).unwrap();
         assert_eq!(layers.collect(&HashSet::new()).unwrap(), 0);
-        let again = Layers::open(dir.path(), limits()).unwrap();
+        let again = open(dir.path());
         assert!(again.is_ready(&id));
         layers.release("c1");
         assert_eq!(layers.collect(&HashSet::new()).unwrap(), 1);
@@ -478,7 +482,7 @@ mod tests {
     #[test]
     fn nothing_is_committed_on_a_mismatch() {
         let dir = tempfile::tempdir().unwrap();
-        let layers = Layers::open(dir.path(), limits()).unwrap();
+        let layers = open(dir.path());
         let data = layer("a");
         let (id, other) = (Digest::of(&data), Digest::of(b"other"));
         let e = ensure(&layers, &data, &id, &other).unwrap_err();
@@ -498,7 +502,7 @@ mod tests {
         for name in [hex.clone(), format!("{hex}.tmp-3"), "keep-me".to_owned()] {
             std::fs::create_dir_all(dir.path().join(name).join("diff")).unwrap();
         }
-        Layers::open(dir.path(), limits()).unwrap();
+        open(dir.path());
         settle(dir.path());
         let left: Vec<_> = std::fs::read_dir(dir.path()).unwrap().map(|e| e.unwrap().file_name()).collect();
         assert_eq!(left, ["keep-me"]);
@@ -508,7 +512,7 @@ mod tests {
     fn implicit_directories_look_like_those_below() {
         use std::os::unix::fs::PermissionsExt;
         let dir = tempfile::tempdir().unwrap();
-        let layers = Layers::open(dir.path(), limits()).unwrap();
+        let layers = open(dir.path());
         let mut builder = tar::Builder::new(Vec::new());
         let mut h = tar::Header::new_gnu();
         h.set_entry_type(tar::EntryType::Directory);
@@ -519,12 +523,52 @@ mod tests {
         let (low, high) = (builder.into_inner().unwrap(), layer("tmp/a"));
         let diff = [Digest::of(&low), Digest::of(&high)];
         let chain = super::super::digest::chain_ids(&diff);
-        for (i, data) in [low, high].into_iter().enumerate() {
+        // The upper one is made first: what it lacks is filled in at the commit.
+        let make = |i: usize, data: &[u8]| {
             let wanted = Wanted { diff_id: &diff[i], chain: &chain[..=i], digest: None, size: data.len() as u64 };
-            layers.ensure(&wanted, &Cancel::never(), || Ok(Stream::new(std::io::Cursor::new(data)))).unwrap();
-        }
+            made(&layers, &wanted, data).unwrap()
+        };
+        let high = make(1, &high);
+        let low = make(0, &low);
+        layers.commit(vec![low, high]).unwrap();
         let meta = layers.diff_dir(&chain[1]).join("tmp").metadata().unwrap();
         assert_eq!(meta.permissions().mode() & 0o7777, 0o1777);
         assert_eq!(std::os::unix::fs::MetadataExt::mtime(&meta), 77);
+    }
+
+    #[test]
+    fn who_finds_a_layer_busy_hears_of_its_end() {
+        let dir = tempfile::tempdir().unwrap();
+        let layers = open(dir.path());
+        let id = Digest::of(b"x");
+        let Claimed::Ours(_, claim) = layers.claim([(0, &id)].into_iter()) else { panic!("nobody makes it") };
+        let Claimed::Busy(seen) = layers.claim([(0, &id)].into_iter()) else { panic!("it is being made") };
+        let soon = Cancel::never().within(std::time::Duration::from_millis(10));
+        assert_eq!(layers.changed(seen, &soon).unwrap_err().code(), Code::DeadlineExceeded);
+        drop(claim);
+        layers.changed(seen, &Cancel::never()).unwrap();
+        assert!(matches!(layers.claim([(0, &id)].into_iter()), Claimed::Ours(0, _)));
+    }
+
+    #[test]
+    fn what_is_not_committed_leaves_nothing() {
+        let dir = tempfile::tempdir().unwrap();
+        let layers = open(dir.path());
+        let (low, high) = (layer("a"), layer("b"));
+        let diff = [Digest::of(&low), Digest::of(&high)];
+        let chain = super::super::digest::chain_ids(&diff);
+        let make = |i: usize, data: &[u8]| {
+            let wanted = Wanted { diff_id: &diff[i], chain: &chain[..=i], digest: None, size: data.len() as u64 };
+            made(&layers, &wanted, data).unwrap()
+        };
+        drop(make(0, &low));
+        assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 0);
+        let (low, high) = (make(0, &low), make(1, &high));
+        // The upper one cannot be moved to its place: the lower one's files are there by then, and go too.
+        std::fs::remove_dir_all(&high.temp.0).unwrap();
+        layers.commit(vec![low, high]).unwrap_err();
+        assert!(!layers.is_ready(&chain[0]) && !layers.is_ready(&chain[1]));
+        assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 0);
+        assert!(matches!(layers.claim([(0, &chain[0])].into_iter()), Claimed::Ours(0, _)), "nobody has the right any more");
     }
 }

@@ -222,9 +222,6 @@ fn known(media_type: &str) -> Option<bool> {
 
 fn check_layer(layer: &Descriptor) -> Result<()> {
     let wrong = |why: &str| Err(Error::precondition(format!("layer {}: {why}", layer.digest)));
-    if layer.media_type.ends_with("zstd") {
-        return wrong("compression zstd is not supported yet, only gzip");
-    }
     if layer.media_type.contains("encrypted") {
         return wrong("encrypted layers are not supported");
     }
@@ -232,12 +229,15 @@ fn check_layer(layer: &Descriptor) -> Result<()> {
         layer.media_type.as_str(),
         OCI_LAYER
             | "application/vnd.oci.image.layer.v1.tar+gzip"
+            | "application/vnd.oci.image.layer.v1.tar+zstd"
             | "application/vnd.docker.image.rootfs.diff.tar.gzip"
+            | "application/vnd.docker.image.rootfs.diff.tar.zstd"
             | "application/vnd.docker.image.rootfs.diff.tar"
             | "application/vnd.docker.image.rootfs.foreign.diff.tar"
             | "application/vnd.docker.image.rootfs.foreign.diff.tar.gzip"
             | "application/vnd.oci.image.layer.nondistributable.v1.tar"
             | "application/vnd.oci.image.layer.nondistributable.v1.tar+gzip"
+            | "application/vnd.oci.image.layer.nondistributable.v1.tar+zstd"
     ) {
         return wrong(&format!("unknown media type {:?}", layer.media_type));
     }
@@ -400,7 +400,7 @@ mod tests {
         refused(r#"{"schemaVersion":2}"#, "neither");
         refused(r#"{"schemaVersion":2,"schemaVersion":2}"#, "duplicate");
         let with = |l: String| format!(r#"{{"schemaVersion":2,"config":{d},"layers":[{l}]}}"#);
-        refused(&with(layer("application/vnd.oci.image.layer.v1.tar+zstd")), "zstd");
+        assert!(parse(with(layer("application/vnd.oci.image.layer.v1.tar+zstd")).as_bytes(), "").is_ok());
         refused(&with(layer("text/plain")), "text/plain");
         let mut urls = descriptor(OCI_LAYER, None);
         urls.urls = vec!["http://evil/".into()];

@@ -1,28 +1,34 @@
 //! Images: references, registry, pull, unpack, import. `Images` is the face; each part has its file.
 //!
 //! A pull resolves a reference to a manifest, makes the layers that are missing in parallel (each streamed through
-//! digest, decompression, diff ID and unpacking in one pass) and records the image last. Nothing incomplete is seen.
+//! digest, decompression, diff ID and unpacking in one pass), commits them from the lowest up and records the image last. Nothing
+//! incomplete is seen.
 
 mod assemble;
 mod audit;
 mod auth;
 mod catalog;
 mod damage;
-mod decompress;
+pub(crate) mod decompress;
 mod digest;
 mod flight;
+mod frames;
 mod fsck;
 mod import;
 mod layers;
+mod make;
 mod manifest;
 mod metadata;
 mod pins;
+mod pipe;
 mod preload;
 mod pull;
 mod reference;
 mod registry;
+mod room;
+mod slots;
 mod tape;
-mod tarball;
+pub(crate) mod tarball;
 mod unpack;
 mod verify;
 
@@ -44,6 +50,8 @@ use catalog::Catalog;
 use flight::Flights;
 use layers::{Layers, Usage};
 use registry::Client;
+use room::Room;
+use slots::Slots;
 
 use crate::error::{Code, Context, Error, Result};
 use crate::sys::cancel::Cancel;
@@ -93,6 +101,10 @@ pub struct Bounds {
     pub max_layers: usize,
     /// Layers of one image downloaded and unpacked at the same time.
     pub layer_workers: usize,
+    /// The same for all images together.
+    pub all_layers: u64,
+    /// Percent of the file system that pulls leave free.
+    pub keep_free: u64,
     pub max_manifest_bytes: u64,
     pub max_config_bytes: u64,
     /// Files of one layer.
@@ -107,6 +119,8 @@ impl Default for Bounds {
             // overlayfs takes 500 lower layers.
             max_layers: 400,
             layer_workers: 3,
+            all_layers: 6,
+            keep_free: 2,
             max_manifest_bytes: 8 << 20,
             max_config_bytes: 8 << 20,
             max_layer_entries: 2_000_000,
@@ -215,7 +229,9 @@ impl Images {
         let root = &settings.root;
         file::make_dir(root, 0o711)?;
         let limits = unpack::Limits { max_entries: settings.bounds.max_layer_entries, max_bytes: settings.bounds.max_unpacked_bytes };
-        let layers = Layers::open(&root.join("layers"), limits)?;
+        let dir = root.join("layers");
+        let (room, slots) = (Room::new(&dir, settings.bounds.keep_free), Slots::new(settings.bounds.all_layers));
+        let layers = Layers::open(&dir, limits, room, slots)?;
         let (catalog, trusted) = Catalog::open(
             &root.join("images"),
             &root.join("quarantine"),
@@ -402,4 +418,8 @@ mod tests_hostile;
 #[cfg(test)]
 mod tests_mirrors;
 #[cfg(test)]
+mod tests_pull;
+#[cfg(test)]
 mod tests_registry;
+#[cfg(test)]
+mod tests_unpack;

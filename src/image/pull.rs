@@ -11,6 +11,7 @@ use super::registry::Remote;
 use super::{Inner, Watch};
 use crate::error::{Code, Context, Error, Result};
 use crate::sys::cancel::Cancel;
+use crate::sys::crash;
 
 /// Indexes inside of indexes.
 const DEPTH: usize = 4;
@@ -58,6 +59,7 @@ fn once(inner: &Arc<Inner>, reference: &Reference, remote: &Arc<Remote>, cancel:
             format!("{reference}: layer {} is foreign: it lives at other addresses, which images.foreign_layers allows", layer.digest);
         return Err(Error::precondition(words));
     }
+    crash::step("pull:1-manifest");
     let config_data = remote.blob(&manifest.config, inner.bounds.max_config_bytes)?;
     let mut names = vec![reference.with_digest(&top).to_string()];
     if let Version::Tag(_) = reference.version() {
@@ -74,5 +76,7 @@ fn once(inner: &Arc<Inner>, reference: &Reference, remote: &Arc<Remote>, cancel:
     };
     let remote = remote.clone();
     let open = move |layer: &Descriptor| remote.layer(layer);
-    assemble(inner, parts, Arc::new(open), cancel, Some(watch))
+    let image = assemble(inner, parts, Arc::new(open), cancel, Some(watch))?;
+    crash::step("pull:8-recorded");
+    Ok(image)
 }

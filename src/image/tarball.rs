@@ -1,14 +1,16 @@
-//! Reads tar streams: ustar, GNU (long names, sparse) and PAX (records with binary values, sparse 1.0), with a limit on
-//! every header. Our own reader, because layers come from strangers: the tar crate reads extension headers of any size
+//! Reads tar streams: ustar, GNU (long names, sparse) and PAX (records with binary values, sparse 0.0, 0.1 and 1.0), with a
+//! limit on every header. Our own reader, because layers come from strangers: the tar crate reads extension headers of any size
 //! into memory and cuts PAX values (such as `security.capability`) at their first newline byte.
 
-use std::io::{BufReader, Error, ErrorKind, Read, Result, Seek};
+use std::io::{BufRead, BufReader, Error, ErrorKind, Read, Result, Seek};
 
 use super::tape::Tape;
 
 const BLOCK: usize = 512;
 /// Bytes of extension headers of one entry.
 const EXTENSION_LIMIT: u64 = 1 << 20;
+/// Bytes after the end mark.
+const TAIL_LIMIT: u64 = 64 << 20;
 /// Data pieces of one sparse file.
 const PIECES_LIMIT: usize = 1 << 16;
 
@@ -25,7 +27,7 @@ pub enum Kind {
 }
 
 /// One member of an archive, extension headers applied.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Entry {
     pub path: Vec<u8>,
     pub kind: Kind,
@@ -74,7 +76,8 @@ struct Pax {
     sparse_major: Option<u64>,
     sparse_size: Option<u64>,
     sparse_name: Option<Vec<u8>>,
-    sparse_old: bool,
+    /// Formats 0.0 (a record per number) and 0.1 (one record with all): offsets and lengths in turns.
+    sparse_map: Option<Vec<u64>>,
 }
 
 fn bad(what: impl Into<String>) -> Error {
@@ -91,10 +94,12 @@ impl<R: Read> Tarball<R> {
         Tarball { tape: Some(tape), ..Tarball::new(inner) }
     }
 
-    /// Reads all that follows the end mark, and gives the tape back.
+    /// Reads all that follows the end mark, and gives the tape back. tar pads to some KiB; where a bomb may hide it is bounded.
     pub fn finish(mut self) -> Result<Option<Tape>> {
         self.skip_data()?;
-        self.skip(u64::MAX)?;
+        if self.skip(TAIL_LIMIT + 1)? > TAIL_LIMIT {
+            return Err(bad("more than 64 MiB follow the archive's end mark"));
+        }
         Ok(self.tape)
     }
 
@@ -200,6 +205,9 @@ impl<R: Read> Tarball<R> {
             Kind::Hardlink => 0,
             _ => 0,
         };
+        if i64::try_from(stored).is_err() {
+            return Err(bad("size out of range"));
+        }
         let mut entry = Entry {
             kind,
             link,
@@ -220,16 +228,18 @@ impl<R: Read> Tarball<R> {
         };
         self.left = stored;
         self.padding = stored.wrapping_neg() % BLOCK as u64;
-        if pax.sparse_old {
-            return Err(bad(format!("{}: sparse format 0.x is not supported", String::from_utf8_lossy(&entry.path))));
-        }
         if kind_byte == b'S' {
             if !gnu {
                 return Err(bad("sparse entry without a GNU header"));
             }
             self.gnu_sparse(h, &mut entry)?;
-        } else if let (Some(1), Kind::File) = (pax.sparse_major, kind) {
-            self.pax_sparse(&pax, &mut entry)?;
+        } else if kind == Kind::File {
+            match (pax.sparse_major, &pax.sparse_map) {
+                (Some(1), _) => self.pax_sparse(&pax, &mut entry)?,
+                (None | Some(0), Some(map)) => old_sparse(&pax, map, &mut entry)?,
+                (None | Some(0), None) => {}
+                (Some(other), _) => return Err(bad(format!("unknown sparse format {other}"))),
+            }
         }
         Ok(entry)
     }
@@ -363,6 +373,32 @@ impl<R: Read + Seek> Tarball<BufReader<R>> {
     }
 }
 
+impl<R: BufRead> Tarball<R> {
+    /// A stretch of the current entry's data without copying it, empty at its end; `consume` takes it.
+    pub fn data(&mut self) -> Result<&[u8]> {
+        if self.left == 0 {
+            return Ok(&[]);
+        }
+        let data = self.inner.fill_buf()?;
+        if data.is_empty() {
+            return Err(Error::new(ErrorKind::UnexpectedEof, "the archive ends inside a file"));
+        }
+        let n = data.len().min(usize::try_from(self.left).unwrap_or(usize::MAX));
+        Ok(&data[..n])
+    }
+
+    /// `n` bytes of what `data` gave are done with.
+    pub fn consume(&mut self, n: usize) -> Result<()> {
+        if let Some(tape) = &mut self.tape {
+            tape.pass(&self.inner.fill_buf()?[..n])?;
+        }
+        self.inner.consume(n);
+        self.left -= n as u64;
+        self.position += n as u64;
+        Ok(())
+    }
+}
+
 /// The data of the current entry.
 impl<R: Read> Read for Tarball<R> {
     fn read(&mut self, buffer: &mut [u8]) -> Result<usize> {
@@ -384,6 +420,16 @@ impl<R: Read> Read for Tarball<R> {
 }
 
 impl Pax {
+    /// One number of format 0.0; offset and length take turns.
+    fn sparse_number(&mut self, turn: usize, value: &[u8]) -> Result<()> {
+        let map = self.sparse_map.get_or_insert_default();
+        if map.len() % 2 != turn {
+            return Err(bad("malformed sparse map"));
+        }
+        map.push(decimal(value)?);
+        Ok(())
+    }
+
     /// Records are `length key=value\n`; the length counts itself, so values may hold any byte.
     fn apply(&mut self, mut data: &[u8]) -> Result<()> {
         while !data.is_empty() && data[0] != 0 {
@@ -412,9 +458,15 @@ impl Pax {
             b"gid" => self.gid = count()?,
             b"mtime" => self.mtime = if value.is_empty() { None } else { Some(time(value)?) },
             b"GNU.sparse.major" => self.sparse_major = count()?,
-            b"GNU.sparse.realsize" => self.sparse_size = count()?,
+            b"GNU.sparse.realsize" | b"GNU.sparse.size" => self.sparse_size = count()?,
             b"GNU.sparse.name" => self.sparse_name = text(),
-            b"GNU.sparse.map" | b"GNU.sparse.offset" | b"GNU.sparse.numblocks" => self.sparse_old = true,
+            b"GNU.sparse.numblocks" => drop(self.sparse_map.get_or_insert_default()),
+            b"GNU.sparse.offset" => self.sparse_number(0, value)?,
+            b"GNU.sparse.numbytes" => self.sparse_number(1, value)?,
+            b"GNU.sparse.map" => {
+                let numbers = value.split(|b| *b == b',').filter(|n| !n.is_empty()).map(decimal);
+                self.sparse_map = Some(numbers.collect::<Result<_>>()?);
+            }
             _ => {
                 if let Some(name) = key.strip_prefix(b"SCHILY.xattr.") {
                     self.xattrs.retain(|(n, _)| n != name);
@@ -424,6 +476,22 @@ impl Pax {
         }
         Ok(())
     }
+}
+
+/// PAX sparse 0.0 and 0.1: the pieces stand in the header.
+fn old_sparse(pax: &Pax, map: &[u64], entry: &mut Entry) -> Result<()> {
+    if map.len() % 2 != 0 || map.len() / 2 > PIECES_LIMIT {
+        return Err(bad("malformed sparse map"));
+    }
+    let pieces: Vec<(u64, u64)> = map.chunks_exact(2).map(|pair| (pair[0], pair[1])).collect();
+    let size = pax.sparse_size.ok_or_else(|| bad("sparse file without its size"))?;
+    check_pieces(&pieces, size, entry.stored)?;
+    if let Some(name) = &pax.sparse_name {
+        entry.path = name.clone();
+    }
+    entry.size = size;
+    entry.pieces = Some(pieces);
+    Ok(())
 }
 
 fn check_pieces(pieces: &[(u64, u64)], size: u64, stored: u64) -> Result<()> {

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::path::Path;
 
-use super::{probe, Features, Handler};
+use super::{probe, Features, Handler, Kind};
 use crate::error::{Error, Result};
 
 /// Tried in this order when the configuration names no default.
@@ -61,6 +61,14 @@ impl Handlers {
         }
     }
 
+    /// Whether the handler's OCI runtime compiles a seccomp profile at each start, and takes a compiled one: crun before 1.14, which
+    /// remembers them.
+    pub fn compiles_filters(&self, name: &str) -> bool {
+        let name = if name.is_empty() { &self.default } else { name };
+        let entry = self.entries.get(name).filter(|entry| entry.handler.kind == Kind::Crun);
+        entry.and_then(|entry| entry.state.as_deref().ok()?.split_once(' ')).is_some_and(|(_, version)| is_before_1_14(version))
+    }
+
     /// What the handler named so can do; "" is the default. Nothing when it is unknown or cannot be used.
     pub fn features(&self, name: &str) -> &Features {
         static NOTHING: std::sync::LazyLock<Features> = std::sync::LazyLock::new(Features::default);
@@ -85,5 +93,29 @@ impl Handlers {
     /// Why the default handler cannot be used.
     pub fn problem(&self) -> Option<String> {
         self.get("").err().map(|e| e.message().to_owned())
+    }
+}
+
+fn is_before_1_14(version: &str) -> bool {
+    let mut numbers = version.split(|c: char| !c.is_ascii_digit()).map(|digits| digits.parse::<u32>().ok());
+    match (numbers.next().flatten(), numbers.next().flatten()) {
+        (Some(major), Some(minor)) => (major, minor) < (1, 14),
+        // A version that cannot be read may be anything: it gets the profile alone.
+        _ => false,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn old_cruns_compile_at_each_start() {
+        for old in ["1.8.1", "0.17", "1.13", "1.13.9+dfsg"] {
+            assert!(is_before_1_14(old), "{old}");
+        }
+        for young in ["1.14", "1.28", "2.0", "x", "", "1"] {
+            assert!(!is_before_1_14(young), "{young}");
+        }
     }
 }

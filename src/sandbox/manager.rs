@@ -5,17 +5,21 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use super::levels::{Level, Levels};
 use super::metadata::Metadata;
+use super::resources::Resources;
 use super::status::{Phase, Process, Status};
 use super::{attachment, files, namespaces, validate};
 use crate::api::runtime::PodSandboxConfig;
 use crate::error::{Context, Error, ErrorList, Result};
 use crate::event::{self, Kind, Listener};
 use crate::network::{Attachment, Network};
+use crate::spec::selinux::{self, Policy};
 use crate::store::names::Making;
 use crate::store::{new_id, now_ns, record::Restored, Claim, Index, Names, Records};
 use crate::sys::cancel::Cancel;
 use crate::sys::crash;
+use crate::sys::label;
 use crate::sys::lock::{Lock, Rank};
 use crate::sys::namespace;
 use crate::sys::pidfd::PidFd;
@@ -35,8 +39,13 @@ pub struct Settings {
     /// Defaults for sandboxes with a network namespace.
     pub sysctls: BTreeMap<String, String>,
     pub extra_networks: bool,
+    /// What the host's SELinux policy has for containers; None: SELinux is off.
+    pub selinux: Option<Policy>,
     pub events: Arc<dyn Listener<Change>>,
 }
+
+/// What a new sandbox will be, its sysctls, and the SELinux level it holds.
+type Prepared = (Metadata, Vec<(String, String)>, Option<Level>);
 
 /// A step in the life of a sandbox.
 pub type Change = event::Change<Sandbox, Status>;
@@ -46,15 +55,17 @@ pub struct Sandbox {
     pub meta: Metadata,
     pub config: PodSandboxConfig,
     pub(super) usage: super::usage::Usage,
+    /// Its SELinux level, taken from others as long as the sandbox is there.
+    level: Option<Level>,
     status: Lock<Status>,
     /// Held across a transition, never across a wait.
     pub op: Lock<()>,
 }
 
 impl Sandbox {
-    fn new(meta: Metadata, config: PodSandboxConfig, status: Status) -> Sandbox {
+    fn new(meta: Metadata, config: PodSandboxConfig, status: Status, level: Option<Level>) -> Sandbox {
         let (status, op) = (Lock::new(Rank::Status, status), Lock::new(Rank::SandboxOp, ()));
-        Sandbox { meta, config, usage: Default::default(), status, op }
+        Sandbox { meta, config, usage: Default::default(), level, status, op }
     }
 
     /// Ready only while its network namespace is there, which others could take away: one statfs(2) tells.
@@ -69,6 +80,11 @@ impl Sandbox {
 
     pub fn id(&self) -> &str {
         &self.meta.id
+    }
+
+    /// Its SELinux level, "" without SELinux.
+    pub fn level(&self) -> &str {
+        self.level.as_ref().map_or("", Level::as_str)
     }
 }
 
@@ -97,6 +113,10 @@ fn lost_namespace(meta: &Metadata) -> Option<&'static str> {
     (!meta.file("hosts").exists()).then_some("its files are gone")
 }
 
+fn said_of(config: &PodSandboxConfig) -> Resources<'_> {
+    Resources { overhead: config.linux.overhead.as_ref(), resources: config.linux.resources.as_ref() }
+}
+
 /// All sandboxes.
 pub struct Sandboxes {
     settings: Settings,
@@ -105,13 +125,22 @@ pub struct Sandboxes {
     index: Index<Sandbox>,
     network: Arc<Network>,
     watcher: Watcher,
+    levels: Levels,
 }
 
 impl Sandboxes {
     pub fn open(settings: Settings, network: Arc<Network>, watcher: Watcher) -> Result<Sandboxes> {
         let records = Records::open(&settings.root, "sandboxes")?;
         crate::sys::file::make_dir(&settings.run.join("sandboxes"), 0o711)?;
-        Ok(Sandboxes { settings, records, names: Names::new("sandbox"), index: Index::new("sandbox"), network, watcher })
+        Ok(Sandboxes {
+            settings,
+            records,
+            names: Names::new("sandbox"),
+            index: Index::new("sandbox"),
+            network,
+            watcher,
+            levels: Levels::default(),
+        })
     }
 
     pub fn get(&self, id: &str) -> Result<Arc<Sandbox>> {
@@ -158,15 +187,17 @@ impl Sandboxes {
         handler: &str,
         requested_handler: &str,
     ) -> Result<String> {
-        let prepared = self.prepare(id, name, &config, handler, requested_handler);
-        let (meta, sysctls) = match prepared {
+        let mut status = Status::new();
+        let said = said_of(&config).put(&mut status);
+        let prepared = said.and_then(|()| self.prepare(id, name, &config, handler, requested_handler));
+        let (meta, sysctls, level) = match prepared {
             Ok(prepared) => prepared,
             Err(e) => {
                 making.finish(Err(e.clone()), false);
                 return Err(e);
             }
         };
-        let sandbox = Arc::new(Sandbox::new(meta, config, Status::new()));
+        let sandbox = Arc::new(Sandbox::new(meta, config, status, level));
         let id = sandbox.id().to_owned();
         let result = self.build(&sandbox, config_bytes, sysctls);
         let Err(error) = result else {
@@ -202,16 +233,10 @@ impl Sandboxes {
     }
 
     /// Checks the config and decides what the sandbox will be; makes nothing.
-    fn prepare(
-        &self,
-        id: String,
-        name: String,
-        config: &PodSandboxConfig,
-        handler: &str,
-        requested: &str,
-    ) -> Result<(Metadata, Vec<(String, String)>)> {
+    fn prepare(&self, id: String, name: String, config: &PodSandboxConfig, handler: &str, requested: &str) -> Result<Prepared> {
         let ns = validate::namespaces(config)?;
         let linux = config.linux.as_ref();
+        said_of(config).check().context(|| "linux")?;
         let mut sysctls: BTreeMap<String, String> = BTreeMap::new();
         if !ns.host_network {
             for (key, value) in &self.settings.sysctls {
@@ -239,6 +264,7 @@ impl Sandboxes {
             }
             (false, _) => asked,
         };
+        let level = self.level(config)?;
         let meta = Metadata {
             name,
             handler: handler.to_owned(),
@@ -251,6 +277,7 @@ impl Sandboxes {
             hostname,
             cgroup_parent,
             own_cgroup_parent,
+            selinux_level: level.as_ref().map(|level| level.as_str().to_owned()).unwrap_or_default(),
             dir: self.settings.run.join("sandboxes").join(&id),
             id,
         };
@@ -258,7 +285,29 @@ impl Sandboxes {
         if meta.netns.is_some() {
             self.attachment(&meta, config)?;
         }
-        Ok((meta, sysctls.into_iter().collect()))
+        Ok((meta, sysctls.into_iter().collect(), level))
+    }
+
+    /// The SELinux level of a new sandbox: the one asked for, else one of its own.
+    fn level(&self, config: &PodSandboxConfig) -> Result<Option<Level>> {
+        let options = &config.linux.security_context.selinux_options;
+        selinux::check(options).context(|| "linux.security_context")?;
+        let Some(policy) = &self.settings.selinux else { return Ok(None) };
+        match options.level.as_str() {
+            "" => self.levels.choose(&policy.file.level).map(Some),
+            level => Ok(Some(self.levels.take(level))),
+        }
+    }
+
+    /// Labels what containers get of the sandbox's files.
+    fn label(&self, sandbox: &Sandbox) -> Result<()> {
+        let Some(policy) = &self.settings.selinux else { return Ok(()) };
+        let options = &sandbox.config.linux.security_context.selinux_options;
+        let label = selinux::labels(policy, options, sandbox.level(), false).mount;
+        let meta = &sandbox.meta;
+        let own_shm = meta.ipc.then(|| meta.shm());
+        let files = ["hosts", "hostname", "resolv.conf"].map(|name| meta.file(name)).into_iter().chain(own_shm);
+        files.into_iter().try_for_each(|path| label::set_tree(&path, label::SELINUX, &label))
     }
 
     /// Makes the sandbox step by step, each recorded before it is done.
@@ -282,6 +331,8 @@ impl Sandboxes {
             ips = self.network.setup(&self.attachment(meta, &sandbox.config)?, &Cancel::never())?.ips;
             files::write_hosts(meta, &ips)?;
         }
+        // Only now: a file that is written again is a new one.
+        self.label(sandbox)?;
         crash::step("run:5-network");
         self.update(sandbox, |s| {
             s.ips = ips;
@@ -468,7 +519,8 @@ impl Sandboxes {
         };
         let mut request = restored.config;
         request.extend_from_slice(meta.requested_handler.as_bytes());
-        let sandbox = Arc::new(Sandbox::new(meta, config, status.clone()));
+        let level = (!meta.selinux_level.is_empty()).then(|| self.levels.take(&meta.selinux_level));
+        let sandbox = Arc::new(Sandbox::new(meta, config, status.clone(), level));
         let meta = &sandbox.meta;
         if status.phase == Phase::Making {
             log::info!("sandbox {}: half made by a daemon that ended, undone", meta.id);

@@ -43,6 +43,9 @@ pub struct Metadata {
     pub cgroup_parent: String,
     /// The parent is ours alone, to be removed with the sandbox.
     pub own_cgroup_parent: bool,
+    /// SELinux level of its containers and files; "" without SELinux.
+    #[serde(default)]
+    pub selinux_level: String,
     /// `run/sandboxes/<id>`
     pub dir: PathBuf,
 }
@@ -97,6 +100,7 @@ impl Metadata {
             hostname: String::new(),
             cgroup_parent: format!("/crisp-{id}"),
             own_cgroup_parent: true,
+            selinux_level: String::new(),
             dir: sandboxes.join(id),
         }
     }

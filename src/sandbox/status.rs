@@ -37,11 +37,25 @@ pub struct Status {
     pub init: Option<Process>,
     /// Why it is not ready, when that was not asked for.
     pub reason: String,
+    /// LinuxContainerResources as protobuf bytes: what the sandbox itself costs, as run, then as updated. None: never said.
+    #[serde(default)]
+    pub overhead: Option<Vec<u8>>,
+    /// The same, the sum of its containers.
+    #[serde(default)]
+    pub resources: Option<Vec<u8>>,
 }
 
 impl Status {
     pub fn new() -> Status {
-        Status { phase: Phase::Making, network_ready: false, ips: Vec::new(), init: None, reason: String::new() }
+        Status {
+            phase: Phase::Making,
+            network_ready: false,
+            ips: Vec::new(),
+            init: None,
+            reason: String::new(),
+            overhead: None,
+            resources: None,
+        }
     }
 
     /// A container may be created or started only in a ready sandbox.

@@ -1,6 +1,8 @@
-//! Which sandbox configs are accepted. What a sandbox without a process cannot use (run_as_user, seccomp, capabilities,
-//! selinux_options and the like of LinuxSandboxSecurityContext) is accepted and does not apply; what matters for
-//! security and cannot be honoured is refused by name.
+//! Which sandbox configs are accepted. What a sandbox without a process cannot use is accepted and does not apply: of
+//! LinuxSandboxSecurityContext run_as_user, run_as_group, supplemental_groups, readonly_rootfs, seccomp, seccomp_profile_path and
+//! apparmor (the sandbox's init has a filter, an empty root and no capabilities of its own). Its selinux_options are those of
+//! its files, and of its containers that have none themselves; `privileged` is what its containers may ask for. What matters
+//! for security and cannot be honoured is refused by name.
 //! src/spec/fields.md has every field.
 
 use crate::api::runtime::{IDMapping, LinuxPodSandboxConfig, NamespaceMode, PodSandboxConfig, PodSandboxMetadata, UserNamespace};

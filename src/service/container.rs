@@ -32,6 +32,8 @@ impl Service {
             sandbox_id: sandbox.id(),
             sandbox: &sandbox.config,
             handler: self.handlers.get(&sandbox.meta.handler).context(what)?.clone(),
+            compile_filter: self.handlers.compiles_filters(&sandbox.meta.handler),
+            level: sandbox.level(),
             namespaces: NamespacePaths {
                 user,
                 net: sandbox.meta.netns.clone(),

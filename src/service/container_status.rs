@@ -57,7 +57,9 @@ fn mounts(container: &Container) -> Vec<Mount> {
 pub(super) fn full(container: &Container, status: &Status) -> runtime::ContainerStatus {
     let (meta, config) = (&container.meta, &container.config);
     let linux = protobuf::Message::parse_from_bytes(&status.resources).ok();
-    let resources = config.linux.resources.as_ref().map(|_| ContainerResources { linux: linux.into(), ..Default::default() });
+    // As asked for at first, or in an update.
+    let told = config.linux.resources.is_some() || !status.resources.is_empty();
+    let resources = told.then(|| ContainerResources { linux: linux.into(), ..Default::default() });
     runtime::ContainerStatus {
         id: meta.id.clone(),
         metadata: config.metadata.clone(),

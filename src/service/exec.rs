@@ -7,6 +7,7 @@ use crate::api::runtime::{
     ExecSyncRequest, ExecSyncResponse, ReopenContainerLogRequest, ReopenContainerLogResponse, UpdateContainerResourcesRequest,
     UpdateContainerResourcesResponse,
 };
+use crate::container::classes;
 use crate::error::{Error, Result};
 
 impl Service {
@@ -32,7 +33,11 @@ impl Service {
         if request.windows.is_some() {
             return Err(Error::invalid("windows: this is a Linux host"));
         }
-        // No resources: nothing changes. Annotations are for plugins between kubelet and runtime; there are none here.
+        // Annotations are for plugins between kubelet and runtime; there are none here.
+        if let Some(key) = request.annotations.keys().find(|key| classes::is_class(key)) {
+            return Err(Error::invalid(format!("annotations: {key}: a class cannot change after creation")));
+        }
+        // No resources: nothing changes.
         if let Some(linux) = request.linux.as_ref() {
             self.containers.update_resources(&container, linux)?;
         }

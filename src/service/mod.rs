@@ -23,7 +23,7 @@ mod info;
 mod metrics;
 /// How far a pull is.
 mod progress;
-/// RunPodSandbox, StopPodSandbox, RemovePodSandbox.
+/// RunPodSandbox, StopPodSandbox, RemovePodSandbox, UpdatePodSandboxResources.
 mod sandbox;
 /// PodSandboxStatus and ListPodSandbox.
 mod sandbox_status;
@@ -220,6 +220,15 @@ impl RuntimeService for Service {
         call: &Call,
     ) -> Result<runtime::UpdateContainerResourcesResponse> {
         self.update_resources(&request, call)
+    }
+
+    fn update_pod_sandbox_resources(
+        &self,
+        request: runtime::UpdatePodSandboxResourcesRequest,
+        call: &Call,
+    ) -> Result<runtime::UpdatePodSandboxResourcesResponse> {
+        self.update_sandbox(&request, call)?;
+        Ok(runtime::UpdatePodSandboxResourcesResponse::new())
     }
 
     fn list_metric_descriptors(

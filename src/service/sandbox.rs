@@ -4,9 +4,10 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use super::{Call, Service};
-use crate::api::runtime::{NamespaceMode, PodSandboxConfig, RunPodSandboxRequest, RunPodSandboxResponse};
+use crate::api::runtime::{NamespaceMode, PodSandboxConfig, RunPodSandboxRequest, RunPodSandboxResponse, UpdatePodSandboxResourcesRequest};
 use crate::container::Container;
 use crate::error::{Context, Error, ErrorList, Result};
+use crate::sandbox::Resources;
 use crate::sys::crash;
 use crate::sys::thread;
 
@@ -35,6 +36,15 @@ impl Service {
         let id = self.sandboxes.run(config, &handler, &request.runtime_handler, &call.cancel).context(|| "run sandbox")?;
         call.about(&id);
         Ok(RunPodSandboxResponse { pod_sandbox_id: id, ..Default::default() })
+    }
+
+    /// Kept and shown, not applied: see `sandbox::resources`.
+    pub(super) fn update_sandbox(&self, request: &UpdatePodSandboxResourcesRequest, call: &Call) -> Result<()> {
+        call.about(&request.pod_sandbox_id);
+        let sandbox = self.sandboxes.get(&request.pod_sandbox_id)?;
+        call.about(sandbox.id());
+        let new = Resources { overhead: request.overhead.as_ref(), resources: request.resources.as_ref() };
+        self.sandboxes.update_resources(&sandbox, new)
     }
 
     /// Unknown is success: NOT_FOUND means "already gone" to kubelet either way.

@@ -5,8 +5,8 @@ use std::collections::BTreeMap;
 use super::convert::{matches, namespace_option};
 use super::{Call, Service};
 use crate::api::runtime::{
-    LinuxPodSandboxStatus, ListPodSandboxRequest, ListPodSandboxResponse, Namespace, PodIP, PodSandbox, PodSandboxFilter,
-    PodSandboxNetworkStatus, PodSandboxState, PodSandboxStatus, PodSandboxStatusRequest, PodSandboxStatusResponse,
+    LinuxContainerResources, LinuxPodSandboxStatus, ListPodSandboxRequest, ListPodSandboxResponse, Namespace, PodIP, PodSandbox,
+    PodSandboxFilter, PodSandboxNetworkStatus, PodSandboxState, PodSandboxStatus, PodSandboxStatusRequest, PodSandboxStatusResponse,
 };
 use crate::error::{Error, Result};
 use crate::sandbox::{Sandbox, Status};
@@ -60,6 +60,26 @@ fn brief(sandbox: &Sandbox, status: &Status) -> PodSandbox {
     }
 }
 
+/// Resources with the field names of CRI; null: nothing was said.
+fn said(resources: &Option<Vec<u8>>) -> serde_json::Value {
+    let message = resources.as_ref().and_then(|bytes| protobuf::Message::parse_from_bytes(bytes).ok());
+    message.map_or(serde_json::Value::Null, |r: LinuxContainerResources| {
+        let pages: Vec<_> = r.hugepage_limits.iter().map(|l| serde_json::json!({"page_size": l.page_size, "limit": l.limit})).collect();
+        serde_json::json!({
+            "cpu_period": r.cpu_period,
+            "cpu_quota": r.cpu_quota,
+            "cpu_shares": r.cpu_shares,
+            "memory_limit_in_bytes": r.memory_limit_in_bytes,
+            "memory_swap_limit_in_bytes": r.memory_swap_limit_in_bytes,
+            "oom_score_adj": r.oom_score_adj,
+            "cpuset_cpus": r.cpuset_cpus,
+            "cpuset_mems": r.cpuset_mems,
+            "hugepage_limits": pages,
+            "unified": r.unified,
+        })
+    })
+}
+
 /// What `crictl inspectp` shows beside the status.
 fn verbose(sandbox: &Sandbox, status: &Status) -> BTreeMap<String, String> {
     let meta = &sandbox.meta;
@@ -73,6 +93,8 @@ fn verbose(sandbox: &Sandbox, status: &Status) -> BTreeMap<String, String> {
         "utsNamespace": meta.uts_pin(),
         "userNamespace": meta.user_pin(),
         "cgroupParent": meta.cgroup_parent,
+        "overhead": said(&status.overhead),
+        "resources": said(&status.resources),
         "dir": meta.dir,
         "reason": status.reason,
     });

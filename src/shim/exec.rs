@@ -46,6 +46,7 @@ pub struct Exec {
     /// Once the OCI runtime has started it and until it is reaped.
     pub pid: Option<i32>,
     place: Option<Place>,
+    oom_score_adj: Option<i64>,
     pub kill: bool,
     /// Connections that wait for the kill.
     killers: Vec<u32>,
@@ -58,7 +59,7 @@ pub struct Exec {
 /// runc on v1 takes `controller:name` and enters that hierarchy's child alone. crun on v1 takes a name and silently stays
 /// out of the container's cgroup in every hierarchy without such a child, limits included: so it gets one in each.
 fn place(kind: Kind, layout: &Layout, parent: &Cgroup, number: u32) -> Option<Place> {
-    let name = format!("crisp-exec-{number}");
+    let name = format!("{}{number}", crate::cgroup::EXEC);
     let one = ["pids", "freezer"].into_iter().find(|c| layout.v1(c).is_some());
     let in_one = |one: &str| parent.child(&name, |d| d.controllers.iter().any(|c| c == one));
     let (cgroup, option) = match (kind, layout.mode, one) {
@@ -102,6 +103,7 @@ impl Shim {
             keep: request.keep,
             pid: None,
             place,
+            oom_score_adj: request.process["oomScoreAdj"].as_i64(),
             kill: false,
             killers: vec![],
             outcome: None,
@@ -162,6 +164,10 @@ impl Shim {
         match pid {
             Ok(pid) => {
                 exec.pid = Some(pid);
+                // crun leaves it as ours is, runc as it was when the container was created.
+                if let Some(adj) = exec.oom_score_adj {
+                    let _ = std::fs::write(format!("/proc/{pid}/oom_score_adj"), adj.to_string());
+                }
                 // The OCI runtime takes no option for it: we move it.
                 if let Some(place) = exec.place.as_ref().filter(|p| p.option.is_none()) {
                     for dir in place.cgroup.dirs() {

@@ -17,7 +17,7 @@ use std::sync::Arc;
 
 use crate::error::{Context, Error, ErrorList, Result};
 use crate::sys::quota::Projects;
-use crate::sys::{file, mount, namespace};
+use crate::sys::{file, label, mount, namespace};
 
 /// How root filesystems are made.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -97,8 +97,8 @@ impl Snapshotter {
     }
 
     /// Makes the snapshot of a container and mounts it on `target`. `layers` is ordered top first and may be empty. `owners`: for a user
-    /// namespace. On an error nothing is left.
-    pub fn prepare(&self, container: &str, layers: &[PathBuf], target: &Path, owners: Option<&Owners>) -> Result<()> {
+    /// namespace. `label`: the SELinux label of all that is in it. On an error nothing is left.
+    pub fn prepare(&self, container: &str, layers: &[PathBuf], target: &Path, owners: Option<&Owners>, label: Option<&str>) -> Result<()> {
         let what = || format!("prepare snapshot of {container}");
         let place = self.place(container)?;
         if place.exists() {
@@ -114,22 +114,25 @@ impl Snapshotter {
         let fs = place.join("fs");
         file::make_dir(&fs, 0o755)?;
         file::make_dir(target, 0o711)?;
+        let how = overlay::Writable { volatile: self.volatile, label };
+        let copy = |owners: Option<&Owners>| {
+            copy::prepare(&fs, layers, target, owners.map(|owners| &owners.maps))?;
+            label.map_or(Ok(()), |label| label::set_tree(target, label::SELINUX, label))
+        };
         match (self.kind, owners, self.mapping) {
-            (Kind::Overlay, None, _) => overlay::prepare(&place, layers, target, self.volatile),
-            (Kind::Overlay, Some(owners), Mapping::Idmap) => owners::prepare_mapped(&place, layers, target, owners, self.volatile)
+            (Kind::Overlay, None, _) => overlay::prepare(&place, layers, target, how),
+            (Kind::Overlay, Some(owners), Mapping::Idmap) => owners::prepare_mapped(&place, layers, target, owners, how)
                 .map_err(|e| Error::precondition(format!("userns_rootfs = \"idmap\", and layers cannot be mounted id-mapped: {e}"))),
-            (Kind::Overlay, Some(owners), Mapping::Auto) => match owners::prepare_mapped(&place, layers, target, owners, self.volatile) {
+            (Kind::Overlay, Some(owners), Mapping::Auto) => match owners::prepare_mapped(&place, layers, target, owners, how) {
                 Ok(()) => Ok(()),
                 Err(e) => {
                     static ONCE: std::sync::Once = std::sync::Once::new();
                     ONCE.call_once(|| log::warn!("snapshot: containers of user namespaces get a copy of their image: {e}"));
-                    owners::reset(&place, target).and_then(|()| copy::prepare(&fs, layers, target, Some(&owners.maps)))
+                    owners::reset(&place, target).and_then(|()| copy(Some(owners)))
                 }
             },
-            (Kind::Overlay, Some(owners), Mapping::Chown) | (Kind::Copy, Some(owners), _) => {
-                copy::prepare(&fs, layers, target, Some(&owners.maps))
-            }
-            (Kind::Copy, None, _) => copy::prepare(&fs, layers, target, None),
+            (Kind::Overlay, Some(owners), Mapping::Chown) | (Kind::Copy, Some(owners), _) => copy(Some(owners)),
+            (Kind::Copy, None, _) => copy(None),
         }
         .context(what)?;
         undo.commit();

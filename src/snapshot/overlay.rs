@@ -9,8 +9,17 @@ use crate::sys::{file, mount};
 /// Layers whose names fit a page of options as they are.
 const LONG_NAMES: usize = 30;
 
-/// A writable root filesystem. `volatile`: what is written is not synced, whoever asks; a power cut leaves the layer torn.
-pub fn prepare(place: &Path, layers: &[PathBuf], target: &Path, volatile: bool) -> Result<()> {
+/// How a writable root filesystem is mounted.
+#[derive(Clone, Copy)]
+pub struct Writable<'a> {
+    /// What is written is not synced, whoever asks; a power cut leaves the layer torn.
+    pub volatile: bool,
+    /// SELinux label of all that is in it.
+    pub label: Option<&'a str>,
+}
+
+/// A writable root filesystem.
+pub fn prepare(place: &Path, layers: &[PathBuf], target: &Path, how: Writable) -> Result<()> {
     let (upper, work) = (place.join("fs"), place.join("work"));
     file::make_dir(&work, 0o711)?;
     let empty;
@@ -29,7 +38,7 @@ pub fn prepare(place: &Path, layers: &[PathBuf], target: &Path, volatile: bool) 
             layers
         }
     };
-    mount_at(place, lower, Some((&upper, &work)), volatile, target)
+    mount_at(place, lower, Some((&upper, &work)), how, target)
 }
 
 /// What the layers make together, for reading alone: no upper layer, nothing to sync. The empty layer at the bottom makes an
@@ -43,7 +52,7 @@ pub fn view(place: &Path, layers: &[PathBuf], target: &Path) -> Result<()> {
     if lower.len() < 2 {
         return mount::bind(&lower[0], target, false).and_then(|()| mount::make_readonly(target));
     }
-    mount_at(place, &lower, None, false, target)
+    mount_at(place, &lower, None, Writable { volatile: false, label: None }, target)
 }
 
 fn bottom(place: &Path) -> Result<PathBuf> {
@@ -52,7 +61,7 @@ fn bottom(place: &Path) -> Result<PathBuf> {
     Ok(empty)
 }
 
-fn mount_at(place: &Path, lower: &[PathBuf], upper_work: Option<(&Path, &Path)>, volatile: bool, target: &Path) -> Result<()> {
+fn mount_at(place: &Path, lower: &[PathBuf], upper_work: Option<(&Path, &Path)>, how: Writable, target: &Path) -> Result<()> {
     let links = place.join("l");
     let short;
     let lower = if lower.len() > LONG_NAMES {
@@ -61,7 +70,7 @@ fn mount_at(place: &Path, lower: &[PathBuf], upper_work: Option<(&Path, &Path)>,
     } else {
         lower
     };
-    let result = mount::overlay(&mount::Overlay { lower, upper_work, volatile }, target);
+    let result = mount::overlay(&mount::Overlay { lower, upper_work, volatile: how.volatile, label: how.label }, target);
     // The kernel resolved the links; the mount keeps the directories themselves.
     file::remove_tree(&links)?;
     result
@@ -92,7 +101,7 @@ pub fn probe(dir: &Path, volatile: bool) -> Result<()> {
         rustix::fs::mknodat(rustix::fs::CWD, high.join("hidden"), rustix::fs::FileType::CharacterDevice, rustix::fs::Mode::empty(), 0)
             .context(|| "make a whiteout")?;
         rooted::set_opaque(&high).context(|| "mark a directory opaque")?;
-        prepare(&place, &[high, low], &target, volatile)
+        prepare(&place, &[high, low], &target, Writable { volatile, label: None })
     })();
     mount::unmount(&place.join("target"))?;
     file::remove_tree(&place)?;

@@ -33,7 +33,7 @@ pub enum Mapping {
 const LAYERS: &str = "mapped";
 
 /// An overlay of id-mapped layers. The upper directory belongs to the namespace's root, like the top layer seen through the map.
-pub fn prepare_mapped(place: &Path, layers: &[PathBuf], target: &Path, owners: &Owners, volatile: bool) -> Result<()> {
+pub fn prepare_mapped(place: &Path, layers: &[PathBuf], target: &Path, owners: &Owners, how: overlay::Writable) -> Result<()> {
     let mapped = map_layers(place, layers, owners)?;
     crash::step("create:1-mapped-layers");
     if layers.is_empty() {
@@ -41,7 +41,7 @@ pub fn prepare_mapped(place: &Path, layers: &[PathBuf], target: &Path, owners: &
         let fs = place.join("fs");
         std::os::unix::fs::chown(&fs, Some(uid), Some(gid)).context(|| format!("set the owner of {}", fs.display()))?;
     }
-    overlay::prepare(place, &mapped, target, volatile)?;
+    overlay::prepare(place, &mapped, target, how)?;
     // The overlay has its own copies of these mounts.
     release(place)
 }

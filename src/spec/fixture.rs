@@ -19,9 +19,11 @@ pub(crate) struct Fixture {
     pub(crate) namespaces: NamespacePaths,
     pub(crate) mounts: Vec<ResolvedMount>,
     pub(crate) devices: Vec<ResolvedDevice>,
+    pub(crate) classes: Classes,
     pub(crate) host: HostFacts,
     pub(crate) files: SandboxFiles,
     pub(crate) defaults: Defaults,
+    pub(crate) confinement: super::Confinement,
     configuration: ImageConfiguration,
 }
 
@@ -29,10 +31,12 @@ pub(crate) struct Fixture {
 pub(crate) fn host() -> HostFacts {
     HostFacts {
         cgroup_v2: false,
+        cgroup_controllers: Vec::new(),
         cgroup_mounts: vec!["cpu".into(), "memory".into()],
         host_mounts: Vec::new(),
         bounding: BY_NUMBER.into_iter().collect(),
         arch: "x86_64".into(),
+        kernel: (6, 1),
         oom_score_adj_floor: -1000,
         hard_rlimits: Vec::new(),
         swap_accounting: true,
@@ -68,9 +72,11 @@ impl Fixture {
             namespaces: NamespacePaths::default(),
             mounts: Vec::new(),
             devices: Vec::new(),
+            classes: Classes::default(),
             host: host(),
             files: SandboxFiles::default(),
             defaults: Defaults::default(),
+            confinement: Default::default(),
             configuration: ImageConfiguration::default(),
         }
     }
@@ -86,11 +92,13 @@ impl Fixture {
             rootfs: Path::new("/run/c1/rootfs"),
             mounts: &self.mounts,
             devices: &self.devices,
+            classes: &self.classes,
             cgroups_path: "/kubepods/c1",
             hostname: "web-host",
             host: &self.host,
             files: &self.files,
             defaults: &self.defaults,
+            confinement: &self.confinement,
         }
     }
 
@@ -113,6 +121,12 @@ impl Fixture {
 
     pub(crate) fn resources(&mut self) -> &mut LinuxContainerResources {
         self.config.linux.mut_or_insert_default().resources.mut_or_insert_default()
+    }
+
+    /// Makes the machine one of cgroup v2.
+    pub(crate) fn set_v2(&mut self) {
+        self.host.cgroup_v2 = true;
+        self.host.cgroup_controllers = ["cpuset", "cpu", "io", "memory", "hugetlb", "pids"].map(str::to_owned).to_vec();
     }
 
     pub(crate) fn set_privileged(&mut self) {

@@ -7,6 +7,7 @@
 //! the namespaces are joined, and a runtime would rewrite the sandbox's.
 #![doc = include_str!("fields.md")]
 
+pub mod apparmor;
 pub mod fields;
 pub mod mounts;
 pub mod namespaces;
@@ -15,6 +16,7 @@ pub mod refuse;
 pub mod resources;
 pub mod seccomp;
 pub mod security;
+pub mod selinux;
 pub mod userns;
 
 #[cfg(test)]
@@ -32,7 +34,8 @@ use crate::error::Result;
 pub use mounts::{Propagation, ResolvedMount};
 pub use namespaces::{NamespacePaths, Pid};
 pub use process::exec_process;
-pub use resources::{update_resources, ResolvedDevice, Update};
+pub use resources::update::{update_resources, OomScoreAdj, Update};
+pub use resources::{Classes, ResolvedDevice};
 pub use userns::UserNamespace;
 
 /// crun 1.8.1 refuses 1.2.0; nothing here needs more.
@@ -51,6 +54,8 @@ pub struct Inputs<'a> {
     pub mounts: &'a [ResolvedMount],
     /// Those of the request; those of the whole host for a privileged container.
     pub devices: &'a [ResolvedDevice],
+    /// What the request's classes mean here.
+    pub classes: &'a Classes,
     /// In the syntax of the cgroup driver; see the OCI spec, linux.cgroupsPath.
     pub cgroups_path: &'a str,
     /// For the variable HOSTNAME; the UTS namespace has it already.
@@ -58,6 +63,7 @@ pub struct Inputs<'a> {
     pub host: &'a HostFacts,
     pub files: &'a SandboxFiles,
     pub defaults: &'a Defaults,
+    pub confinement: &'a Confinement,
 }
 
 impl Inputs<'_> {
@@ -105,6 +111,17 @@ pub struct Defaults {
     pub annotations: Vec<String>,
 }
 
+/// What was read, loaded and chosen for a container's confinement (`container::confine`).
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Confinement {
+    /// The file of a Localhost seccomp profile.
+    pub seccomp: Option<seccomp::Profile>,
+    /// Name of a loaded AppArmor profile; None: none.
+    pub apparmor: Option<String>,
+    /// None: no SELinux.
+    pub labels: Option<selinux::Labels>,
+}
+
 /// A resource limit, in the unit of setrlimit(2).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Rlimit {
@@ -117,6 +134,8 @@ pub struct Rlimit {
 #[derive(Clone, Debug)]
 pub struct HostFacts {
     pub cgroup_v2: bool,
+    /// Controllers of the v2 hierarchy; none on v1.
+    pub cgroup_controllers: Vec<String>,
     /// What an OCI runtime may mount below a container's /sys/fs/cgroup, by name; nothing on v2. Names that it does not mount do
     /// no harm.
     pub cgroup_mounts: Vec<String>,
@@ -126,6 +145,8 @@ pub struct HostFacts {
     pub bounding: Capabilities,
     /// A name of `std::env::consts::ARCH`.
     pub arch: String,
+    /// Version of the kernel: (6, 1).
+    pub kernel: (u32, u32),
     /// The lowest oom_score_adj that the daemon may give: -1000 with CAP_SYS_RESOURCE, else its own.
     pub oom_score_adj_floor: i32,
     /// The highest hard limits the daemon may give; a kind that is not listed has none.
@@ -136,7 +157,9 @@ pub struct HostFacts {
     /// Whether hugepages can be limited.
     pub hugetlb_controller: bool,
     pub seccomp: bool,
+    /// AppArmor is enabled, and its files can be seen.
     pub apparmor: bool,
+    /// SELinux is enabled, and switched on in the configuration.
     pub selinux: bool,
     /// Whether mounts can be changed with all below them (mount_setattr(2), Linux 5.12).
     pub mount_setattr: bool,
@@ -160,7 +183,9 @@ pub fn build(inputs: &Inputs) -> Result<(Spec, Vec<String>)> {
         .set_cgroups_path(Some(PathBuf::from(inputs.cgroups_path)))
         .set_namespaces(Some(namespaces::namespaces(inputs)))
         .set_devices(Some(resources::device_nodes(inputs.devices)))
-        .set_seccomp(security::seccomp(inputs.security(), &bounding, inputs.host)?)
+        .set_intel_rdt(resources::rdt(inputs.classes))
+        .set_seccomp(seccomp::filter(inputs, &bounding, &mut warnings)?)
+        .set_mount_label(inputs.confinement.labels.as_ref().map(|labels| labels.mount.clone()))
         .set_rootfs_propagation(mounts::rootfs_propagation(inputs.mounts))
         .set_masked_paths(security::masked_paths(inputs.security())?)
         .set_readonly_paths(security::readonly_paths(inputs)?);
@@ -206,6 +231,10 @@ fn annotations(inputs: &Inputs) -> HashMap<String, String> {
         ("image-name", image),
     ];
     all.extend(ours.map(|(key, value)| (format!("io.kubernetes.cri.{key}"), value.to_owned())));
+    if !inputs.cgroups_path.starts_with('/') {
+        // Below systemd's scope crun would make a cgroup of its own, where nobody looks for limits and processes.
+        all.insert("run.oci.systemd.subgroup".to_owned(), String::new());
+    }
     all
 }
 
@@ -247,6 +276,15 @@ mod tests {
         let annotations = fixture.build().0.annotations().clone().unwrap();
         assert_eq!((annotations.len(), annotations["example.com/a"].as_str()), (8, "1"));
         assert_eq!(annotations["io.kubernetes.cri.sandbox-id"], "s1");
+    }
+
+    #[test]
+    fn a_scope_of_systemd_is_the_containers_own() {
+        let fixture = Fixture::new();
+        let inputs = super::Inputs { cgroups_path: "kubepods.slice:crisp:c1", ..fixture.inputs() };
+        let spec = super::build(&inputs).unwrap().0;
+        assert_eq!(spec.linux().as_ref().unwrap().cgroups_path().as_ref().unwrap().to_str(), Some("kubepods.slice:crisp:c1"));
+        assert_eq!(spec.annotations().as_ref().unwrap()["run.oci.systemd.subgroup"], "");
     }
 
     #[test]

@@ -31,6 +31,8 @@ pub(super) fn process(inputs: &Inputs, warnings: &mut Vec<String>) -> Result<Pro
         .set_capabilities(Some(security::capabilities(security, inputs.host, warnings)?))
         .set_rlimits(rlimits(inputs, warnings)?)
         .set_no_new_privileges(Some(security.no_new_privs))
+        .set_apparmor_profile(inputs.confinement.apparmor.clone())
+        .set_selinux_label(inputs.confinement.labels.as_ref().and_then(|labels| labels.process.clone()))
         .set_oom_score_adj(Some(oom_score_adj(inputs.config.linux.resources.oom_score_adj, inputs.host, warnings)?));
     Ok(process)
 }
@@ -198,12 +200,17 @@ fn rlimits(inputs: &Inputs, warnings: &mut Vec<String>) -> Result<Option<Vec<Pos
     limits.into_iter().map(build).collect::<std::result::Result<_, _>>().context(|| "set rlimits").map(Some)
 }
 
-pub(super) fn oom_score_adj(asked: i64, host: &HostFacts, warnings: &mut Vec<String>) -> Result<i32> {
-    if !OOM_SCORE_ADJ.contains(&asked) {
-        return Err(Error::invalid(format!("oom_score_adj: {asked} is not in -1000 to 1000")));
+/// The number, if it is in range.
+pub(super) fn check_oom_score_adj(asked: i64) -> Result<i32> {
+    match OOM_SCORE_ADJ.contains(&asked) {
+        // In range, so it fits.
+        true => Ok(asked as i32),
+        false => Err(Error::invalid(format!("oom_score_adj: {asked} is not in -1000 to 1000"))),
     }
-    // In range, so it fits.
-    let asked = asked as i32;
+}
+
+pub(super) fn oom_score_adj(asked: i64, host: &HostFacts, warnings: &mut Vec<String>) -> Result<i32> {
+    let asked = check_oom_score_adj(asked)?;
     if asked < host.oom_score_adj_floor {
         warnings.push(format!("oom_score_adj raised from {asked} to {}, the lowest the daemon may set", host.oom_score_adj_floor));
     }

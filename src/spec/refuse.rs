@@ -2,53 +2,30 @@
 //! not built yet (UNIMPLEMENTED). Pure, so a caller can ask before it makes anything.
 
 use super::mounts::OPTIONS;
-use super::HostFacts;
-use crate::api::runtime::security_profile::ProfileType;
-use crate::api::runtime::{ContainerConfig, LinuxContainerSecurityContext, Mount, MountPropagation, PodSandboxConfig, SELinuxOption};
+use super::{apparmor, seccomp, selinux, HostFacts};
+use crate::api::runtime::{ContainerConfig, Mount, MountPropagation, PodSandboxConfig};
 use crate::error::{Code, Error, Result};
-
-/// Annotations by which other runtimes are told of cache and block I/O classes.
-const CLASS_ANNOTATIONS: [&str; 2] = ["io.kubernetes.cri.rdt-class", "io.kubernetes.cri.blockio-class"];
-const SANDBOX_CLASS_ANNOTATIONS: [&str; 2] = ["rdt.resources.beta.kubernetes.io/", "blockio.resources.beta.kubernetes.io/"];
 
 /// Everything of a container's request that is not honoured, but for its mounts: see [`mount`].
 pub fn container(config: &ContainerConfig, sandbox: &PodSandboxConfig, host: &HostFacts) -> Result<()> {
     if config.windows.is_some() {
         return Err(Error::invalid("windows: this is a Linux host"));
     }
-    annotations(config, sandbox)?;
     let Some(security) = config.linux.security_context.as_ref() else { return Ok(()) };
     if security.privileged && !sandbox.linux.security_context.privileged {
         return Err(Error::invalid("privileged: the sandbox is not privileged"));
     }
     if let Some(options) = security.selinux_options.as_ref() {
-        selinux(options, host)?;
+        selinux::check(options)?;
     }
-    apparmor(security, host)
-}
-
-fn annotations(config: &ContainerConfig, sandbox: &PodSandboxConfig) -> Result<()> {
-    let refused = |key: &str| Err(Error::unimplemented(format!("annotation {key}: not built yet")));
-    for key in config.annotations.keys() {
-        if CLASS_ANNOTATIONS.contains(&key.as_str()) {
-            return refused(key);
-        }
-    }
-    for key in sandbox.annotations.keys() {
-        let scope = SANDBOX_CLASS_ANNOTATIONS.iter().find_map(|prefix| key.strip_prefix(prefix));
-        let ours = |scope: &str| scope == "pod" || scope.strip_prefix("container.") == Some(config.metadata.name.as_str());
-        if scope.is_some_and(ours) {
-            return refused(key);
-        }
-    }
-    Ok(())
+    seccomp::asked(security)?;
+    apparmor::asked(security, host.apparmor).map(drop)
 }
 
 /// A mount that cannot be made as asked. Called before its host path is created. `recursive_read_only`: whether the OCI runtime can.
-pub fn mount(mount: &Mount, host: &HostFacts, recursive_read_only: bool) -> Result<()> {
+pub fn mount(mount: &Mount, _host: &HostFacts, recursive_read_only: bool) -> Result<()> {
     let place = || format!("mount {}", mount.container_path);
     let invalid = |what: &str| Err(Error::invalid(format!("{}: {what}", place())));
-    let later = |what: &str| Err(Error::unimplemented(format!("{}: {what} not built yet", place())));
     let propagation = mount.propagation.enum_value();
     if propagation.is_err() {
         return invalid("unknown propagation");
@@ -75,60 +52,7 @@ pub fn mount(mount: &Mount, host: &HostFacts, recursive_read_only: bool) -> Resu
             return Err(Error::new(Code::Unknown, format!("RROUnsupported: {}: {why}", place())));
         }
     }
-    if mount.selinux_relabel && host.selinux {
-        return later("selinux_relabel is");
-    }
     Ok(())
-}
-
-fn selinux(options: &SELinuxOption, host: &HostFacts) -> Result<()> {
-    if !options.level.is_empty() && !is_level(&options.level) {
-        return Err(Error::invalid(format!("selinux_options: {:?} is not a level", options.level)));
-    }
-    let empty = [&options.user, &options.role, &options.type_, &options.level].iter().all(|part| part.is_empty());
-    match host.selinux && !empty {
-        true => Err(Error::unimplemented("selinux_options: not built yet")),
-        false => Ok(()),
-    }
-}
-
-/// An MLS/MCS level: `s0`, `s0-s15`, `s0:c1,c2`, `s0-s0:c0.c1023`.
-fn is_level(level: &str) -> bool {
-    let numbered = |text: &str, letter: char| {
-        text.strip_prefix(letter).is_some_and(|digits| !digits.is_empty() && digits.bytes().all(|b| b.is_ascii_digit()))
-    };
-    let (sensitivity, categories) = match level.split_once(':') {
-        Some((sensitivity, categories)) => (sensitivity, Some(categories)),
-        None => (level, None),
-    };
-    let both = |text: &str, separator: char, letter: char| match text.split_once(separator) {
-        Some((low, high)) => numbered(low, letter) && numbered(high, letter),
-        None => numbered(text, letter),
-    };
-    both(sensitivity, '-', 's') && categories.is_none_or(|list| list.split(',').all(|range| both(range, '.', 'c')))
-}
-
-fn apparmor(security: &LinuxContainerSecurityContext, host: &HostFacts) -> Result<()> {
-    let asked = match security.apparmor.as_ref() {
-        Some(profile) => match profile.profile_type.enum_value() {
-            Ok(ProfileType::Unconfined) => None,
-            Ok(ProfileType::RuntimeDefault) => Some("the default profile"),
-            Ok(ProfileType::Localhost) => Some(profile.localhost_ref.as_str()),
-            Err(number) => return Err(Error::invalid(format!("apparmor: profile type {number} is not known"))),
-        },
-        None => match security.apparmor_profile.as_str() {
-            "" | "unconfined" => None,
-            "runtime/default" => Some("the default profile"),
-            profile => Some(profile),
-        },
-    };
-    match asked {
-        None => Ok(()),
-        Some(profile) if !host.apparmor => {
-            Err(Error::precondition(format!("apparmor: {profile} is asked for, and AppArmor is not enabled on this host")))
-        }
-        Some(profile) => Err(Error::unimplemented(format!("apparmor: {profile}: profiles are not built yet"))),
-    }
 }
 
 #[cfg(test)]
@@ -137,7 +61,7 @@ mod tests {
 
     use super::super::fixture::{host, Fixture};
     use super::*;
-    use crate::api::runtime::{ImageSpec, SecurityProfile, WindowsContainerConfig};
+    use crate::api::runtime::{ImageSpec, SELinuxOption, WindowsContainerConfig};
 
     fn refused(change: impl FnOnce(&mut Fixture), code: Code, word: &str) {
         let mut fixture = Fixture::new();
@@ -161,17 +85,6 @@ mod tests {
     #[test]
     fn windows() {
         refused(|f| f.config.windows = MessageField::some(WindowsContainerConfig::default()), Code::InvalidArgument, "windows");
-    }
-
-    #[test]
-    fn annotations_that_ask_for_classes() {
-        let on_container = |key: &'static str| move |f: &mut Fixture| drop(f.config.annotations.insert(key.into(), "x".into()));
-        let on_sandbox = |key: &'static str| move |f: &mut Fixture| drop(f.sandbox.annotations.insert(key.into(), "x".into()));
-        refused(on_container("io.kubernetes.cri.rdt-class"), Code::Unimplemented, "rdt-class");
-        refused(on_sandbox("blockio.resources.beta.kubernetes.io/pod"), Code::Unimplemented, "blockio");
-        refused(on_sandbox("rdt.resources.beta.kubernetes.io/container.app"), Code::Unimplemented, "rdt");
-        accepted(on_sandbox("rdt.resources.beta.kubernetes.io/container.other"));
-        accepted(on_container("example.com/a"));
     }
 
     #[test]
@@ -228,7 +141,6 @@ mod tests {
         for option in ["rw", "exec", "bind", "remount", "idmap", "context=x", "noexec,nodev", ""] {
             mount_refused(|m| m.mount_options.push(option.into()), Code::InvalidArgument, &format!("mount_options: {option:?}"));
         }
-        mount_refused(|m| m.selinux_relabel = true, Code::Unimplemented, "selinux_relabel");
         mount_refused(|m| m.propagation = protobuf::EnumOrUnknown::from_i32(9), Code::InvalidArgument, "propagation");
         let relabel = Mount { selinux_relabel: true, ..Default::default() };
         mount(&relabel, &host(), false).unwrap();
@@ -237,49 +149,16 @@ mod tests {
     }
 
     #[test]
-    fn selinux_options_on_hosts_with_and_without() {
-        let with = |level: &'static str| {
+    fn confinement_is_checked_before_anything_is_made() {
+        let level = |level: &'static str| {
             move |f: &mut Fixture| {
                 f.security().selinux_options = MessageField::some(SELinuxOption { level: level.into(), ..Default::default() });
             }
         };
-        accepted(with("s0:c1,c2"));
-        refused(with("s0:1"), Code::InvalidArgument, "level");
-        refused(
-            |f| {
-                f.host.selinux = true;
-                with("s0")(f);
-            },
-            Code::Unimplemented,
-            "selinux_options",
-        );
-        for good in ["s0", "s0-s15", "s0:c0", "s0:c0.c1023", "s0-s0:c1,c2.c5"] {
-            assert!(is_level(good), "{good}");
-        }
-        for bad in ["", "s", "0", "s0:", "s0:c", "s0:c1,", "s0:c1.c2.c3", "s0-", "S0", "s0 "] {
-            assert!(!is_level(bad), "{bad}");
-        }
-    }
-
-    #[test]
-    fn apparmor_profiles() {
-        let with = |kind: ProfileType, enabled: bool| {
-            move |f: &mut Fixture| {
-                f.host.apparmor = enabled;
-                let profile = SecurityProfile { profile_type: kind.into(), localhost_ref: "localhost/p".into(), ..Default::default() };
-                f.security().apparmor = MessageField::some(profile);
-            }
-        };
-        accepted(with(ProfileType::Unconfined, false));
-        accepted(with(ProfileType::Unconfined, true));
-        refused(with(ProfileType::RuntimeDefault, false), Code::FailedPrecondition, "not enabled");
-        refused(with(ProfileType::Localhost, true), Code::Unimplemented, "localhost/p");
-        refused(|f| f.security().apparmor_profile = "localhost/q".into(), Code::FailedPrecondition, "localhost/q");
+        accepted(level("s0:c1,c2"));
+        refused(level("s0:1"), Code::InvalidArgument, "level");
+        refused(|f| f.security().apparmor_profile = "localhost/q".into(), Code::FailedPrecondition, "q");
+        refused(|f| f.security().seccomp_profile_path = "localhost/q".into(), Code::InvalidArgument, "seccomp_profile_path");
         accepted(|f| f.security().apparmor_profile = "unconfined".into());
-        let both = |f: &mut Fixture| {
-            with(ProfileType::Unconfined, true)(f);
-            f.security().apparmor_profile = "runtime/default".into();
-        };
-        accepted(both);
     }
 }

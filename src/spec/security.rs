@@ -1,11 +1,10 @@
-//! Capabilities, seccomp, masked and read-only paths.
+//! Capabilities, masked and read-only paths.
 
 use std::path::{Path, PathBuf};
 
-use oci_spec::runtime::{Capabilities, Capability, LinuxCapabilities, LinuxSeccomp};
+use oci_spec::runtime::{Capabilities, Capability, LinuxCapabilities};
 
-use super::{seccomp, HostFacts, Inputs};
-use crate::api::runtime::security_profile::ProfileType;
+use super::{HostFacts, Inputs};
 use crate::api::runtime::LinuxContainerSecurityContext;
 use crate::error::{Error, Result};
 
@@ -143,39 +142,6 @@ impl Names {
     }
 }
 
-/// The filter of a container with these capabilities in its bounding set; None: unconfined.
-pub(super) fn seccomp(security: &LinuxContainerSecurityContext, bounding: &Capabilities, host: &HostFacts) -> Result<Option<LinuxSeccomp>> {
-    if !default_seccomp_is_asked(security)? {
-        return Ok(None);
-    }
-    if !host.seccomp {
-        return Err(Error::precondition("seccomp: the kernel has no seccomp filters"));
-    }
-    Ok(Some(seccomp::runtime_default(bounding, &host.arch)))
-}
-
-/// The new field wins; without it the deprecated path counts, and without both there is no filter.
-fn default_seccomp_is_asked(security: &LinuxContainerSecurityContext) -> Result<bool> {
-    const LOCALHOST: &str = "seccomp: Localhost profiles are not built yet";
-    if security.privileged {
-        return Ok(false);
-    }
-    if let Some(profile) = security.seccomp.as_ref() {
-        return match profile.profile_type.enum_value() {
-            Ok(ProfileType::RuntimeDefault) => Ok(true),
-            Ok(ProfileType::Unconfined) => Ok(false),
-            Ok(ProfileType::Localhost) => Err(Error::unimplemented(LOCALHOST)),
-            Err(number) => Err(Error::invalid(format!("seccomp: profile type {number} is not known"))),
-        };
-    }
-    match security.seccomp_profile_path.as_str() {
-        "" | "unconfined" => Ok(false),
-        "runtime/default" | "docker/default" => Ok(true),
-        path if path.starts_with("localhost/") => Err(Error::unimplemented(LOCALHOST)),
-        path => Err(Error::invalid(format!("seccomp_profile_path: {path:?} is not a profile"))),
-    }
-}
-
 /// Exactly the list given; none for a privileged container.
 pub(super) fn masked_paths(security: &LinuxContainerSecurityContext) -> Result<Option<Vec<String>>> {
     paths("masked_paths", &security.masked_paths, security.privileged)
@@ -225,7 +191,7 @@ mod tests {
 
     use super::super::fixture::{host, Fixture};
     use super::*;
-    use crate::api::runtime::{Capability as Asked, SecurityProfile};
+    use crate::api::runtime::Capability as Asked;
     use crate::error::Code;
 
     fn asking(add: &[&str], drop: &[&str], ambient: &[&str]) -> LinuxContainerSecurityContext {
@@ -295,38 +261,6 @@ mod tests {
         let error = of(&asking(&["SYS_RESOURCE"], &[], &[]), &mut warnings).unwrap_err();
         assert_eq!(error.code(), Code::FailedPrecondition);
         assert!(error.message().contains("CAP_SYS_RESOURCE"), "{error}");
-    }
-
-    fn with_profile(kind: ProfileType) -> LinuxContainerSecurityContext {
-        let profile = SecurityProfile { profile_type: kind.into(), ..Default::default() };
-        LinuxContainerSecurityContext { seccomp: MessageField::some(profile), ..Default::default() }
-    }
-
-    #[test]
-    fn seccomp_field_wins_over_the_deprecated_path() {
-        let mut security = with_profile(ProfileType::Unconfined);
-        security.seccomp_profile_path = "runtime/default".into();
-        assert!(!default_seccomp_is_asked(&security).unwrap());
-        security.seccomp = MessageField::none();
-        assert!(default_seccomp_is_asked(&security).unwrap());
-        security.seccomp_profile_path = String::new();
-        assert!(!default_seccomp_is_asked(&security).unwrap());
-        security.seccomp_profile_path = "x".into();
-        assert_eq!(default_seccomp_is_asked(&security).unwrap_err().code(), Code::InvalidArgument);
-        security.seccomp_profile_path = "localhost//a.json".into();
-        assert_eq!(default_seccomp_is_asked(&security).unwrap_err().code(), Code::Unimplemented);
-        assert_eq!(default_seccomp_is_asked(&with_profile(ProfileType::Localhost)).unwrap_err().code(), Code::Unimplemented);
-        assert!(default_seccomp_is_asked(&with_profile(ProfileType::RuntimeDefault)).unwrap());
-    }
-
-    #[test]
-    fn seccomp_of_a_privileged_container_is_ignored() {
-        let mut security = with_profile(ProfileType::RuntimeDefault);
-        assert!(seccomp(&security, &Capabilities::new(), &host()).unwrap().is_some());
-        let none = HostFacts { seccomp: false, ..host() };
-        assert_eq!(seccomp(&security, &Capabilities::new(), &none).unwrap_err().code(), Code::FailedPrecondition);
-        security.privileged = true;
-        assert!(seccomp(&security, &Capabilities::new(), &none).unwrap().is_none());
     }
 
     #[test]

@@ -2,7 +2,7 @@
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, OnceLock};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
 use nix::poll::{PollFd, PollFlags, PollTimeout};
@@ -23,11 +23,27 @@ struct Shared {
     set: AtomicBool,
     // Made by the first poller only: most calls never wait on a descriptor.
     fd: OnceLock<Option<OwnedFd>>,
+    hooks: Mutex<Vec<(u64, Action)>>,
+}
+
+type Action = Arc<dyn Fn() + Send + Sync>;
+
+/// Takes back what `Cancel::on_set` was given, when it is dropped.
+pub struct Hook {
+    placed: Vec<(Arc<Shared>, u64)>,
+}
+
+impl Drop for Hook {
+    fn drop(&mut self) {
+        for (shared, number) in &self.placed {
+            shared.hooks.lock().unwrap_or_else(PoisonError::into_inner).retain(|(other, _)| other != number);
+        }
+    }
 }
 
 impl Shared {
     fn new() -> Shared {
-        Shared { set: AtomicBool::new(false), fd: OnceLock::new() }
+        Shared { set: AtomicBool::new(false), fd: OnceLock::new(), hooks: Mutex::default() }
     }
 
     fn is_set(&self) -> bool {
@@ -73,6 +89,22 @@ impl Cancel {
         if let Some(Some(fd)) = self.shared.fd.get() {
             let _ = rustix::io::write(fd, &1u64.to_ne_bytes());
         }
+        // Outside of the lock: what runs may well end a wait whose hook then goes.
+        let hooks = self.shared.hooks.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        hooks.iter().for_each(|(_, action)| action());
+    }
+
+    /// Has `action` run when the call is cancelled from here on, by the thread that cancels it: for waits on something else
+    /// than a descriptor. Who looks at `check` after this misses no cancellation. It may still run while the guard is dropped.
+    pub fn on_set(&self, action: impl Fn() + Send + Sync + 'static) -> Hook {
+        let action: Action = Arc::new(action);
+        let place = |shared: &Arc<Shared>| {
+            let mut hooks = shared.hooks.lock().unwrap_or_else(PoisonError::into_inner);
+            let number = hooks.last().map_or(0, |(number, _)| number + 1);
+            hooks.push((number, action.clone()));
+            (shared.clone(), number)
+        };
+        Hook { placed: self.above.iter().chain([&self.shared]).map(place).collect() }
     }
 
     pub fn is_cancelled(&self) -> bool {

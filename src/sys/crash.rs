@@ -3,6 +3,14 @@
 
 /// Every step, in the order of a container's life.
 pub const STEPS: &[&str] = &[
+    "pull:1-manifest",
+    "pull:2-begun",
+    "pull:3-unpacked",
+    "pull:4-moved",
+    "pull:5-synced",
+    "pull:6-committed",
+    "pull:7-layers",
+    "pull:8-recorded",
     "run:1-recorded",
     "run:2-files",
     "run:3-user-namespace",
@@ -19,6 +27,10 @@ pub const STEPS: &[&str] = &[
     "start:1-intent",
     "start:2-started",
     "start:3-running",
+    "update:1-intent",
+    "update:2-applied",
+    "update:3-spec",
+    "update:4-recorded",
     "stop:1-signalled",
     "stop:2-exited",
     "stop-sandbox:1-stopping",

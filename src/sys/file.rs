@@ -99,6 +99,13 @@ pub fn remove_tree(path: &Path) -> Result<()> {
     super::tree::remove(path).map(drop)
 }
 
+/// Starts the writing of what a file has in memory alone, and does not wait for it. It promises nothing: an fsync that comes
+/// later waits for less, and reports what went wrong.
+pub fn start_writeback(file: &File) {
+    // SAFETY: the call takes an open descriptor and numbers: from 0 to the end.
+    let _ = unsafe { libc::sync_file_range(std::os::fd::AsRawFd::as_raw_fd(file), 0, 0, libc::SYNC_FILE_RANGE_WRITE) };
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -1,5 +1,8 @@
 //! What crisp asks of the kernel: the only place with unsafe code, child processes, threads, mounts and namespaces.
 
+/// Values that threads wait on, with cancellation.
+#[cfg(feature = "engine")]
+pub mod awaited;
 /// Cancellation and deadline of a call.
 pub mod cancel;
 /// Messages of a socket that must not block.
@@ -11,6 +14,9 @@ pub mod console;
 /// Crash points of debug builds.
 #[cfg(feature = "engine")]
 pub mod crash;
+/// Lists of CPUs and memory nodes.
+#[cfg(feature = "engine")]
+pub mod cpulist;
 /// CPU time of processes.
 #[cfg(feature = "daemon")]
 pub mod cputime;
@@ -22,6 +28,9 @@ pub mod idmap;
 /// Paths inside a root filesystem, as a process in it would see them.
 #[cfg(feature = "engine")]
 pub mod inroot;
+/// Security labels of files.
+#[cfg(feature = "engine")]
+pub mod label;
 /// Traffic of the links of a network namespace.
 #[cfg(feature = "engine")]
 pub mod links;

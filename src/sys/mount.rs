@@ -65,6 +65,8 @@ pub struct Overlay<'a> {
     pub upper_work: Option<(&'a Path, &'a Path)>,
     /// `volatile`: no fsync of the upper, for throw-away views.
     pub volatile: bool,
+    /// SELinux label of everything in it, whatever the layers' files have.
+    pub label: Option<&'a str>,
 }
 
 /// Mounts an overlay through the new mount API, one option per call, so that the number of layers is not limited by the
@@ -95,6 +97,9 @@ pub fn overlay(overlay: &Overlay, target: &Path) -> Result<()> {
     if overlay.volatile {
         rustix::mount::fsconfig_set_flag(fs.as_fd(), "volatile").context(what)?;
     }
+    if let Some(label) = overlay.label {
+        set("context", Path::new(label))?;
+    }
     rustix::mount::fsconfig_create(fs.as_fd()).context(|| format!("{}{}", what(), fs_log(fs.as_fd())))?;
     let mount = rustix::mount::fsmount(fs.as_fd(), FsMountFlags::FSMOUNT_CLOEXEC, MountAttrFlags::empty()).context(what)?;
     rustix::mount::move_mount(mount.as_fd(), "", rustix::fs::CWD, target, MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH).context(what)
@@ -113,6 +118,10 @@ fn overlay_by_options(overlay: &Overlay, target: &Path) -> Result<()> {
     }
     if overlay.volatile {
         options.push_str(",volatile");
+    }
+    if let Some(label) = overlay.label {
+        // Quoted: categories are separated by commas too.
+        options.push_str(&format!(",context=\"{label}\""));
     }
     if options.len() >= rustix::param::page_size() {
         return Err(Error::internal(format!(

@@ -82,7 +82,7 @@ impl Program {
         self
     }
 
-    /// Bytes for the program's stdin (else /dev/null).
+    /// Bytes for the program's stdin (else its end at once).
     pub fn stdin(mut self, data: Vec<u8>) -> Program {
         self.stdin = data;
         self
@@ -117,9 +117,9 @@ impl Program {
     }
 
     /// Starts the program in a session-independent process group of its own and lets it live: for monitors. Its
-    /// stdin, stdout and stderr are those given, else /dev/null. The caller reaps it.
+    /// stdin, stdout and stderr are those given, else an empty pipe and /dev/null. The caller reaps it.
     pub fn spawn(mut self) -> Result<Child> {
-        self.command.stdin(self.stdin_fd.take().map_or_else(Stdio::null, Stdio::from));
+        self.command.stdin(self.stdin_fd.take().map_or_else(no_input, Ok)?);
         self.command.stdout(self.stdout.take().map_or_else(Stdio::null, Stdio::from));
         self.command.stderr(self.stderr.take().map_or_else(Stdio::null, Stdio::from));
         self.command.process_group(0);
@@ -131,7 +131,7 @@ impl Program {
     /// and reaped before the error is returned. A non-zero exit is not an error here.
     pub fn run(mut self, cancel: &Cancel, timeout: Duration) -> Result<Output> {
         let what = self.what();
-        self.command.stdin(if self.stdin.is_empty() { Stdio::null() } else { Stdio::piped() });
+        self.command.stdin(if self.stdin.is_empty() { Stdio::from(no_input()?) } else { Stdio::piped() });
         self.command.stdout(self.stdout.take().map_or_else(Stdio::piped, Stdio::from));
         self.command.stderr(self.stderr.take().map_or_else(Stdio::piped, Stdio::from));
         self.command.process_group(0);
@@ -164,6 +164,12 @@ impl Program {
         let tail = text.char_indices().rev().nth(2047).map_or(text, |(i, _)| &text[i..]);
         Err(Error::internal(format!("{what}: {}: {tail}", output.describe())))
     }
+}
+
+/// A stdin that is at its end: a pipe that nobody writes to. Never /dev/null, which is the host's: crun gives a container's stdin to its
+/// root, who in a user namespace could then forbid /dev/null to the whole machine.
+pub fn no_input() -> Result<OwnedFd> {
+    super::monitor::pipe().map(|(read, _)| read)
 }
 
 fn kill_group(child: &Child) {

@@ -1,18 +1,24 @@
 //! File operations inside one directory that holds a stranger's files: every path is resolved by the kernel with
 //! RESOLVE_IN_ROOT, so that no link, however made, leads outside.
 
+use std::ffi::{OsStr, OsString};
 use std::fs::File;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
-use std::path::{Component, Path, PathBuf};
+use std::path::{Path, PathBuf};
 
 use rustix::fs::{AtFlags, FileType, Gid, Mode, OFlags, ResolveFlags, Stat, Timespec, Timestamps, Uid};
 use rustix::io::Errno;
 
 use crate::error::{Context, Error, Result};
 
-/// Links followed by `ensure_dir` before it gives up.
+/// Links followed by `enter` before it gives up.
 const LINK_LIMIT: usize = 40;
+/// Directories above a file at most, however the archive names it: whoever walks the tree later, to remove it for one, has a
+/// bounded stack and bounded descriptors.
+pub const DEPTH_LIMIT: usize = 255;
+/// NAME_MAX of Linux.
+const NAME_LIMIT: usize = 255;
 
 /// A directory that paths cannot leave. Paths given are relative and normalised (`normalise`); "" is the root itself.
 pub struct Rooted {
@@ -38,8 +44,12 @@ pub fn normalise(name: &[u8]) -> Result<PathBuf> {
                     return Err(wrong("leads outside the layer"));
                 }
             }
-            part => path.push(std::ffi::OsStr::from_bytes(part)),
+            part if part.len() > NAME_LIMIT => return Err(wrong("a name longer than 255 bytes")),
+            part => path.push(OsStr::from_bytes(part)),
         }
+    }
+    if path.iter().count() > DEPTH_LIMIT + 1 {
+        return Err(wrong("more than 255 directories deep"));
     }
     Ok(path)
 }
@@ -53,12 +63,20 @@ pub fn is_dir(stat: &Stat) -> bool {
     FileType::from_raw_mode(stat.st_mode) == FileType::Directory
 }
 
-/// A made or found directory, and what had to be made for it.
+/// A made or found directory, and what had to be made for it. Paths are from the root, without links.
 #[derive(Debug)]
-pub struct Ensured {
+pub struct Entered {
     pub dir: OwnedFd,
-    /// Directories made, as paths from the root.
-    pub made: Vec<PathBuf>,
+    pub path: PathBuf,
+    pub made: Vec<Made>,
+}
+
+/// A directory that was missing.
+#[derive(Debug, PartialEq, Eq)]
+pub struct Made {
+    pub path: PathBuf,
+    /// It took the place of a whiteout: what lower layers have there is hidden.
+    pub opaque: bool,
 }
 
 impl Rooted {
@@ -100,70 +118,81 @@ impl Rooted {
         self.resolve(path, OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::NONBLOCK).map(File::from)
     }
 
-    /// Opens a directory, making it and its missing parents 0755. A whiteout in the way gives room to an opaque
-    /// directory; a dangling link is followed by its text (the target may live in a lower layer); a file in the way is
-    /// an error.
-    pub fn ensure_dir(&self, path: &Path) -> Result<Ensured> {
-        let mut made = Vec::new();
-        let dir = self.ensure(path, &mut made, LINK_LIMIT)?;
-        Ok(Ensured { dir, made })
+    /// Opens a directory that no link leads to; links are an error (ELOOP).
+    pub fn plain_dir(&self, path: &Path) -> rustix::io::Result<OwnedFd> {
+        beneath(&self.root, path)
     }
 
-    fn ensure(&self, path: &Path, made: &mut Vec<PathBuf>, links: usize) -> Result<OwnedFd> {
+    /// Opens a directory, making it and its missing parents 0755. A whiteout in the way gives room to an opaque directory; a
+    /// dangling link is followed by its text (the target may live in a lower layer); a file in the way is an error. Links
+    /// are followed here, part by part and never above the root; the kernel follows none. Nobody else may change the tree.
+    pub fn enter(&self, path: &Path) -> Result<Entered> {
         let what = || format!("make directory {}", path.display());
-        match self.dir(path) {
-            Ok(dir) => return Ok(dir),
-            Err(Errno::NOENT | Errno::NOTDIR) => {}
-            Err(e) => return Err(e).context(what),
+        if let Ok(dir) = self.plain_dir(path) {
+            return Ok(Entered { dir, path: path.to_owned(), made: Vec::new() });
         }
-        let (Some(above), Some(name)) = (path.parent(), path.file_name()) else {
-            return Err(Error::internal(format!("{}: the root is not a directory", what())));
-        };
-        let parent = self.ensure(above, made, links)?;
-        match rustix::fs::statat(&parent, name, AtFlags::SYMLINK_NOFOLLOW) {
-            Err(Errno::NOENT) => {
-                rustix::fs::mkdirat(&parent, name, Mode::from(0o755)).context(what)?;
-                set_mode(&parent, Path::new(name), 0o755).context(what)?;
-                made.push(path.to_owned());
-            }
-            Err(e) => return Err(e).context(what),
-            Ok(stat) if is_dir(&stat) => {}
-            Ok(stat) if is_whiteout(&stat) => {
-                rustix::fs::unlinkat(&parent, name, AtFlags::empty()).context(what)?;
-                rustix::fs::mkdirat(&parent, name, Mode::from(0o755)).context(what)?;
-                set_mode(&parent, Path::new(name), 0o755).context(what)?;
-                set_opaque(&proc_path(parent.as_fd(), Path::new(name))).context(what)?;
-                made.push(path.to_owned());
-            }
-            Ok(stat) if FileType::from_raw_mode(stat.st_mode) == FileType::Symlink => {
-                if links == 0 {
-                    return Err(Error::precondition(format!("{}: too many links", what())));
+        let parts = |path: &Path| -> Vec<OsString> { path.iter().rev().map(OsStr::to_owned).collect() };
+        // What is left to do, the next part last.
+        let mut left = parts(path);
+        let (mut at, mut dir, mut made, mut links) = (PathBuf::new(), self.plain_dir(Path::new("")).context(what)?, Vec::new(), 0);
+        while let Some(part) = left.pop() {
+            match part.as_bytes() {
+                b"/" => (at, dir) = (PathBuf::new(), self.plain_dir(Path::new("")).context(what)?),
+                b"." => {}
+                b".." => {
+                    at.pop();
+                    dir = self.plain_dir(&at).context(what)?;
                 }
-                let text = rustix::fs::readlinkat(&parent, name, Vec::new()).context(what)?;
-                let target = follow(above, text.as_bytes());
-                return self.ensure(&target, made, links - 1);
+                _ => {
+                    let make = |opaque: bool, made: &mut Vec<Made>| -> Result<()> {
+                        rustix::fs::mkdirat(&dir, &part, Mode::from(0o755)).context(what)?;
+                        set_mode(&dir, Path::new(&part), 0o755).context(what)?;
+                        if opaque {
+                            set_opaque(&proc_path(dir.as_fd(), Path::new(&part))).context(what)?;
+                        }
+                        made.push(Made { path: at.join(&part), opaque });
+                        Ok(())
+                    };
+                    match rustix::fs::statat(&dir, &part, AtFlags::SYMLINK_NOFOLLOW) {
+                        Ok(stat) if is_dir(&stat) => {}
+                        Err(Errno::NOENT) => make(false, &mut made)?,
+                        Ok(stat) if is_whiteout(&stat) => {
+                            rustix::fs::unlinkat(&dir, &part, AtFlags::empty()).context(what)?;
+                            make(true, &mut made)?;
+                        }
+                        Ok(stat) if FileType::from_raw_mode(stat.st_mode) == FileType::Symlink => {
+                            links += 1;
+                            if links > LINK_LIMIT {
+                                return Err(Error::precondition(format!("{}: too many links", what())));
+                            }
+                            let text = rustix::fs::readlinkat(&dir, &part, Vec::new()).context(what)?;
+                            left.extend(parts(Path::new(OsStr::from_bytes(text.as_bytes()))));
+                            continue;
+                        }
+                        Ok(_) => return Err(Error::precondition(format!("{}: a file of the same layer is in the way", what()))),
+                        Err(e) => return Err(e).context(what),
+                    }
+                    dir = beneath(&dir, Path::new(&part)).context(what)?;
+                    at.push(part);
+                    if at.iter().count() > DEPTH_LIMIT {
+                        return Err(Error::precondition(format!("{}: more than {DEPTH_LIMIT} directories deep", what())));
+                    }
+                }
             }
-            Ok(_) => return Err(Error::precondition(format!("{}: a file of the same layer is in the way", what()))),
         }
-        rustix::fs::openat(&parent, name, OFlags::PATH | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC, Mode::empty())
-            .context(what)
+        Ok(Entered { dir, path: at, made })
     }
 }
 
-/// Where a link in directory `from` points, by its text alone, never above the root.
-fn follow(from: &Path, text: &[u8]) -> PathBuf {
-    let text = Path::new(std::ffi::OsStr::from_bytes(text));
-    let mut path = if text.is_absolute() { PathBuf::new() } else { from.to_owned() };
-    for part in text.components() {
-        match part {
-            Component::Normal(part) => path.push(part),
-            Component::ParentDir => {
-                path.pop();
-            }
-            _ => {}
+/// Opens a directory below `dir`; no part of the way may be a link or a mount.
+pub fn beneath(dir: impl AsFd, path: &Path) -> rustix::io::Result<OwnedFd> {
+    let how = ResolveFlags::BENEATH | ResolveFlags::NO_SYMLINKS | ResolveFlags::NO_MAGICLINKS | ResolveFlags::NO_XDEV;
+    loop {
+        match rustix::fs::openat2(&dir, at_name(path), OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty(), how) {
+            Err(Errno::AGAIN | Errno::INTR) => continue,
+            other => return other,
         }
     }
-    path
 }
 
 /// `/proc/self/fd/N/name`: a path to a file in an open directory, for calls that have no `at` form. The kernel follows
@@ -265,6 +294,7 @@ mod tests {
         assert_eq!(n("a/../b").unwrap(), "b");
         assert_eq!(n("./").unwrap(), "");
         assert!(n("../a").is_err() && n("a/../../b").is_err() && n("a\0b").is_err() && n(&"a/".repeat(2100)).is_err());
+        assert!(n(&"n".repeat(255)).is_ok() && n(&"n".repeat(256)).is_err());
     }
 
     #[test]
@@ -274,23 +304,40 @@ mod tests {
         std::os::unix::fs::symlink(outside.path(), dir.path().join("out")).unwrap();
         std::os::unix::fs::symlink("../../../../../..", dir.path().join("up")).unwrap();
         let rooted = Rooted::open(dir.path()).unwrap();
-        let made = rooted.ensure_dir(Path::new("out/x")).unwrap().made;
-        assert_eq!(made.last().unwrap(), Path::new("out/x"));
-        assert!(dir.path().join(outside.path().strip_prefix("/").unwrap()).join("x").is_dir());
+        let entered = rooted.enter(Path::new("out/x")).unwrap();
+        let inside = outside.path().strip_prefix("/").unwrap().join("x");
+        assert_eq!((&entered.path, &entered.made.last().unwrap().path), (&inside, &inside), "paths without links");
+        assert!(dir.path().join(&inside).is_dir());
         assert!(!outside.path().join("x").exists());
-        rooted.ensure_dir(Path::new("up/y")).unwrap();
+        assert_eq!(rooted.enter(Path::new("up/y")).unwrap().path, Path::new("y"));
         assert!(dir.path().join("y").is_dir());
+        assert_eq!(rooted.plain_dir(Path::new("up")).unwrap_err(), Errno::LOOP);
         std::os::unix::fs::symlink("loop", dir.path().join("loop")).unwrap();
-        assert!(rooted.ensure_dir(Path::new("loop/z")).is_err());
+        assert!(rooted.enter(Path::new("loop/z")).unwrap_err().message().contains("too many links"));
+        std::os::unix::fs::symlink("./y/../y//", dir.path().join("round")).unwrap();
+        assert_eq!(rooted.enter(Path::new("round/q")).unwrap().path, Path::new("y/q"));
         std::fs::write(dir.path().join("file"), "").unwrap();
-        assert!(rooted.ensure_dir(Path::new("file/z")).unwrap_err().message().contains("in the way"));
+        assert!(rooted.enter(Path::new("file/z")).unwrap_err().message().contains("in the way"));
+    }
+
+    #[test]
+    fn depth_is_bounded_however_it_is_named() {
+        let dir = tempfile::tempdir().unwrap();
+        let rooted = Rooted::open(dir.path()).unwrap();
+        let deep: PathBuf = std::iter::repeat_n("d", DEPTH_LIMIT).collect();
+        assert_eq!(rooted.enter(&deep).unwrap().made.len(), DEPTH_LIMIT);
+        assert!(normalise(deep.join("file").as_os_str().as_bytes()).is_ok());
+        assert!(normalise(deep.join("d/file").as_os_str().as_bytes()).is_err());
+        std::os::unix::fs::symlink(deep.strip_prefix("d").unwrap(), dir.path().join("d/short")).unwrap();
+        let e = rooted.enter(Path::new("d/short/d/e")).unwrap_err();
+        assert!(e.message().contains("directories deep"), "{e}");
     }
 
     proptest::proptest! {
         #[test]
         fn normalised_paths_have_only_normal_parts(name in proptest::collection::vec(proptest::num::u8::ANY, 0..80)) {
             if let Ok(path) = normalise(&name) {
-                proptest::prop_assert!(path.components().all(|c| matches!(c, Component::Normal(_))));
+                proptest::prop_assert!(path.components().all(|c| matches!(c, std::path::Component::Normal(_))));
             }
         }
     }

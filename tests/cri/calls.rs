@@ -9,7 +9,7 @@ use crate::raw::Raw;
 use crate::subscriber::open;
 
 /// Methods of this version that answer UNIMPLEMENTED with their name.
-const NOT_BUILT: [&str; 4] = ["CheckpointContainer", "CheckpointPod", "RestorePod", "UpdatePodSandboxResources"];
+const NOT_BUILT: [&str; 3] = ["CheckpointContainer", "CheckpointPod", "RestorePod"];
 
 /// The method whose answer has no end: events.rs has it.
 const LASTS: [&str; 1] = ["GetContainerEvents"];

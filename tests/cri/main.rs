@@ -42,6 +42,8 @@ mod raw;
 mod refused;
 /// A registry in this process.
 mod registry;
+/// Limits of containers and sandboxes, classes.
+mod resources;
 /// Another daemon on the same directories.
 mod restart;
 /// Equal calls that meet.

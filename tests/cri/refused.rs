@@ -63,6 +63,10 @@ const SANDBOXES: &[SandboxCase] = &[
         sandbox_options(c).ipc = NamespaceMode::NODE.into();
     }),
     ("a sysctl that is not there", Code::INTERNAL, "no_such_thing", |c| sysctl(c, "net.ipv4.no_such_thing")),
+    ("an SELinux level that is none", Code::INVALID_ARGUMENT, "selinux_options", |c| {
+        let context = c.linux.mut_or_insert_default().security_context.mut_or_insert_default();
+        context.selinux_options.mut_or_insert_default().level = "high".into();
+    }),
     ("a hostname with a slash", Code::INVALID_ARGUMENT, "hostname", |c| c.hostname = "a/b".into()),
     ("a long hostname", Code::INVALID_ARGUMENT, "hostname", |c| c.hostname = "a".repeat(65)),
     ("a DNS server of two lines", Code::INVALID_ARGUMENT, "dns_config.servers", |c| {
@@ -98,6 +102,14 @@ fn sandboxes() {
     }
     assert!(node.plugin_calls().is_empty(), "refused before any plugin ran");
     node.sandbox("web");
+}
+
+fn localhost_seccomp(config: &mut ContainerConfig, localhost_ref: &str) {
+    security(config).seccomp = MessageField::some(SecurityProfile {
+        profile_type: ProfileType::Localhost.into(),
+        localhost_ref: localhost_ref.into(),
+        ..Default::default()
+    });
 }
 
 type ContainerCase = (&'static str, Code, &'static str, fn(&mut ContainerConfig));
@@ -165,14 +177,13 @@ const CONTAINERS: &[ContainerCase] = &[
         c.CDI_devices.push(CDIDevice { name: "a/b=c".into(), ..Default::default() })
     }),
     ("CDI by annotation", Code::INVALID_ARGUMENT, "cdi.k8s.io/x", |c| drop(c.annotations.insert("cdi.k8s.io/x".into(), "a/b".into()))),
-    ("localhost seccomp", Code::UNIMPLEMENTED, "seccomp", |c| {
-        security(c).seccomp = MessageField::some(SecurityProfile {
-            profile_type: ProfileType::Localhost.into(),
-            localhost_ref: "profile.json".into(),
-            ..Default::default()
-        });
+    ("a seccomp file by a relative path", Code::INVALID_ARGUMENT, "seccomp.localhost_ref", |c| localhost_seccomp(c, "profile.json")),
+    ("a seccomp file that is not there", Code::FAILED_PRECONDITION, "/nonexistent/a.json", |c| localhost_seccomp(c, "/nonexistent/a.json")),
+    ("the same the old way", Code::FAILED_PRECONDITION, "/nonexistent/a.json", |c| {
+        security(c).seccomp_profile_path = "localhost//nonexistent/a.json".into();
     }),
-    ("localhost seccomp the old way", Code::UNIMPLEMENTED, "seccomp", |c| security(c).seccomp_profile_path = "localhost//a.json".into()),
+    ("a seccomp file that is a device", Code::FAILED_PRECONDITION, "/dev/null", |c| localhost_seccomp(c, "/dev/null")),
+    ("a seccomp file that is none", Code::INVALID_ARGUMENT, "/etc/passwd", |c| localhost_seccomp(c, "/etc/passwd")),
     ("a seccomp profile that is none", Code::INVALID_ARGUMENT, "seccomp", |c| security(c).seccomp_profile_path = "strict".into()),
     ("windows", Code::INVALID_ARGUMENT, "windows", |c| c.windows = MessageField::some(WindowsContainerConfig::default())),
     ("a mount of an image to write to", Code::INVALID_ARGUMENT, "readonly", |c| {

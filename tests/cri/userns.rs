@@ -228,11 +228,11 @@ fn layers_that_cannot_be_mapped_are_copied_or_refused() {
     fs::write(layer.join("file"), "text").expect("write");
     let mut snapshots = Snapshotter::new(dir.path(), Kind::Overlay).expect("make the snapshotter");
     snapshots.set_mapping(Mapping::Idmap);
-    let error = snapshots.prepare("c1", std::slice::from_ref(&layer), &target, Some(&owners)).expect_err("refused");
+    let error = snapshots.prepare("c1", std::slice::from_ref(&layer), &target, Some(&owners), None).expect_err("refused");
     assert!(error.code() == crisp::error::Code::FailedPrecondition && error.message().contains("userns_rootfs"), "{error}");
     assert!(snapshots.list().expect("list").is_empty());
     snapshots.set_mapping(Mapping::Auto);
-    snapshots.prepare("c1", std::slice::from_ref(&layer), &target, Some(&owners)).expect("a copy");
+    snapshots.prepare("c1", std::slice::from_ref(&layer), &target, Some(&owners), None).expect("a copy");
     assert_eq!((owner(&target), owner(&target.join("file"))), ((UID, GID), (UID, GID)));
     assert_eq!(owner(&layer.join("file")), (0, 0));
     snapshots.remove("c1", &target).expect("remove");

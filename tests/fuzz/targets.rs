@@ -2,25 +2,33 @@
 //! panics. They belong to the library (feature `fuzz`), because most parsers are its own affair; the fuzzer (tests/fuzz) and the
 //! replay of the corpora below call the same functions.
 
+use std::io::Read;
 use std::net::IpAddr;
 use std::path::Path;
 
 use crate::cgroup::stat::{cpu, hugetlb, io, memory, number, pids, pressure};
 use crate::cgroup::{path, Layout};
+use crate::image::decompress::Decompress;
+use crate::image::tarball::{Entry, Tarball};
 use crate::image::{parsers, Platform, Reference};
 use crate::network::{Outcome, Version};
 use crate::shim::protocol::{Answer, Envelope, Event, ExitRecord, Request, ShimConfig};
+use crate::spec::seccomp::interpreter::{self, Call};
+use crate::spec::seccomp::{bpf, Conditions, Profile};
+use crate::spec::security::BY_NUMBER;
+use crate::spec::selinux::{Label, Policy};
 use crate::streaming::spdy::frame::{self, Frame};
 use crate::streaming::spdy::header;
 use crate::streaming::websocket::frame as websocket;
 use crate::streaming::{http, token, websocket::Verb};
+use crate::sys::cancel::Cancel;
 use crate::sys::mount;
 
 /// A function that must not panic on any bytes, and its name.
 pub type Target = (&'static str, fn(&[u8]));
 
 /// Name and function of every target; the name is its directory in corpus/ too.
-pub const TARGETS: [Target; 14] = [
+pub const TARGETS: [Target; 18] = [
     ("spdy_frames", spdy_frames),
     ("spdy_headers", spdy_headers),
     ("websocket_frames", websocket_frames),
@@ -35,6 +43,10 @@ pub const TARGETS: [Target; 14] = [
     ("www_authenticate", www_authenticate),
     ("mountinfo", mountinfo),
     ("shim_protocol", shim_protocol),
+    ("seccomp_profile", seccomp_profile),
+    ("selinux_label", selinux_label),
+    ("tar_entries", tar_entries),
+    ("layer_stream", layer_stream),
 ];
 
 /// The frames of a byte stream that comes in pieces of `step` bytes, pieces of data joined, and whether it went wrong.
@@ -277,6 +289,95 @@ fn shim_protocol(bytes: &[u8]) {
     if let Ok(envelope) = serde_json::from_slice::<Envelope<Request>>(bytes) {
         let written = serde_json::to_vec(&envelope).expect("it was read");
         assert_eq!(serde_json::from_slice::<Envelope<Request>>(&written).expect("ours is read").body, envelope.body);
+    }
+}
+
+/// A profile is refused, or gives a container a filter that answers every call with one of the profile's actions.
+fn seccomp_profile(bytes: &[u8]) {
+    let Ok(profile) = Profile::parse(bytes) else { return };
+    for (bounding, arch) in [(BY_NUMBER.into_iter().collect(), "x86_64"), (Default::default(), "aarch64")] {
+        let Ok((filter, warnings)) = profile.resolve(&Conditions { bounding: &bounding, arch, kernel: (6, 1) }) else { continue };
+        assert!(warnings.iter().all(|line| !line.contains('\n')));
+        let Some(program) = bpf::compile(&filter, arch) else { continue };
+        for arch in [0xc000_003e, 0x4000_0003, 0xc000_00b7, 0x4000_0028, 0] {
+            for number in [0, 1, 39, 41, 56, 102, 0x4000_0000, u32::MAX] {
+                let answer = interpreter::run(&program, &Call { arch, number, args: [1, 2, 3, 4, 5, 6] });
+                assert!([0, 0x8000_0000, 0x3_0000, 0x5_0000, 0x7ff0_0000, 0x7ffc_0000, 0x7fff_0000].contains(&(answer & 0xffff_0000)));
+            }
+        }
+    }
+}
+
+/// A label that is taken apart is put together again as it was, and is one line.
+fn selinux_label(bytes: &[u8]) {
+    let text = String::from_utf8_lossy(bytes);
+    if let Some(label) = Label::parse(&text) {
+        assert_eq!(label.to_string(), text);
+        assert!(!text.contains(['\n', ' ', '\0']));
+    }
+    let policy = Policy::parse(&text);
+    for label in [policy.process, policy.file] {
+        assert_eq!(Label::parse(&label.to_string()), Some(label));
+    }
+}
+
+/// A stream that comes in pieces of so many bytes.
+struct Pieces<'a>(&'a [u8], usize);
+
+impl Read for Pieces<'_> {
+    fn read(&mut self, buffer: &mut [u8]) -> std::io::Result<usize> {
+        let n = buffer.len().min(self.1);
+        self.0.read(&mut buffer[..n])
+    }
+}
+
+/// The entries of an archive with the length of what each stores, and whether it went wrong.
+fn entries(stream: impl Read) -> (Vec<(Entry, usize)>, bool) {
+    let (mut tar, mut found) = (Tarball::new(stream), Vec::new());
+    loop {
+        let Ok(next) = tar.next_entry() else { return (found, true) };
+        let Some(entry) = next else { return (found, false) };
+        let mut data = Vec::new();
+        if tar.read_to_end(&mut data).is_err() {
+            return (found, true);
+        }
+        found.push((entry, data.len()));
+    }
+}
+
+/// An archive means the same however its bytes come; what an entry announces is what it has.
+fn tar_entries(bytes: &[u8]) {
+    let whole = entries(bytes);
+    assert_eq!(entries(Pieces(bytes, 1)), whole);
+    assert_eq!(entries(Pieces(bytes, 300)), whole);
+    for (entry, length) in whole.0 {
+        assert_eq!(entry.stored, length as u64);
+        assert!(entry.mode <= 0o7777 && entry.uid != u32::MAX && entry.gid != u32::MAX && entry.mtime.1 < 1_000_000_000);
+        let Some(pieces) = entry.pieces else {
+            assert_eq!(entry.size, entry.stored);
+            continue;
+        };
+        assert_eq!(pieces.iter().map(|(_, length)| length).sum::<u64>(), entry.stored);
+        assert!(pieces.windows(2).all(|two| two[0].0 + two[0].1 <= two[1].0));
+        assert!(pieces.last().is_none_or(|(offset, length)| offset + length <= entry.size));
+    }
+}
+
+/// The first megabyte of a stream, and whether it went wrong there.
+fn plain(stream: impl Read) -> (Vec<u8>, bool) {
+    let mut out = Vec::new();
+    let Ok(plain) = Decompress::new(stream, &Cancel::never()) else { return (out, true) };
+    let broken = plain.take(1 << 20).read_to_end(&mut out).is_err();
+    (out, broken)
+}
+
+/// What comes out of gzip, zstd or neither does not hang on how the bytes come in.
+fn layer_stream(bytes: &[u8]) {
+    let (whole, broken) = plain(bytes);
+    for step in [1, 5] {
+        let (again, also) = plain(Pieces(bytes, step));
+        // Of a broken one more or less may have come out before that showed.
+        assert_eq!((also, broken || again == whole), (broken, true));
     }
 }
 

@@ -35,6 +35,11 @@ pub fn slowness() -> u32 {
     *FACTOR
 }
 
+/// Whether systemd makes the cgroups: CRISP_TEST_CGROUP_DRIVER=systemd, for machines where it is PID 1.
+pub fn systemd() -> bool {
+    std::env::var("CRISP_TEST_CGROUP_DRIVER").is_ok_and(|driver| driver == "systemd")
+}
+
 /// A limit of time on this machine.
 pub fn patience(limit: Duration) -> Duration {
     limit * slowness()
@@ -87,7 +92,10 @@ impl Layout {
     }
 
     pub fn cgroup_parent(&self) -> String {
-        format!("/{}", self.tag)
+        match systemd() {
+            true => format!("{}.slice", self.tag),
+            false => format!("/{}", self.tag),
+        }
     }
 
     /// The default network: a bridge of its own with addresses of its own, port mappings, and a cheap third plugin.
@@ -259,7 +267,7 @@ impl Daemon {
     fn crispd_config(&self) -> String {
         let path = |name: &str| toml_text(&self.layout.path(name).display().to_string());
         let mut text = format!(
-            "socket = {}\nroot = {}\nrun = {}\nshim = {}\nlog_level = \"{}\"\ncgroup_driver = \"cgroupfs\"\n\
+            "socket = {}\nroot = {}\nrun = {}\nshim = {}\nlog_level = \"{}\"\ncgroup_driver = \"{}\"\n\
              cdi_spec_dirs = [{}]\nhooks_dirs = [{}]\n",
             path("cri.sock"),
             path("root"),
@@ -267,6 +275,7 @@ impl Daemon {
             path("bin/crisp-shim"),
             // As in use when it is measured; as much as there is when it is tested.
             if cfg!(debug_assertions) { "debug" } else { "info" },
+            if systemd() { "systemd" } else { "cgroupfs" },
             path("cdi"),
             path("hooks"),
         );

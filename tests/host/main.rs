@@ -4,6 +4,7 @@
 //! `CRISP_TEST_DAEMON=containerd` runs what every CRI runtime must do against containerd: that checks the tests.
 
 mod archive;
+mod bpf;
 mod client;
 mod daemon;
 mod devices;
@@ -19,10 +20,14 @@ mod mounts;
 mod namespaces;
 mod network;
 mod objects;
+mod pulls;
 mod python;
 mod push;
 mod registry;
+mod resources;
 mod restart;
+mod seccomp;
+mod security;
 mod shim;
 mod snapshot;
 mod spdy;

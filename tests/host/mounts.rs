@@ -304,6 +304,25 @@ fn sys_stays_writable_for_the_privileged() {
     host.finish();
 }
 
+/// crun gives a container its stdin: were that the host's /dev/null, the root of a user namespace could forbid it to the whole machine.
+#[test]
+fn the_null_device_stays_the_hosts() {
+    let host = Host::start();
+    for handler in handlers() {
+        let mut config = sandbox_config(&host.daemon.layout, "null", false);
+        let context = config.linux.mut_or_insert_default().security_context.mut_or_insert_default();
+        context.namespace_options.mut_or_insert_default().userns_options = Some(crate::userns::users()).into();
+        let sandbox = host.run(config, &handler);
+        let container = sleeper(&host, &sandbox, "null", Vec::new(), |_| {});
+        // Nobody's, as seen from there.
+        for _ in 0..2 {
+            assert_eq!(shell(&host, &container, "stat -c %u:%a /dev/null"), (0, "65534:666\n".into()), "{handler}");
+        }
+        host.remove_all();
+    }
+    host.finish();
+}
+
 /// An image whose mount points are links out of it: everything happens inside.
 #[test]
 fn links_at_mount_points_lead_nowhere() {

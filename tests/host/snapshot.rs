@@ -28,7 +28,7 @@ impl Snapshot {
         names("/run/netns").for_each(|name| add("netns", &name));
         // The bridge is the network's; the plugin keeps it by design.
         names("/sys/class/net").filter(|name| *name != layout.bridge()).for_each(|name| add("link", &name));
-        let parents = format!("/{}", layout.tag);
+        let parents = format!("/{}", layout.cgroup_parent().trim_start_matches('/'));
         for dir in cgroup_dirs(&layout.tag) {
             // The parent itself is the client's.
             if !dir.to_string_lossy().ends_with(&parents) {

@@ -13,7 +13,7 @@ use crisp::api::runtime::{
     PodSandboxConfig, PodSandboxMetadata, SecurityProfile,
 };
 use crisp::container::{devices, host, mounts, user};
-use crisp::spec::{self, Defaults, HostFacts, Inputs, NamespacePaths, SandboxFiles};
+use crisp::spec::{self, Classes, Defaults, HostFacts, Inputs, NamespacePaths, SandboxFiles};
 use crisp::sys::cancel::Cancel;
 use crisp::sys::namespace::{self, NewNamespaces};
 use crisp::sys::process::{Output, Program};
@@ -31,16 +31,16 @@ const HUGETLB: &str = "/sys/fs/cgroup/hugetlb";
 static HOST: LazyLock<HostFacts> = LazyLock::new(|| host::detect().unwrap());
 static COUNT: AtomicU32 = AtomicU32::new(0);
 /// crun needs a mount while it runs, and one mount serves all tests: so they take turns.
-static TURN: Mutex<()> = Mutex::new(());
+pub static TURN: Mutex<()> = Mutex::new(());
 
 /// crun before 1.9 refuses hybrid cgroups unless hugetlb is a v1 hierarchy.
-struct Hugetlb {
+pub struct Hugetlb {
     mounted: bool,
     made: bool,
 }
 
 impl Hugetlb {
-    fn mount() -> Hugetlb {
+    pub fn mount() -> Hugetlb {
         let present = std::fs::read_to_string("/proc/self/mountinfo").unwrap().contains(HUGETLB);
         if HOST.cgroup_v2 || present {
             return Hugetlb { mounted: false, made: false };
@@ -140,11 +140,13 @@ impl Case {
             rootfs: &rootfs,
             mounts: &mounts,
             devices: &devices,
+            classes: &Classes::default(),
             cgroups_path: &format!("/{id}"),
             hostname: "p",
             host: &HOST,
             files: &self.files,
             defaults: &Defaults::default(),
+            confinement: &Default::default(),
         };
         spec::build(&inputs).unwrap().0
     }

@@ -5,10 +5,12 @@ use protobuf::MessageField;
 use super::Case;
 use crate::api::runtime::security_profile::ProfileType;
 use crate::api::runtime::{
-    Capability, Device, HugepageLimit, Int64Value, KeyValue, Mount, MountPropagation, SecurityProfile, SupplementalGroupsPolicy,
+    Capability, Device, HugepageLimit, Int64Value, KeyValue, Mount, MountPropagation, SELinuxOption, SecurityProfile,
+    SupplementalGroupsPolicy,
 };
 use crate::spec::fixture::Fixture;
-use crate::spec::{Pid, Rlimit};
+use crate::spec::seccomp::Profile;
+use crate::spec::{selinux, Pid, Rlimit};
 use oci_spec::runtime::PosixRlimitType;
 
 /// All of them.
@@ -115,7 +117,7 @@ const RESOURCES: &[Case] = &[
         f.resources().hugepage_limits = vec![limit("2MB", 4 << 20), limit("64KB", 0)];
     }),
     case("unified", |f| {
-        f.host.cgroup_v2 = true;
+        f.set_v2();
         f.host.cgroup_mounts.clear();
         f.resources().unified = [("memory.high".to_owned(), "1000000".to_owned())].into();
     }),
@@ -140,6 +142,30 @@ const SECURITY: &[Case] = &[
     }),
     case("seccomp", |f| f.security().seccomp = profile(ProfileType::RuntimeDefault)),
     case("seccomp_profile_path", |f| f.security().seccomp_profile_path = "runtime/default".into()),
+    case("seccomp_file", |f| {
+        f.security().seccomp = profile(ProfileType::Localhost);
+        f.security().seccomp.mut_or_insert_default().localhost_ref = "/var/lib/kubelet/seccomp/p.json".into();
+        let text =
+            br#"{"defaultAction": "SCMP_ACT_LOG", "syscalls": [{"names": ["kcmp"], "action": "SCMP_ACT_ERRNO", "errno": "EACCES"}]}"#;
+        f.confinement.seccomp = Some(Profile::parse(text).unwrap());
+    }),
+    case("apparmor", |f| {
+        f.host.apparmor = true;
+        f.security().apparmor = profile(ProfileType::Localhost);
+        f.security().apparmor.mut_or_insert_default().localhost_ref = "localhost/web".into();
+        f.confinement.apparmor = Some("web".into());
+    }),
+    case("apparmor_profile", |f| {
+        f.host.apparmor = true;
+        f.security().apparmor_profile = "runtime/default".into();
+        f.confinement.apparmor = Some(crate::spec::apparmor::DEFAULT.into());
+    }),
+    case("selinux_options", |f| {
+        let options =
+            SELinuxOption { user: "u_u".into(), role: "r_r".into(), type_: "t_t".into(), level: "s0:c1,c2".into(), ..Default::default() };
+        f.confinement.labels = Some(selinux::labels(&selinux::Policy::default(), &options, "s0:c8,c9", false));
+        f.security().selinux_options = MessageField::some(options);
+    }),
 ];
 
 fn profile(kind: ProfileType) -> MessageField<SecurityProfile> {

@@ -4,7 +4,7 @@
 use std::fmt;
 use std::io::{ErrorKind, Read, Write};
 use std::net::{IpAddr, SocketAddr, TcpStream, ToSocketAddrs};
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -18,7 +18,7 @@ use ureq::unversioned::resolver::{ResolvedSocketAddrs, Resolver};
 use ureq::unversioned::transport::{
     Buffers, ConnectProxyConnector, ConnectionDetails, Connector, Either, LazyBuffers, NextTimeout, RustlsConnector, Transport,
 };
-use ureq::{Agent, Error, Proxy, Timeout};
+use ureq::{Agent, Error, Proxy};
 
 use super::url::split_port;
 use crate::sys::cancel::Cancel;
@@ -29,6 +29,8 @@ use crate::sys::thread;
 const HEAD_LIMIT: usize = 64 << 10;
 /// Addresses of one name that are tried.
 const ADDRESSES: usize = 8;
+/// Of one address before the next (RFC 8305 recommends a quarter of a second).
+const HEAD_START: Duration = Duration::from_millis(250);
 
 /// How one host is reached.
 pub struct Link<'a> {
@@ -101,52 +103,80 @@ impl<In: Transport> Connector<In> for TcpConnector {
         if let Some(chained) = chained {
             return Ok(Some(Either::A(chained)));
         }
-        let begin = Instant::now();
-        let mut failed = Error::HostNotFound;
         let addresses: Vec<SocketAddr> = details.addrs.iter().copied().collect();
-        for (i, address) in addresses.iter().enumerate() {
-            let mut timeout = details.timeout;
-            if let Some(all) = limit(timeout)? {
-                // Each address gets an equal share of what is left.
-                let left = all.saturating_sub(begin.elapsed());
-                if left.is_zero() {
-                    return Err(Error::Timeout(Timeout::Connect));
-                }
-                timeout.after = (left / (addresses.len() - i) as u32).into();
-            }
-            match self.one(*address, timeout) {
-                Ok(stream) => {
-                    let buffers = LazyBuffers::new(details.config.input_buffer_size(), details.config.output_buffer_size());
-                    return Ok(Some(Either::B(Tcp { stream, buffers, cancel: self.cancel.clone() })));
-                }
-                Err(e) => failed = e,
-            }
-            if self.cancel.is_cancelled() {
-                break;
-            }
-        }
-        Err(failed)
+        let stream = self.race(&in_turn(&addresses), details.timeout)?;
+        let buffers = LazyBuffers::new(details.config.input_buffer_size(), details.config.output_buffer_size());
+        Ok(Some(Either::B(Tcp { stream, buffers, cancel: self.cancel.clone() })))
     }
 }
 
+/// Both families in turn, each in its own order: one that leads nowhere costs little.
+fn in_turn(addresses: &[SocketAddr]) -> Vec<SocketAddr> {
+    let first = addresses.first().is_some_and(SocketAddr::is_ipv4);
+    let (one, other): (Vec<SocketAddr>, Vec<SocketAddr>) = addresses.iter().partition(|a| a.is_ipv4() == first);
+    let longest = one.len().max(other.len());
+    (0..longest).flat_map(|i| [one.get(i), other.get(i)]).flatten().copied().collect()
+}
+
 impl TcpConnector {
-    fn one(&self, address: SocketAddr, timeout: NextTimeout) -> Result<TcpStream, Error> {
-        let io = |e: rustix::io::Errno| Error::Io(e.into());
-        let family = if address.is_ipv4() { AddressFamily::INET } else { AddressFamily::INET6 };
-        let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
-        let socket = rustix::net::socket_with(family, SocketType::STREAM, flags, None).map_err(io)?;
-        match rustix::net::connect(&socket, &address) {
-            Ok(()) => {}
-            Err(rustix::io::Errno::INPROGRESS) => {
-                wait(&self.cancel, &socket, PollFlags::POLLOUT, timeout)?;
-                rustix::net::sockopt::socket_error(&socket).map_err(io)?.map_err(io)?;
+    /// The first connection that comes about. Each address gets a head start before the next one is tried beside it.
+    fn race(&self, addresses: &[SocketAddr], timeout: NextTimeout) -> Result<TcpStream, Error> {
+        let begin = Instant::now();
+        let all = limit(timeout)?;
+        let mut failed = Error::HostNotFound;
+        let mut waiting: Vec<OwnedFd> = Vec::new();
+        let mut rest = addresses.iter();
+        loop {
+            match rest.next().map(|address| start(*address)) {
+                Some(Ok((socket, true))) => return stream(socket),
+                Some(Ok((socket, false))) => waiting.push(socket),
+                Some(Err(e)) => {
+                    failed = e;
+                    continue;
+                }
+                None if waiting.is_empty() => return Err(failed),
+                None => {}
             }
-            Err(e) => return Err(io(e)),
+            let left = all.map(|all| all.saturating_sub(begin.elapsed()));
+            if left.is_some_and(|left| left.is_zero()) {
+                return Err(Error::Timeout(timeout.reason));
+            }
+            let more = rest.len() > 0;
+            let pause = if more { Some(left.map_or(HEAD_START, |left| left.min(HEAD_START))) } else { left };
+            let fds: Vec<_> = waiting.iter().map(|socket| (socket.as_fd(), PollFlags::POLLOUT)).collect();
+            let ready = self.cancel.poll(&fds, pause).map_err(|e| Error::Io(std::io::Error::other(e.to_string())))?;
+            let mut still = Vec::new();
+            for (socket, flags) in waiting.into_iter().zip(ready) {
+                if flags.is_empty() {
+                    still.push(socket);
+                    continue;
+                }
+                match rustix::net::sockopt::socket_error(&socket) {
+                    Ok(Ok(())) => return stream(socket),
+                    Ok(Err(e)) | Err(e) => failed = Error::Io(e.into()),
+                }
+            }
+            waiting = still;
         }
-        let stream = TcpStream::from(socket);
-        stream.set_nodelay(true)?;
-        Ok(stream)
     }
+}
+
+/// Begins to connect; true when it has been done already.
+fn start(address: SocketAddr) -> Result<(OwnedFd, bool), Error> {
+    let io = |e: rustix::io::Errno| Error::Io(e.into());
+    let family = if address.is_ipv4() { AddressFamily::INET } else { AddressFamily::INET6 };
+    let socket = rustix::net::socket_with(family, SocketType::STREAM, SocketFlags::CLOEXEC | SocketFlags::NONBLOCK, None).map_err(io)?;
+    match rustix::net::connect(&socket, &address) {
+        Ok(()) => Ok((socket, true)),
+        Err(rustix::io::Errno::INPROGRESS) => Ok((socket, false)),
+        Err(e) => Err(io(e)),
+    }
+}
+
+fn stream(socket: OwnedFd) -> Result<TcpStream, Error> {
+    let stream = TcpStream::from(socket);
+    stream.set_nodelay(true)?;
+    Ok(stream)
 }
 
 /// A socket that does not block, and its buffers.
@@ -276,6 +306,35 @@ mod tests {
         cancel.set();
         assert!(call.join().unwrap().is_err());
         assert!(begin.elapsed() < Duration::from_secs(2));
+    }
+
+    #[test]
+    fn an_address_that_leads_nowhere_costs_little() {
+        // A queue of one that is full: the kernel drops whoever else wants in.
+        let full = rustix::net::socket(AddressFamily::INET, SocketType::STREAM, None).unwrap();
+        rustix::net::bind(&full, &"127.0.0.1:0".parse::<SocketAddr>().unwrap()).unwrap();
+        rustix::net::listen(&full, 0).unwrap();
+        let nowhere: SocketAddr = TcpListener::from(full.try_clone().unwrap()).local_addr().unwrap();
+        let _queued: Vec<_> = (0..4).map(|_| start(nowhere).unwrap().0).collect();
+        std::thread::sleep(Duration::from_millis(50));
+        let good = TcpListener::bind("127.0.0.1:0").unwrap();
+        let refused = { TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap() };
+        let connector = TcpConnector { cancel: Cancel::never() };
+        let within = |after: Duration| NextTimeout { after: after.into(), reason: ureq::Timeout::Connect, ..NextTimeout::default() };
+        let stream = connector.race(&[refused, nowhere, good.local_addr().unwrap()], within(Duration::from_secs(60))).unwrap();
+        assert_eq!(stream.peer_addr().unwrap(), good.local_addr().unwrap());
+        let e = connector.race(&[nowhere, refused], within(Duration::from_millis(500))).unwrap_err();
+        assert!(matches!(e, Error::Timeout(ureq::Timeout::Connect)), "{e}");
+        let e = connector.race(&[refused], within(Duration::from_secs(60))).unwrap_err();
+        assert!(matches!(&e, Error::Io(e) if e.kind() == ErrorKind::ConnectionRefused), "{e}");
+    }
+
+    #[test]
+    fn families_take_turns() {
+        let parse = |list: &[&str]| list.iter().map(|a| a.parse().unwrap()).collect::<Vec<SocketAddr>>();
+        let turns = in_turn(&parse(&["[fd00::1]:1", "[fd00::2]:1", "[fd00::3]:1", "10.0.0.1:1", "10.0.0.2:1"]));
+        assert_eq!(turns, parse(&["[fd00::1]:1", "10.0.0.1:1", "[fd00::2]:1", "10.0.0.2:1", "[fd00::3]:1"]));
+        assert!(in_turn(&[]).is_empty());
     }
 
     #[test]

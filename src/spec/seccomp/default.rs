@@ -1,15 +1,16 @@
 //! The seccomp profile of RuntimeDefault, as data.
 //!
-//! Which calls are allowed follows the default profile of Moby (github.com/moby/profiles, seccomp/default.json, state of
-//! 2025), which containerd and Docker share in substance: an allow list, everything else EPERM, no io_uring, calls that
-//! make namespaces or mounts only with the capability they need, clone3 ENOSYS so that C libraries fall back to clone,
-//! whose flags a filter can see. Take over a change of theirs by editing the lists below; names unknown to the
-//! runtime's libseccomp are skipped by the runtime.
+//! Which calls are allowed follows the default profile of Moby (github.com/moby/profiles, seccomp/default.json at commit
+//! 02e898b137ae, of 2026), which containerd and Docker share in substance: an allow list, everything else EPERM, no io_uring,
+//! calls that make namespaces or mounts only with the capability they need, clone3 ENOSYS so that C libraries fall back to
+//! clone, whose flags a filter can see. Take over a change of theirs by editing the lists below, and this line; names unknown
+//! to the runtime's libseccomp are skipped by the runtime.
 
 use oci_spec::runtime::{
-    Arch, Capabilities, Capability, LinuxSeccomp, LinuxSeccompAction as Action, LinuxSeccompArg, LinuxSeccompArgBuilder,
-    LinuxSeccompOperator as Operator, LinuxSyscall,
+    Arch, Capability, LinuxSeccomp, LinuxSeccompAction as Action, LinuxSeccompArg, LinuxSeccompOperator as Operator, LinuxSyscall,
 };
+
+use super::{argument, Conditions};
 
 const EPERM: u32 = 1;
 const ENOSYS: u32 = 38;
@@ -44,7 +45,7 @@ const ALWAYS: &str = "
     name_to_handle_at nanosleep newfstatat _newselect
     open openat openat2
     pause pidfd_open pidfd_send_signal pipe pipe2 pkey_alloc pkey_free pkey_mprotect poll ppoll ppoll_time64 prctl pread64
-    preadv preadv2 prlimit64 process_mrelease process_vm_readv process_vm_writev pselect6 pselect6_time64 ptrace pwrite64
+    preadv preadv2 prlimit64 process_mrelease pselect6 pselect6_time64 pwrite64
     pwritev pwritev2
     read readahead readlink readlinkat readv recv recvfrom recvmmsg recvmmsg_time64 recvmsg remap_file_pages removexattr
     removexattrat rename renameat renameat2 restart_syscall riscv_hwprobe rmdir rseq rt_sigaction rt_sigpending
@@ -63,6 +64,10 @@ const ALWAYS: &str = "
     vfork vmsplice
     wait4 waitid waitpid write writev";
 
+/// Allowed with any arguments on kernels from 4.8 on; before, a traced process could change a call after the filter had seen it.
+const TRACING: &str = "process_vm_readv process_vm_writev ptrace";
+const TRACING_IS_SAFE: (u32, u32) = (4, 8);
+
 /// Allowed with any arguments when the bounding set holds the capability.
 const WITH_CAPABILITY: &[(Capability, &str)] = &[
     (Capability::Bpf, "bpf"),
@@ -79,7 +84,7 @@ const WITH_CAPABILITY: &[(Capability, &str)] = &[
     (Capability::SysModule, "delete_module finit_module init_module"),
     (Capability::SysNice, "get_mempolicy mbind set_mempolicy set_mempolicy_home_node"),
     (Capability::SysPacct, "acct"),
-    (Capability::SysPtrace, "kcmp pidfd_getfd process_madvise"),
+    (Capability::SysPtrace, "kcmp pidfd_getfd process_madvise process_vm_readv process_vm_writev ptrace"),
     (Capability::SysRawio, "ioperm iopl"),
     (Capability::SysTime, "clock_settime clock_settime64 settimeofday stime"),
     (Capability::SysTtyConfig, "vhangup"),
@@ -99,22 +104,26 @@ const ON_ARCHITECTURE: &[(&[&str], &str)] = &[
 /// personality(2): PER_LINUX, PER_LINUX32, UNAME26 with either, and the question 0xffffffff.
 const PERSONALITIES: [u64; 5] = [0, 0x8, 0x2_0000, 0x2_0008, 0xffff_ffff];
 
-/// socket(2) families from AF_ALG (38) on that are allowed. AF_ALG is a frequent way into the kernel and AF_VSOCK (40)
-/// leads to the hypervisor and knows no namespaces. An allow list, because the filter compares 64 bits where the kernel
-/// takes 32: `!= 40` would let 40 + 2^32 pass.
-const FAMILIES_FROM_ALG: [u64; 6] = [39, 41, 42, 43, 44, 45];
-const AF_ALG: u64 = 38;
+/// Below this socket(2) family all are allowed: the usual ones, and a few old ones without users' code to reach.
+const FAMILIES_BELOW: u64 = 12;
+/// The allowed ones from there on. Left out: DECnet, Econet, ATM SVC, IrDA, WANPIPE, ISDN and CAIF, which hardly anybody
+/// needs, AF_ALG (38), a frequent way into the kernel, and AF_VSOCK (40), which leads to the hypervisor and knows no namespaces.
+/// An allow list, because the filter compares 64 bits where the kernel takes 32: `!= 40` would let 40 + 2^32 pass.
+const FAMILIES: [u64; 25] = [13, 14, 15, 16, 17, 18, 21, 22, 24, 26, 27, 28, 29, 30, 31, 32, 33, 35, 36, 39, 41, 42, 43, 44, 45];
 
-/// The profile for a container with these capabilities in its bounding set, on a machine of this architecture (name of
-/// `std::env::consts::ARCH`).
-pub fn runtime_default(bounding: &Capabilities, arch: &str) -> LinuxSeccomp {
+/// The profile for a container under these conditions.
+pub fn runtime_default(conditions: &Conditions) -> LinuxSeccomp {
+    let Conditions { bounding, arch, kernel } = *conditions;
     let mut syscalls = vec![allow(ALWAYS)];
-    for family in FAMILIES_FROM_ALG {
-        syscalls.push(allow_if("socket", argument(0, Operator::ScmpCmpEq, family)));
+    if kernel >= TRACING_IS_SAFE {
+        syscalls.push(allow(TRACING));
     }
-    syscalls.push(allow_if("socket", argument(0, Operator::ScmpCmpLt, AF_ALG)));
+    syscalls.push(allow_if("socket", argument(0, Operator::ScmpCmpLt, FAMILIES_BELOW, 0)));
+    for family in FAMILIES {
+        syscalls.push(allow_if("socket", argument(0, Operator::ScmpCmpEq, family, 0)));
+    }
     for personality in PERSONALITIES {
-        syscalls.push(allow_if("personality", argument(0, Operator::ScmpCmpEq, personality)));
+        syscalls.push(allow_if("personality", argument(0, Operator::ScmpCmpEq, personality, 0)));
     }
     for (arches, names) in ON_ARCHITECTURE {
         if arches.contains(&arch) {
@@ -129,8 +138,7 @@ pub fn runtime_default(bounding: &Capabilities, arch: &str) -> LinuxSeccomp {
     if !bounding.contains(&Capability::SysAdmin) {
         // The stack comes first on s390, the flags second.
         let flags = usize::from(arch == "s390x");
-        // (flags & mask) == the second value, which is 0 unless given.
-        syscalls.push(allow_if("clone", argument(flags, Operator::ScmpCmpMaskedEq, NAMESPACE_FLAGS)));
+        syscalls.push(allow_if("clone", argument(flags, Operator::ScmpCmpMaskedEq, NAMESPACE_FLAGS, 0)));
         let mut clone3 = syscall("clone3", Action::ScmpActErrno);
         clone3.set_errno_ret(Some(ENOSYS));
         syscalls.push(clone3);
@@ -150,6 +158,7 @@ fn architectures(arch: &str) -> Option<Vec<Arch>> {
         "aarch64" => &[Arch::ScmpArchAarch64, Arch::ScmpArchArm],
         "s390x" => &[Arch::ScmpArchS390x, Arch::ScmpArchS390],
         "riscv64" => &[Arch::ScmpArchRiscv64],
+        "loongarch64" => &[Arch::ScmpArchLoongarch64],
         _ => return None,
     };
     Some(list.to_vec())
@@ -171,11 +180,6 @@ fn allow_if(name: &str, condition: LinuxSeccompArg) -> LinuxSyscall {
     syscall
 }
 
-fn argument(index: usize, op: Operator, value: u64) -> LinuxSeccompArg {
-    let argument = LinuxSeccompArgBuilder::default().index(index).op(op).value(value).value_two(0u64).build();
-    argument.expect("every field of the builder has a default")
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -184,19 +188,31 @@ mod tests {
         profile.syscalls().as_ref().unwrap().iter().filter(|s| s.names().iter().any(|n| n == name)).collect()
     }
 
+    fn profile(bounding: &[Capability], arch: &str) -> LinuxSeccomp {
+        let bounding = bounding.iter().copied().collect();
+        runtime_default(&Conditions { bounding: &bounding, arch, kernel: (6, 1) })
+    }
+
     #[test]
     fn everything_else_is_eperm() {
-        let profile = runtime_default(&Capabilities::new(), "x86_64");
+        let profile = profile(&[], "x86_64");
         assert_eq!((profile.default_action(), profile.default_errno_ret()), (Action::ScmpActErrno, Some(1)));
-        for name in ["unshare", "mount", "bpf", "io_uring_setup", "open_by_handle_at", "setns", "keyctl", "userfaultfd"] {
+        for name in ["unshare", "mount", "bpf", "io_uring_setup", "open_by_handle_at", "setns", "keyctl", "userfaultfd", "kcmp"] {
             assert!(rules(&profile, name).is_empty(), "{name}");
         }
-        assert_eq!(profile.architectures().as_ref().unwrap()[0], Arch::ScmpArchX86_64);
+    }
+
+    #[test]
+    fn architectures_with_those_their_kernels_run_too() {
+        let of = |arch: &str| profile(&[], arch).architectures().clone();
+        assert_eq!(of("x86_64").unwrap(), [Arch::ScmpArchX86_64, Arch::ScmpArchX86, Arch::ScmpArchX32]);
+        assert_eq!(of("aarch64").unwrap(), [Arch::ScmpArchAarch64, Arch::ScmpArchArm]);
+        assert_eq!((of("loongarch64").unwrap().len(), of("sparc64")), (1, None));
     }
 
     #[test]
     fn capabilities_open_their_calls() {
-        let profile = runtime_default(&[Capability::SysAdmin, Capability::SysTime].into(), "x86_64");
+        let profile = profile(&[Capability::SysAdmin, Capability::SysTime], "x86_64");
         for name in ["unshare", "mount", "bpf", "clone", "clone3", "stime"] {
             let rules = rules(&profile, name);
             assert_eq!(rules.len(), 1, "{name}");
@@ -205,23 +221,43 @@ mod tests {
     }
 
     #[test]
+    fn tracing_needs_a_young_kernel_or_the_capability() {
+        let on = |bounding: &[Capability], kernel: (u32, u32)| {
+            let bounding = bounding.iter().copied().collect();
+            let profile = runtime_default(&Conditions { bounding: &bounding, arch: "x86_64", kernel });
+            ["ptrace", "process_vm_readv"].map(|name| !rules(&profile, name).is_empty())
+        };
+        assert_eq!((on(&[], (4, 7)), on(&[], (4, 8)), on(&[], (5, 0))), ([false; 2], [true; 2], [true; 2]));
+        assert_eq!(on(&[Capability::SysPtrace], (4, 7)), [true; 2]);
+    }
+
+    #[test]
     fn clone_may_not_make_namespaces_without_sys_admin() {
-        let profile = runtime_default(&Capabilities::new(), "x86_64");
-        let clone = rules(&profile, "clone")[0].args().as_ref().unwrap()[0];
+        let amd64 = profile(&[], "x86_64");
+        let clone = rules(&amd64, "clone")[0].args().as_ref().unwrap()[0];
         assert_eq!((clone.index(), clone.value(), clone.value_two()), (0, 0x7e02_0000, Some(0)));
-        let clone3 = rules(&profile, "clone3")[0];
+        let clone3 = rules(&amd64, "clone3")[0];
         assert_eq!((clone3.action(), clone3.errno_ret()), (Action::ScmpActErrno, Some(38)));
-        let s390 = runtime_default(&Capabilities::new(), "s390x");
+        let s390 = profile(&[], "s390x");
         assert_eq!(rules(&s390, "clone")[0].args().as_ref().unwrap()[0].index(), 1);
     }
 
     #[test]
-    fn socket_has_no_rule_for_alg_and_vsock() {
-        let profile = runtime_default(&Capabilities::new(), "aarch64");
+    fn socket_families_are_an_allow_list() {
+        let profile = profile(&[], "aarch64");
         let families = rules(&profile, "socket");
         let conditions: Vec<_> = families.iter().map(|s| s.args().as_ref().unwrap()[0]).map(|a| (a.op(), a.value())).collect();
-        assert!(conditions.contains(&(Operator::ScmpCmpLt, 38)));
-        assert!(conditions.iter().all(|(op, value)| *op == Operator::ScmpCmpLt || ![38, 40].contains(value)));
+        let allowed = |family: u64| {
+            conditions.iter().any(|(op, value)| match op {
+                Operator::ScmpCmpLt => family < *value,
+                Operator::ScmpCmpEq => family == *value,
+                _ => panic!("{op:?}"),
+            })
+        };
+        let refused: Vec<u64> = (0..64).filter(|family| !allowed(*family)).collect();
+        let beyond: Vec<u64> = (46..64).collect();
+        assert_eq!(refused, [&[12, 19, 20, 23, 25, 34, 37, 38, 40][..], &beyond].concat());
+        assert!(!allowed(40 + (1 << 32)) && !allowed(2 + (1 << 32)));
     }
 
     #[test]
