@@ -8,7 +8,7 @@ impl Registry {
         let dir = tempfile::tempdir().expect("make a directory");
         let data = dir.path().join("data");
         let mut registry = Registry::serving(&data);
-        registry.storage = Some(dir);
+        registry._storage = Some(dir);
         registry
     }
 

@@ -17,7 +17,7 @@ pub struct Registry {
     pub host: String,
     _dir: TempDir,
     /// Storage that goes with it.
-    pub storage: Option<TempDir>,
+    pub _storage: Option<TempDir>,
 }
 
 impl Registry {
@@ -35,7 +35,7 @@ impl Registry {
         let path = dir.path().join("config.yml");
         fs::write(&path, config).expect("write the registry's configuration");
         let child = Program::new(program).arg("serve").arg(&path).spawn().expect("start the registry");
-        let registry = Registry { child, host, storage: None, _dir: dir };
+        let registry = Registry { child, host, _storage: None, _dir: dir };
         let begin = Instant::now();
         while TcpStream::connect(&registry.host).is_err() {
             assert!(begin.elapsed() < Duration::from_secs(20), "the registry does not listen on {}", registry.host);
