@@ -235,9 +235,9 @@ Removes the images that no container has, running or not, and shows them; pinned
         about: "verify and repair what is stored of images",
         json: true,
         text: "\
-Reads all that is stored of images: the index, manifests and configs against their digests, and each unpacked layer, file
-by file, against the digest that the image has for it. It takes as long as the disk needs to read it all, and disturbs
-nobody. Ends with 1 if there is damage that stays.
+Reads all that is stored of images: the index, manifests and configs against their digests, and each unpacked layer,
+file by file, against the digest that the image has for it. It takes as long as the disk needs to read it all, and
+disturbs nobody. Ends with 1 if there is damage that stays.
 
   --repair             a damaged layer is marked: images that need it are incomplete until the next pull of one, which
                        fetches this layer alone; damaged documents go to the quarantine directory; the index is
