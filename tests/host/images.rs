@@ -41,8 +41,9 @@ impl Registry {
             storage.display()
         );
         std::fs::write(&config, text).unwrap();
-        let child = Command::new("docker-registry").arg("serve").arg(&config).stdout(Stdio::null()).stderr(Stdio::null()).spawn();
-        let registry = Registry { child: child.expect("run docker-registry (apt-get install docker-registry)"), address };
+        let program = crate::daemon::find("docker-registry").expect("docker-registry is not installed: run scripts/install-deps");
+        let child = Command::new(program).arg("serve").arg(&config).stdout(Stdio::null()).stderr(Stdio::null()).spawn();
+        let registry = Registry { child: child.expect("run docker-registry"), address };
         let end = Instant::now() + Duration::from_secs(20);
         while std::net::TcpStream::connect(&registry.address).is_err() {
             assert!(Instant::now() < end, "docker-registry does not answer");
