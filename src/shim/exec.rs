@@ -11,6 +11,7 @@ use super::task::{Purpose, Task};
 use crate::cgroup::{Cgroup, Layout, Mode};
 use crate::error::{Code, Context, Error, Result};
 use crate::runtime::{oci, Kind};
+use crate::sys::process::no_output;
 use crate::sys::{file, monitor};
 
 /// Most execs at a time: each holds a connection, and a stop must always get one.
@@ -149,9 +150,11 @@ impl Shim {
         let args = oci::exec(&self.config.handler, &call, &self.config.id);
         let mut program = oci::program(&self.config.handler, args).current_dir(&self.dir);
         let mut stdio = stdio.into_iter();
-        if let (Some(stdin), Some(stdout), Some(stderr)) = (stdio.next(), stdio.next(), stdio.next()) {
-            program = program.stdin_from(stdin).stdout_to(stdout).stderr_to(stderr);
-        }
+        program = match (stdio.next(), stdio.next(), stdio.next()) {
+            (Some(stdin), Some(stdout), Some(stderr)) => program.stdin_from(stdin).stdout_to(stdout).stderr_to(stderr),
+            // A terminal is sent to us. What the runtime has besides is not the host's /dev/null: see `no_output`.
+            _ => program.stdout_to(no_output()?).stderr_to(no_output()?),
+        };
         Task::start(program, &self.config.handler.path, Purpose::Exec(number), log, vec![process_file], self.limit())
     }
 

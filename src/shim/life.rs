@@ -17,6 +17,7 @@ use super::task::{Purpose, Task};
 use crate::error::{Error, Result};
 use crate::runtime::{oci, Kind};
 use crate::sys::monitor::{self, End};
+use crate::sys::process::no_output;
 use crate::sys::{file, pidfd};
 
 /// How long processes may take to die of SIGKILL before we go on without them.
@@ -53,9 +54,8 @@ impl Shim {
         if let Some(fd) = ends.stdin {
             program = program.stdin_from(fd);
         }
-        if let Some(fd) = ends.stdout {
-            program = program.stdout_to(fd);
-        }
+        // With a terminal the runtime's own, which is not the host's /dev/null.
+        program = program.stdout_to(ends.stdout.map_or_else(no_output, Ok)?);
         let task = Task::start(program, &handler.path, Purpose::Run, log, Vec::new(), self.limit())?;
         self.tasks.push(task);
         Ok(())

@@ -117,7 +117,7 @@ impl Program {
     }
 
     /// Starts the program in a session-independent process group of its own and lets it live: for monitors. Its
-    /// stdin, stdout and stderr are those given, else an empty pipe and /dev/null. The caller reaps it.
+    /// stdin, stdout and stderr are those given, else one at its end and /dev/null. The caller reaps it.
     pub fn spawn(mut self) -> Result<Child> {
         self.command.stdin(self.stdin_fd.take().map_or_else(no_input, Ok)?);
         self.command.stdout(self.stdout.take().map_or_else(Stdio::null, Stdio::from));
@@ -166,14 +166,15 @@ impl Program {
     }
 }
 
-/// A stdin that is at its end: a pipe that nobody writes to. Never /dev/null, which is the host's: crun gives a container's stdin to its
-/// root, who in a user namespace could then forbid /dev/null to the whole machine.
+/// A stdin that is at its end: `no_output`, or a pipe that nobody writes to for who may not make that. A program tells a pipe from a
+/// terminal that is not there, and may wait for input where it would else do its work.
 pub fn no_input() -> Result<OwnedFd> {
-    super::monitor::pipe().map(|(read, _)| read)
+    no_output().or_else(|_| super::monitor::pipe().map(|(read, _)| read))
 }
 
-/// A place for output that nobody wants: a null device of our own, on a file system that is mounted nowhere and goes with the
-/// descriptor. Not the host's, for the reason that `no_input` gives. Needs Linux 5.2 and CAP_SYS_ADMIN.
+/// A null device of our own, on a file system that is mounted nowhere and goes with the descriptor. Never the host's: crun gives the
+/// standard streams of a container to its root, who in a user namespace could then forbid /dev/null to the whole machine. Needs
+/// Linux 5.2 and CAP_SYS_ADMIN.
 pub fn no_output() -> Result<OwnedFd> {
     use rustix::fs::{FileType, Mode, OFlags};
     use rustix::mount::{fsconfig_create, fsmount, fsopen, FsMountFlags, FsOpenFlags, MountAttrFlags};
@@ -181,7 +182,10 @@ pub fn no_output() -> Result<OwnedFd> {
     let fs = fsopen("tmpfs", FsOpenFlags::FSOPEN_CLOEXEC).context(what)?;
     fsconfig_create(fs.as_fd()).context(what)?;
     let mount = fsmount(fs.as_fd(), FsMountFlags::FSMOUNT_CLOEXEC, MountAttrFlags::empty()).context(what)?;
-    rustix::fs::mknodat(&mount, "null", FileType::CharacterDevice, Mode::from(0o666), rustix::fs::makedev(1, 3)).context(what)?;
+    let mode = Mode::from(0o666);
+    rustix::fs::mknodat(&mount, "null", FileType::CharacterDevice, mode, rustix::fs::makedev(1, 3)).context(what)?;
+    // Whatever the umask is: the container's user may open /dev/stdin again.
+    rustix::fs::chmodat(&mount, "null", mode, rustix::fs::AtFlags::empty()).context(what)?;
     rustix::fs::openat(&mount, "null", OFlags::RDWR | OFlags::CLOEXEC, Mode::empty()).context(what)
 }
 

@@ -203,6 +203,9 @@ fn standard_streams_can_be_opened_again() {
         terminal.log.wait_for("here");
         assert_eq!(terminal.log.text("stdout").replace('\r', ""), "0\nhere\n", "{handler}");
         host.remove_all();
+        // What has no stream was not given the host's device, which would now be the container's.
+        let owner = fs::metadata("/dev/null").map(|meta| (meta.uid(), meta.gid())).expect("look at /dev/null");
+        assert_eq!(owner, (0, 0), "{handler}: /dev/null");
     }
     host.finish();
 }
