@@ -58,7 +58,7 @@ const X32: [&str; 36] = [
 const X32_FIRST: u32 = 512;
 
 /// Calls of x86_64 that x32 has not (marked "64" in arch/x86/entry/syscalls/syscall_64.tbl).
-const NOT_ON_X32: [&str; 11] = [
+const NOT_ON_X32: [&str; 13] = [
     "uselib",
     "_sysctl",
     "create_module",
@@ -70,6 +70,8 @@ const NOT_ON_X32: [&str; 11] = [
     "epoll_ctl_old",
     "epoll_wait_old",
     "vserver",
+    "map_shadow_stack",
+    "uretprobe",
 ];
 
 /// __ARM_NR_BASE + n (arch/arm/include/uapi/asm/unistd.h)
