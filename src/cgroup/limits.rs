@@ -157,6 +157,14 @@ pub fn set_hugepages(cgroup: &Cgroup, size: &str, bytes: u64) -> Result<()> {
     }
 }
 
+/// Takes the quota of CPU time away in a v1 cgroup; false on v2, where this is another file.
+pub fn lift_quota(cgroup: &Cgroup) -> Result<bool> {
+    match cgroup.dirs.iter().find(|dir| dir.has("cpu")) {
+        Some(dir) => write(&dir.path.join("cpu.cfs_quota_us"), "-1").map(|()| true),
+        None => Ok(false),
+    }
+}
+
 /// Prepares a v1 cpuset for a change by the OCI runtime: no child may have more than its parent, and execs' own cgroups are
 /// children. `None` or "" is no change.
 pub fn admit_cpuset(cgroup: &Cgroup, cpus: Option<&str>, mems: Option<&str>) -> Result<()> {
@@ -304,6 +312,14 @@ mod tests {
         let error = set_hugepages(&tree.cgroup(&["hugetlb"], false), "64KB", 1).unwrap_err();
         assert!(error.message().contains("64KB"), "{error}");
         assert!(set_hugepages(&tree.cgroup(&["cpu"], false), "2MB", 1).is_err());
+    }
+
+    #[test]
+    fn a_quota_is_lifted_on_v1_alone() {
+        let tree = Tree::new(&[("cpu.cfs_quota_us", "5000\n")]);
+        assert!(lift_quota(&tree.cgroup(&["cpu"], false)).unwrap());
+        assert_eq!(tree.read("cpu.cfs_quota_us"), "-1");
+        assert!(!lift_quota(&tree.cgroup(&[], true)).unwrap());
     }
 
     #[test]

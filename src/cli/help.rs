@@ -119,8 +119,8 @@ otherwise.
         about: "take images from files, without a registry",
         json: true,
         text: "\
-Takes in the images of each FILE: an OCI or docker archive (tar, also gzip or zstd) or an OCI layout directory. The daemon reads
-the file, so it must be on the daemon's host.
+Takes in the images of each FILE: an OCI or docker archive (tar, also gzip or zstd) or an OCI layout directory. The
+daemon reads the file, so it must be on the daemon's host.
 
   --name REFERENCE     name for the image, if there is one FILE with one image; else the names in the archive
 ",
@@ -235,9 +235,9 @@ Removes the images that no container has, running or not, and shows them; pinned
         about: "verify and repair what is stored of images",
         json: true,
         text: "\
-Reads all that is stored of images: the index, manifests and configs against their digests, and each unpacked layer, file
-by file, against the digest that the image has for it. It takes as long as the disk needs to read it all, and disturbs
-nobody. Ends with 1 if there is damage that stays.
+Reads all that is stored of images: the index, manifests and configs against their digests, and each unpacked layer,
+file by file, against the digest that the image has for it. It takes as long as the disk needs to read it all, and
+disturbs nobody. Ends with 1 if there is damage that stays.
 
   --repair             a damaged layer is marked: images that need it are incomplete until the next pull of one, which
                        fetches this layer alone; damaged documents go to the quarantine directory; the index is

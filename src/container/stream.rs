@@ -1,6 +1,5 @@
 //! Exec with streams, and attach: a process's stdio as descriptors that do not block, for whoever moves the bytes.
 
-use std::fs::File;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
 use rustix::pipe::{pipe_with, PipeFlags};
@@ -11,7 +10,7 @@ use crate::error::{Code, Context, Error, Result};
 use crate::shim::client::{Attachment, Client, RunningExec};
 use crate::shim::protocol::ExecRequest;
 use crate::sys::cancel::Cancel;
-use crate::sys::process::set_nonblocking;
+use crate::sys::process::{no_input, no_output, set_nonblocking};
 
 /// The streams that a client asks for.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -150,12 +149,11 @@ impl Containers {
         let (pairs, ends) = pipes(wanted)?;
         let user = container.status().user;
         give(&ends, container.meta.owner(user.uid, user.gid))?;
-        let null = File::options().read(true).write(true).open("/dev/null").context(|| "open /dev/null")?;
-        let empty = crate::sys::process::no_input()?;
-        let mut fds = ends.each_ref().map(|e| e.as_ref().map_or(null.as_fd(), AsFd::as_fd));
-        if ends[0].is_none() {
-            fds[0] = empty.as_fd();
-        }
+        // Never /dev/null: see `no_input`.
+        let empty = ends[0].is_none().then(no_input).transpose()?;
+        let sink = ends[1..].iter().any(Option::is_none).then(no_output).transpose()?;
+        let spare = [&empty, &sink, &sink];
+        let fds = std::array::from_fn(|i| ends[i].as_ref().or(spare[i].as_ref()).expect("one or the other").as_fd());
         let exec = client.exec(&request, fds, starting).context(what)?;
         let [stdin, stdout, stderr] = pairs;
         Ok(streams(Kind::Exec(exec, None), stdin, stdout, stderr))

@@ -14,6 +14,7 @@ use crate::api::runtime::LinuxContainerResources;
 use crate::cgroup::limits::{self, Limits};
 use crate::cgroup::Cgroup;
 use crate::error::{Context, Error, ErrorList, Result};
+use crate::runtime::Kind;
 use crate::shim::client::{self, Client};
 use crate::spec::resources::update::merge;
 use crate::spec::{self, OomScoreAdj, Update};
@@ -113,6 +114,13 @@ impl Containers {
     }
 
     fn tell_runtime(&self, container: &Container, resources: &LinuxResources) -> Result<()> {
+        let mut resources = resources.clone();
+        if let Some(cpu) = resources.cpu_mut().as_mut().filter(|cpu| cpu.quota() == Some(-1)) {
+            // crun writes it to a v1 cgroup as a number without a sign, which the kernel refuses. It remembers no limits, as runc does.
+            if container.meta.handler.kind == Kind::Crun && limits::lift_quota(&container.cgroup()?)? {
+                cpu.set_quota(None);
+            }
+        }
         let json = serde_json::to_value(resources).context(|| "encode resources")?;
         Client::new(&container.meta.dir).update(json, self.settings.runtime_timeout + SHIM_MARGIN)
     }

@@ -219,7 +219,9 @@ fn an_incomplete_image_says_so_until_it_is_pulled() {
         assert!(site.listed().is_empty() && site.images.status("q.io/rich:1").unwrap().is_none());
         let incomplete = site.images.incomplete();
         assert_eq!(incomplete.len(), 2);
-        assert!(incomplete[0].reason.contains(&format!("layer {} is damaged: base: its time", site.base)), "{incomplete:?}");
+        // With the files, which nobody has mounted, the reason may have gone by the restart.
+        assert!(incomplete[0].reason.starts_with(&format!("layer {} is ", site.base)), "{incomplete:?}");
+        assert!(again || incomplete[0].reason.contains("is damaged: base: its time"), "{incomplete:?}");
         let e = site.images.hold("q.io/rich:1", "c1").unwrap_err();
         assert!(e.code() == Code::FailedPrecondition && e.message().contains("incomplete") && e.message().contains("pull it again"), "{e}");
         assert_eq!(site.images.require("q.io/none").unwrap_err().code(), Code::NotFound);

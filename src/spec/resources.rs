@@ -51,6 +51,10 @@ pub(super) fn resources(inputs: &Inputs, warnings: &mut Vec<String>) -> Result<L
     let asked = &inputs.config.linux.resources;
     let mut all = LinuxResources::default();
     apply(&mut all, asked, inputs.host, warnings)?;
+    if let Some(cpu) = all.cpu_mut().as_mut().filter(|cpu| cpu.quota() == Some(-1)) {
+        // What a new cgroup has; crun cannot write it on v1.
+        cpu.set_quota(None);
+    }
     all.set_hugepage_limits(hugepages::merge(&[], hugepages::limits(asked, inputs.host)?));
     all.set_devices(Some(device_rules(inputs)));
     all.set_block_io(inputs.classes.block_io.clone());

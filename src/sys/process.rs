@@ -172,6 +172,19 @@ pub fn no_input() -> Result<OwnedFd> {
     super::monitor::pipe().map(|(read, _)| read)
 }
 
+/// A place for output that nobody wants: a null device of our own, on a file system that is mounted nowhere and goes with the
+/// descriptor. Not the host's, for the reason that `no_input` gives. Needs Linux 5.2 and CAP_SYS_ADMIN.
+pub fn no_output() -> Result<OwnedFd> {
+    use rustix::fs::{FileType, Mode, OFlags};
+    use rustix::mount::{fsconfig_create, fsmount, fsopen, FsMountFlags, FsOpenFlags, MountAttrFlags};
+    let what = || "make a null device";
+    let fs = fsopen("tmpfs", FsOpenFlags::FSOPEN_CLOEXEC).context(what)?;
+    fsconfig_create(fs.as_fd()).context(what)?;
+    let mount = fsmount(fs.as_fd(), FsMountFlags::FSMOUNT_CLOEXEC, MountAttrFlags::empty()).context(what)?;
+    rustix::fs::mknodat(&mount, "null", FileType::CharacterDevice, Mode::from(0o666), rustix::fs::makedev(1, 3)).context(what)?;
+    rustix::fs::openat(&mount, "null", OFlags::RDWR | OFlags::CLOEXEC, Mode::empty()).context(what)
+}
+
 fn kill_group(child: &Child) {
     let group = nix::unistd::Pid::from_raw(child.id() as i32);
     // Not reaped yet, so the number is still ours.
@@ -264,6 +277,19 @@ mod tests {
     use std::time::Instant;
 
     const MINUTE: Duration = Duration::from_secs(60);
+
+    #[test]
+    fn a_sink_of_our_own() {
+        use std::os::unix::fs::MetadataExt;
+        if !rustix::process::geteuid().is_root() {
+            return;
+        }
+        let mut sink = std::fs::File::from(no_output().unwrap());
+        sink.write_all(&[7; 100_000]).unwrap();
+        let (ours, hosts) = (sink.metadata().unwrap(), std::fs::metadata("/dev/null").unwrap());
+        assert_eq!(ours.rdev(), hosts.rdev());
+        assert_ne!((ours.dev(), ours.ino()), (hosts.dev(), hosts.ino()));
+    }
 
     #[test]
     fn input_output_and_exit() {

@@ -12,8 +12,6 @@ mod streams;
 mod client;
 #[path = "../host/daemon.rs"]
 mod daemon;
-// The tests push into it.
-#[allow(dead_code)]
 #[path = "../host/registry.rs"]
 mod registry;
 

@@ -385,6 +385,46 @@ fn layer_stream(bytes: &[u8]) {
 mod tests {
     use super::*;
 
+    /// What people write or registries send, bent a little: cheap enough for every run.
+    #[test]
+    fn bent_corpora() {
+        const SIGNS: &[u8] = b"\"\\/=:,.@[]{} \n%*";
+        const BENT: [&str; 5] = ["image_reference", "image_manifest", "hosts_toml", "docker_config", "www_authenticate"];
+        let mut state = 0x9e37_79b9_7f4a_7c15_u64;
+        let mut random = move |below: usize| {
+            state ^= state << 13;
+            state ^= state >> 7;
+            state ^= state << 17;
+            (state % below.max(1) as u64) as usize
+        };
+        for (name, target) in TARGETS.iter().filter(|(name, _)| BENT.contains(name)) {
+            let dir = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fuzz/corpus").join(name);
+            let mut paths: Vec<_> = std::fs::read_dir(&dir).unwrap().map(|file| file.unwrap().path()).collect();
+            paths.sort();
+            let corpus: Vec<Vec<u8>> = paths.iter().map(|path| std::fs::read(path).unwrap()).collect();
+            for _ in 0..1000 {
+                let mut bytes = corpus[random(corpus.len())].clone();
+                for _ in 0..=random(4) {
+                    let at = random(bytes.len() + 1);
+                    let other = &corpus[random(corpus.len())];
+                    match random(5) {
+                        0 => bytes.truncate(at),
+                        1 => bytes.insert(at, SIGNS[random(SIGNS.len())]),
+                        2 => drop(bytes.drain(at..(at + random(8)).min(bytes.len()))),
+                        3 => bytes.extend_from_slice(&other[random(other.len() + 1)..]),
+                        _ => {
+                            if let Some(byte) = bytes.get_mut(at) {
+                                *byte = random(256) as u8;
+                            }
+                        }
+                    }
+                }
+                let result = std::panic::catch_unwind(|| target(&bytes));
+                assert!(result.is_ok(), "{name}: {:?}", String::from_utf8_lossy(&bytes));
+            }
+        }
+    }
+
     #[test]
     fn corpora() {
         let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fuzz/corpus");

@@ -22,6 +22,7 @@ mod network;
 mod objects;
 mod pulls;
 mod python;
+mod push;
 mod registry;
 mod resources;
 mod restart;

@@ -9,25 +9,18 @@ use std::time::{Duration, Instant};
 use crisp::sys::process::Program;
 use tempfile::TempDir;
 
-use crate::daemon::{find, image, tool};
+use crate::daemon::find;
 
 pub struct Registry {
     child: Child,
     /// `127.0.0.1:PORT`
     pub host: String,
     _dir: TempDir,
-    _data: Option<TempDir>,
+    /// Storage that goes with it.
+    pub _storage: Option<TempDir>,
 }
 
 impl Registry {
-    pub fn start() -> Registry {
-        let dir = tempfile::tempdir().expect("make a directory");
-        let data = dir.path().join("data");
-        let mut registry = Registry::serving(&data);
-        registry._data = Some(dir);
-        registry
-    }
-
     /// With the files of a directory that stays.
     pub fn serving(data: &Path) -> Registry {
         let program = find("docker-registry").expect("docker-registry is not installed: run scripts/install-deps");
@@ -42,21 +35,13 @@ impl Registry {
         let path = dir.path().join("config.yml");
         fs::write(&path, config).expect("write the registry's configuration");
         let child = Program::new(program).arg("serve").arg(&path).spawn().expect("start the registry");
-        let registry = Registry { child, host, _data: None, _dir: dir };
+        let registry = Registry { child, host, _storage: None, _dir: dir };
         let begin = Instant::now();
         while TcpStream::connect(&registry.host).is_err() {
             assert!(begin.elapsed() < Duration::from_secs(20), "the registry does not listen on {}", registry.host);
             std::thread::sleep(Duration::from_millis(20));
         }
         registry
-    }
-
-    /// Pushes an image of scripts/image; the reference to pull it by.
-    pub fn push(&self, name: &str) -> String {
-        let reference = format!("{}/{name}:1", self.host);
-        let source = format!("oci-archive:{}", image(name).display());
-        tool("skopeo", &["copy", "--quiet", "--dest-tls-verify=false", &source, &format!("docker://{reference}")]);
-        reference
     }
 }
 

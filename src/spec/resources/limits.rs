@@ -186,7 +186,7 @@ mod tests {
         let mut fixture = Fixture::new();
         (fixture.resources().cpu_quota, fixture.resources().memory_limit_in_bytes) = (-1, -1);
         let resources = resources_of(&mut fixture);
-        assert_eq!(resources.cpu().as_ref().unwrap().quota(), Some(-1));
+        assert_eq!(resources.cpu().as_ref().unwrap().quota(), None, "a new cgroup has none");
         assert_eq!((resources.memory().unwrap().limit(), resources.memory().unwrap().swap()), (Some(-1), Some(-1)));
     }
 
