@@ -157,7 +157,7 @@ fn filters_answer_as_libseccomps() {
         return;
     }
     let arch = std::env::consts::ARCH;
-    if !["x86_64", "aarch64"].contains(&arch) {
+    if arch != "x86_64" {
         return;
     }
     let default = |bounding: &[Capability]| {
@@ -172,37 +172,36 @@ fn filters_answer_as_libseccomps() {
         let profile = Profile::parse(text.as_bytes()).expect("a profile");
         profile.resolve(&Conditions { bounding: &Capabilities::new(), arch, kernel: (6, 1) }).expect("resolve").0
     };
+    // Of calls that crun can do without between the filter and its end.
     const OPERATORS: &str = r#"{"defaultAction": "SCMP_ACT_LOG", "architectures": ["SCMP_ARCH_X86_64", "SCMP_ARCH_X86", "SCMP_ARCH_X32"], "syscalls": [
-        {"names": ["read"], "action": "SCMP_ACT_ERRNO", "errnoRet": 7, "args": [{"index": 0, "value": 40, "op": "SCMP_CMP_NE"}]},
-        {"names": ["write"], "action": "SCMP_ACT_TRAP", "args": [{"index": 0, "value": 40, "op": "SCMP_CMP_LT"}]},
-        {"names": ["open"], "action": "SCMP_ACT_KILL_PROCESS", "args": [{"index": 1, "value": 40, "op": "SCMP_CMP_LE"}]},
-        {"names": ["close"], "action": "SCMP_ACT_KILL", "args": [{"index": 1, "value": 40, "op": "SCMP_CMP_GT"}]},
-        {"names": ["stat"], "action": "SCMP_ACT_TRACE", "errnoRet": 9, "args": [{"index": 2, "value": 40, "op": "SCMP_CMP_GE"}]},
-        {"names": ["fstat"], "action": "SCMP_ACT_ALLOW", "args": [{"index": 0, "value": 12, "op": "SCMP_CMP_EQ"}, {"index": 1, "value": 40, "op": "SCMP_CMP_GE"}]},
-        {"names": ["lstat"], "action": "SCMP_ACT_ALLOW", "args": [{"index": 0, "value": 12, "op": "SCMP_CMP_EQ"}, {"index": 0, "value": 40, "op": "SCMP_CMP_EQ"}]},
-        {"names": ["poll"], "action": "SCMP_ACT_ALLOW", "args": [{"index": 3, "value": 33685504, "valueTwo": 33554432, "op": "SCMP_CMP_MASKED_EQ"}]},
+        {"names": ["kcmp"], "action": "SCMP_ACT_ERRNO", "errnoRet": 7, "args": [{"index": 0, "value": 40, "op": "SCMP_CMP_NE"}]},
+        {"names": ["acct"], "action": "SCMP_ACT_TRAP", "args": [{"index": 0, "value": 40, "op": "SCMP_CMP_LT"}]},
+        {"names": ["quotactl"], "action": "SCMP_ACT_KILL_PROCESS", "args": [{"index": 1, "value": 40, "op": "SCMP_CMP_LE"}]},
+        {"names": ["swapon"], "action": "SCMP_ACT_KILL", "args": [{"index": 1, "value": 40, "op": "SCMP_CMP_GT"}]},
+        {"names": ["swapoff"], "action": "SCMP_ACT_TRACE", "errnoRet": 9, "args": [{"index": 2, "value": 40, "op": "SCMP_CMP_GE"}]},
+        {"names": ["iopl"], "action": "SCMP_ACT_ALLOW", "args": [{"index": 0, "value": 12, "op": "SCMP_CMP_EQ"}, {"index": 1, "value": 40, "op": "SCMP_CMP_GE"}]},
+        {"names": ["vhangup"], "action": "SCMP_ACT_ALLOW", "args": [{"index": 0, "value": 12, "op": "SCMP_CMP_EQ"}, {"index": 0, "value": 40, "op": "SCMP_CMP_EQ"}]},
+        {"names": ["ustat"], "action": "SCMP_ACT_ALLOW", "args": [{"index": 3, "value": 33685504, "valueTwo": 33554432, "op": "SCMP_CMP_MASKED_EQ"}]},
         {"names": ["mmap", "mprotect"], "action": "SCMP_ACT_LOG"},
-        {"names": ["munmap"], "action": "SCMP_ACT_ERRNO"},
-        {"names": ["munmap"], "action": "SCMP_ACT_ALLOW"},
+        {"names": ["kexec_load"], "action": "SCMP_ACT_ERRNO"},
+        {"names": ["kexec_load"], "action": "SCMP_ACT_ALLOW"},
         {"names": ["brk"], "action": "SCMP_ACT_ERRNO", "errnoRet": 3, "args": [{"index": 0, "value": 40, "op": "SCMP_CMP_EQ"}]},
         {"names": ["brk"], "action": "SCMP_ACT_ALLOW"}]}"#;
     const WIDE: &str = r#"{"defaultAction": "SCMP_ACT_ALLOW", "syscalls": [
-        {"names": ["read"], "action": "SCMP_ACT_ERRNO", "args": [{"index": 0, "value": 4294967298, "op": "SCMP_CMP_GT"}]},
-        {"names": ["write"], "action": "SCMP_ACT_ERRNO", "args": [{"index": 0, "value": 4294967298, "op": "SCMP_CMP_LE"}]},
-        {"names": ["ioctl"], "action": "SCMP_ACT_ERRNO", "args": [{"index": 1, "value": 8589934591, "valueTwo": 4294967295, "op": "SCMP_CMP_MASKED_EQ"}]}]}"#;
+        {"names": ["kcmp"], "action": "SCMP_ACT_ERRNO", "args": [{"index": 0, "value": 4294967298, "op": "SCMP_CMP_GT"}]},
+        {"names": ["acct"], "action": "SCMP_ACT_ERRNO", "args": [{"index": 0, "value": 4294967298, "op": "SCMP_CMP_LE"}]},
+        {"names": ["vmsplice"], "action": "SCMP_ACT_ERRNO", "args": [{"index": 1, "value": 8589934591, "valueTwo": 4294967295, "op": "SCMP_CMP_MASKED_EQ"}]}]}"#;
     use Arch::*;
     let all_capabilities = default(&BY_NUMBER);
-    let mut cases = vec![
+    let cases = vec![
         ("default", default(&[])),
         ("default with SYS_ADMIN", default(&[Capability::SysAdmin])),
         ("default with all capabilities", all_capabilities.clone()),
         ("default without other architectures", with(default(&[]), &[])),
-        ("every architecture", with(all_capabilities, &[ScmpArchX86_64, ScmpArchX86, ScmpArchX32, ScmpArchAarch64, ScmpArchArm])),
+        ("without x32", with(all_capabilities, &[ScmpArchX86_64, ScmpArchX86])),
         ("wide values", file(WIDE)),
+        ("operators", file(OPERATORS)),
     ];
-    if arch == "x86_64" {
-        cases.push(("operators", file(OPERATORS)));
-    }
     let _turn = TURN.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
     let _hugetlb = Hugetlb::mount();
     for (n, (name, profile)) in cases.into_iter().enumerate() {
