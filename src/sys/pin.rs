@@ -1,4 +1,4 @@
-//! The daemon's side of [`super::userns`]: starts the program, writes the maps, pins what it makes.
+//! The daemon's side of `sys::userns`: starts the program, writes the maps, pins what it makes.
 
 use std::fs::File;
 use std::io::{ErrorKind, Read, Write};

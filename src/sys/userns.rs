@@ -1,8 +1,8 @@
 //! User namespaces. Only a process of one thread can make or enter one, so this is work for a program of its own: the shim's binary
 //! as `pin`. It speaks over its stdin and stdout, one line of JSON each way:
 //!
-//! - `pin new`: it is in a new user namespace and says [`READY`]. The daemon writes the maps, which takes power that the program
-//!   itself has no more, sends [`Request`]s and gets a [`Reply`] to each; it pins what it wants of /proc/PID/ns.
+//! - `pin new`: it is in a new user namespace and says `READY`. The daemon writes the maps, which takes power that the program
+//!   itself has no more, sends `Request`s and gets a `Reply` to each; it pins what it wants of /proc/PID/ns.
 //! - `pin join`: the request names the pins to enter.
 //!
 //! It ends with its stdin, so a daemon that dies leaves none.
