@@ -83,6 +83,7 @@ pub fn overlay(overlay: &Overlay, target: &Path) -> Result<()> {
         return Err(Error::internal(format!("{}: a read-only overlay needs two layers", what())));
     }
     // `lowerdir+` (Linux 6.7) takes one layer a call; older kernels want the colon list, which one string value carries up to 255 bytes.
+    // They say so here, or, before 6.5, when the file system is made.
     for (i, layer) in overlay.lower.iter().enumerate() {
         match set("lowerdir+", layer) {
             Ok(()) => {}
@@ -100,7 +101,12 @@ pub fn overlay(overlay: &Overlay, target: &Path) -> Result<()> {
     if let Some(label) = overlay.label {
         set("context", Path::new(label))?;
     }
-    rustix::mount::fsconfig_create(fs.as_fd()).context(|| format!("{}{}", what(), fs_log(fs.as_fd())))?;
+    match rustix::mount::fsconfig_create(fs.as_fd()) {
+        Ok(()) => {}
+        // Before 6.5 overlayfs looks at its options only now.
+        Err(rustix::io::Errno::INVAL) => return overlay_by_options(overlay, target),
+        Err(e) => return Err(e).context(|| format!("{}{}", what(), fs_log(fs.as_fd()))),
+    }
     let mount = rustix::mount::fsmount(fs.as_fd(), FsMountFlags::FSMOUNT_CLOEXEC, MountAttrFlags::empty()).context(what)?;
     rustix::mount::move_mount(mount.as_fd(), "", rustix::fs::CWD, target, MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH).context(what)
 }
