@@ -195,6 +195,11 @@ fn set_cpuset(dir: &Path, name: &str, wanted: &str) -> Result<()> {
             }
         }
     }
+    if wanted.is_empty() {
+        // Linux before 6.6 does not let go of a list while processes run, on v2 neither. What is above is the same set.
+        let above = dir.parent().map(|parent| parent.join(format!("{name}.effective"))).and_then(|path| std::fs::read_to_string(path).ok());
+        return write(&path, wanted).or_else(|error| above.map_or(Err(error), |list| write(&path, list.trim())));
+    }
     write(&path, wanted)
 }
 

@@ -22,7 +22,17 @@ fn v2() -> bool {
 /// Files that show every limit, by version.
 fn files() -> &'static [&'static str] {
     match v2() {
-        true => &["cpu.weight", "cpu.max", "cpuset.cpus", "cpuset.mems", "memory.max", "memory.swap.max", "hugetlb.2MB.max", "pids.max"],
+        // What a cpuset comes to: one that was empty may be given what is above it when it is put back.
+        true => &[
+            "cpu.weight",
+            "cpu.max",
+            "cpuset.cpus.effective",
+            "cpuset.mems.effective",
+            "memory.max",
+            "memory.swap.max",
+            "hugetlb.2MB.max",
+            "pids.max",
+        ],
         false => &[
             "cpu.shares",
             "cpu.cfs_quota_us",
