@@ -339,7 +339,11 @@ fn container_settings(
         runtime_timeout: config.limits.runtime_timeout,
         exec_output: config.limits.exec_output,
         kill_on_disconnect: config.streaming.kill_on_disconnect,
-        defaults: crate::spec::Defaults { pids_limit: resources.pids_limit, rlimits: resources.rlimits.clone(), ..Default::default() },
+        defaults: crate::spec::Defaults {
+            pids_limit: resources.pids_limit,
+            rlimits: resources.rlimits.clone(),
+            annotations: config.allowed_annotations.clone(),
+        },
         classes: container::Classes {
             block_io: resources.blockio_classes.as_deref().map(container::blockio::BlockIoClasses::load).transpose()?,
             rdt: resources.rdt_classes,

@@ -152,23 +152,9 @@ fn add(places: &mut BTreeMap<Name, Place>, document: &Arc<Document>, priority: u
     }
 }
 
-/// Spec files of a directory, sorted; none of a directory that is not there.
-fn spec_files(dir: &Path) -> Result<Vec<PathBuf>> {
-    let what = || format!("list CDI specs in {}", dir.display());
-    let entries = match std::fs::read_dir(dir) {
-        Ok(entries) => entries,
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(Vec::new()),
-        Err(error) => return Err(error).context(what),
-    };
-    let mut files = Vec::new();
-    for entry in entries {
-        let path = entry.context(what)?.path();
-        if path.extension().is_some_and(|extension| extension == "json" || extension == "yaml") {
-            files.push(path);
-        }
-    }
-    files.sort();
-    Ok(files)
+fn spec_files(dir: &Path) -> Result<impl Iterator<Item = PathBuf>> {
+    let files = file::list(dir).context(|| "look for CDI specs")?;
+    Ok(files.into_iter().filter(|path| file::has_extension(path, &["json", "yaml"])))
 }
 
 /// None for what is gone or no file.
@@ -186,7 +172,7 @@ fn read(path: &Path) -> std::result::Result<Arc<Document>, String> {
     let parse = || {
         let bytes = file::read(path, FILE_LIMIT).map_err(|error| error.to_string())?;
         let text = String::from_utf8(bytes).map_err(|_| "not UTF-8".to_owned())?;
-        let json = path.extension().is_some_and(|extension| extension == "json");
+        let json = file::has_extension(path, &["json"]);
         Document::parse(&text, json)
     };
     let parsed = parse();

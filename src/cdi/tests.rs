@@ -16,11 +16,7 @@ struct Host {
 
 impl Host {
     fn new() -> Host {
-        let dir = tempfile::tempdir().unwrap();
-        for name in ["low", "high"] {
-            std::fs::create_dir(dir.path().join(name)).unwrap();
-        }
-        let dirs = ["missing", "low", "high"].map(|name| dir.path().join(name)).to_vec();
+        let (dir, dirs) = file::priorities();
         Host { dir, registry: Registry::new(dirs) }
     }
 

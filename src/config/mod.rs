@@ -59,6 +59,8 @@ pub struct Config {
     pub cdi_spec_dirs: Vec<PathBuf>,
     /// OCI hooks, in rising priority.
     pub hooks_dirs: Vec<PathBuf>,
+    /// Annotations that reach the OCI runtime: names, or prefixes with a `*` at their end.
+    pub allowed_annotations: Vec<String>,
     pub cni: Cni,
     pub images: Images,
     pub limits: Limits,
@@ -129,6 +131,7 @@ struct Raw {
     sandbox_image: String,
     cdi_spec_dirs: Vec<Spanned<String>>,
     hooks_dirs: Vec<Spanned<String>>,
+    allowed_annotations: Vec<Spanned<String>>,
     runtimes: BTreeMap<String, RawRuntime>,
     sysctls: BTreeMap<String, Spanned<String>>,
     cni: RawCni,
@@ -200,6 +203,7 @@ impl Default for Raw {
             sandbox_image: String::new(),
             cdi_spec_dirs: vec![text("/etc/cdi"), text("/var/run/cdi")],
             hooks_dirs: vec![text("/usr/share/containers/oci/hooks.d"), text("/etc/containers/oci/hooks.d")],
+            allowed_annotations: Vec::new(),
             runtimes: BTreeMap::new(),
             sysctls: BTreeMap::from([
                 ("net.ipv4.ip_unprivileged_port_start".to_owned(), text("0")),
@@ -383,6 +387,7 @@ fn check(c: &Checker, raw: Raw) -> Result<Config> {
         sysctls,
         cdi_spec_dirs: raw.cdi_spec_dirs.iter().map(|d| c.path("cdi_spec_dirs", d)).collect::<Result<_>>()?,
         hooks_dirs: raw.hooks_dirs.iter().map(|d| c.path("hooks_dirs", d)).collect::<Result<_>>()?,
+        allowed_annotations: raw.allowed_annotations.iter().map(|a| check_annotation(c, a)).collect::<Result<_>>()?,
         cni: Cni {
             conf_dir: c.path("cni.conf_dir", &raw.cni.conf_dir)?,
             bin_dirs: raw.cni.bin_dirs.iter().map(|d| c.path("cni.bin_dirs", d)).collect::<Result<_>>()?,
@@ -447,6 +452,16 @@ fn check_runtime(c: &Checker, name: &str, raw: &RawRuntime, run: &Path, systemd_
     Ok(Handler { name: name.to_owned(), path, root, kind, systemd_cgroup })
 }
 
+fn check_annotation(c: &Checker, raw: &Spanned<String>) -> Result<String> {
+    let pattern = raw.get_ref();
+    let name = pattern.strip_suffix('*').unwrap_or(pattern);
+    if pattern.is_empty() || name.contains('*') || name.contains(char::is_whitespace) {
+        let what = format!("allowed_annotations: expected an annotation's name, or its begin and a * at the end, found {pattern:?}");
+        return Err(c.error(raw, what));
+    }
+    Ok(pattern.clone())
+}
+
 fn check_group(c: &Checker, raw: &Spanned<String>) -> Result<Option<u32>> {
     let name = raw.get_ref();
     if name.is_empty() {
@@ -503,6 +518,7 @@ mod tests {
             ("run = \"/var/lib/crisp/run\"", "c.toml: line 1: run: /var/lib/crisp/run and root"),
             ("socket_group = \"no such group\"", "c.toml: line 1: socket_group"),
             ("[images]\npinned = [\"a\",\n \"b c\"]", "c.toml: line 3: images.pinned: expected a reference"),
+            ("allowed_annotations = [\"a\",\n\"b*c\"]", "c.toml: line 2: allowed_annotations: expected an annotation's name"),
             ("[images]\nverifier_timeout_seconds = 0", "c.toml: line 2: images.verifier_timeout_seconds: expected 1"),
             ("a = ", "c.toml: line 1:"),
         ] {

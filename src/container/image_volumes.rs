@@ -11,7 +11,7 @@ use super::metadata::Metadata;
 use crate::api::runtime::{ImageSpec, Mount};
 use crate::error::{Code, Context, Error, ErrorList, Result};
 use crate::image::{Held, Images};
-use crate::snapshot::{Owners, Snapshotter};
+use crate::snapshot::{Attributes, Snapshotter};
 use crate::spec::{process, Propagation, ResolvedMount};
 use crate::sys::rooted::Rooted;
 use crate::sys::{inroot, mount};
@@ -63,13 +63,13 @@ pub(super) fn mount_images(
     asked: &[Mount],
     resolved: &mut [ResolvedMount],
     snapshots: &Snapshotter,
-    owners: Option<&Owners>,
+    attributes: Attributes,
 ) -> Result<()> {
     for (volume, held) in meta.image_volumes.iter().zip(held) {
         let (asked, resolved) = (&asked[volume.mount], &mut resolved[volume.mount]);
         let target = meta.images_dir().join(volume.mount.to_string());
         let source = snapshots
-            .view(&meta.id, volume.mount, &held.layers, &target, owners)
+            .view(&meta.id, volume.mount, &held.layers, &target, attributes)
             .and_then(|()| inside(&target, &asked.image_sub_path).context(|| format!("image_sub_path {}", asked.image_sub_path)));
         resolved.host_path = source.map_err(|e| failed(&asked.container_path, e))?;
     }
@@ -122,7 +122,7 @@ pub(super) fn declared(
     rootfs: &Path,
     requested: &[ResolvedMount],
     snapshots: &Snapshotter,
-    owners: Option<&Owners>,
+    attributes: Attributes,
 ) -> Result<Vec<ResolvedMount>> {
     let mut volumes = Vec::new();
     if paths.is_empty() {
@@ -148,7 +148,7 @@ pub(super) fn declared(
         }
         let container_path = root.make_dirs(&real).context(what)?;
         let from = inside.dir(&container_path).context(what)?;
-        let host_path = snapshots.volume(id, number, from.as_fd(), owners).context(what)?;
+        let host_path = snapshots.volume(id, number, from.as_fd(), attributes).context(what)?;
         taken.insert(container_path.clone());
         volumes.push(ResolvedMount { container_path, host_path, propagation: Propagation::Private, ..Default::default() });
     }
@@ -181,7 +181,7 @@ mod tests {
         symlink("/etc/passwd", rootfs.join("data/link")).unwrap();
         std::fs::set_permissions(rootfs.join("data"), std::fs::Permissions::from_mode(0o2770)).unwrap();
         std::os::unix::fs::lchown(rootfs.join("data"), Some(7), Some(8)).unwrap();
-        let made = declared("c1", &paths(&["/data", "/new/dir"]), &rootfs, &[], &snapshots, None).unwrap();
+        let made = declared("c1", &paths(&["/data", "/new/dir"]), &rootfs, &[], &snapshots, Attributes::default()).unwrap();
         let seen: Vec<_> = made.iter().map(|m| (m.container_path.to_str().unwrap(), m.readonly)).collect();
         assert_eq!(seen, [("/data", false), ("/new/dir", false)]);
         let data = made[0].host_path.symlink_metadata().unwrap();
@@ -201,7 +201,7 @@ mod tests {
         symlink("../../../../../../..", rootfs.join("up")).unwrap();
         symlink("proc", rootfs.join("kernel")).unwrap();
         let declared_paths = paths(&["/absolute", "/up", "/kernel", "/proc/sys", "../../dev", "/"]);
-        let made = declared("c1", &declared_paths, &rootfs, &[], &snapshots, None).unwrap();
+        let made = declared("c1", &declared_paths, &rootfs, &[], &snapshots, Attributes::default()).unwrap();
         assert_eq!(made.len(), 1, "the root and the kernel's are left out: {made:?}");
         assert!(made[0].container_path.ends_with("secret") && !made[0].host_path.join("file").exists());
     }
@@ -214,13 +214,13 @@ mod tests {
         let requested = |path: &str| ResolvedMount { container_path: path.into(), host_path: "/srv".into(), ..Default::default() };
         let list = paths(&["/data/", "/run/x", "/other", "/var/y"]);
         let mounts = [requested("/data"), requested("/var/x"), requested("/run/y")];
-        let made = declared("c1", &list, &rootfs, &mounts, &snapshots, None).unwrap();
+        let made = declared("c1", &list, &rootfs, &mounts, &snapshots, Attributes::default()).unwrap();
         assert_eq!(made.iter().map(|m| m.container_path.as_path()).collect::<Vec<_>>(), [Path::new("/other")]);
         // One place by two names is one volume.
-        let made = declared("c2", &paths(&["/run/z", "/var/z"]), &rootfs, &[], &snapshots, None).unwrap();
+        let made = declared("c2", &paths(&["/run/z", "/var/z"]), &rootfs, &[], &snapshots, Attributes::default()).unwrap();
         assert_eq!(made.len(), 1);
         std::fs::write(rootfs.join("file"), "").unwrap();
-        assert!(declared("c3", &paths(&["/file"]), &rootfs, &[], &snapshots, None).is_err());
+        assert!(declared("c3", &paths(&["/file"]), &rootfs, &[], &snapshots, Attributes::default()).is_err());
     }
 
     #[test]

@@ -23,7 +23,7 @@ use crate::event::{self, Listener};
 use crate::hooks;
 use crate::image::{Image, Images};
 use crate::runtime::Handler;
-use crate::snapshot::{Owners, Snapshotter};
+use crate::snapshot::{Attributes, Owners, Snapshotter};
 use crate::spec::{self, Defaults, HostFacts, NamespacePaths, ResolvedMount, SandboxFiles};
 use crate::store::{new_id, now_ns, Claim, Index, Names, Records};
 use crate::sys::cancel::Cancel;
@@ -274,9 +274,9 @@ impl Containers {
         let mut held = self.images.hold_all(&meta.id, &meta.chains())?;
         let user_namespace = inputs.namespaces.user.as_ref();
         let owners = user_namespace.map(|user| Owners { maps: user.maps, namespace: &user.path });
-        let owners = owners.as_ref();
         let label = confinement.labels.as_ref().map(|labels| labels.mount.as_str());
-        self.snapshots.prepare(&meta.id, &held.remove(0).layers, &meta.rootfs(), owners, label)?;
+        let attributes = Attributes { owners: owners.as_ref(), label };
+        self.snapshots.prepare(&meta.id, &held.remove(0).layers, &meta.rootfs(), attributes)?;
         crash::step("create:2-snapshot");
         let rootfs = meta.rootfs();
         let defaults = image.config.config().as_ref();
@@ -289,7 +289,7 @@ impl Containers {
             let asked = config.mounts.iter().zip(&*mounts).filter(|(asked, mount)| asked.selinux_relabel && mount.host_path.is_absolute());
             asked.map(|(_, mount)| mount).try_for_each(|mount| labels::relabel(&mount.host_path, SELINUX, label))?;
         }
-        super::image_volumes::mount_images(meta, &held, &config.mounts, mounts, &self.snapshots, owners)?;
+        super::image_volumes::mount_images(meta, &held, &config.mounts, mounts, &self.snapshots, attributes)?;
         super::volumes::place(&meta.dir, &config.mounts, mounts, user_namespace, &self.settings.shim)?;
         let devices = super::devices::collect(config)?;
         super::update::check_cpuset(&container.cgroup()?, &config.linux.resources)?;
@@ -297,7 +297,7 @@ impl Containers {
         let working_dir = spec::process::working_dir(&config.working_dir, image_dir)?;
         super::mounts::prepare_root(&rootfs, &working_dir)?;
         // First, so that a mount of the request in the same depth comes after it.
-        let volumes = super::image_volumes::declared(&meta.id, &image.volumes(), &rootfs, mounts, &self.snapshots, owners)?;
+        let volumes = super::image_volumes::declared(&meta.id, &image.volumes(), &rootfs, mounts, &self.snapshots, attributes)?;
         mounts.splice(0..0, volumes);
         crash::step("create:3-volumes");
         let (mut built, warnings) = spec::build(&spec::Inputs {

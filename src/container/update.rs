@@ -83,7 +83,7 @@ impl Containers {
             crash::step("update:4-recorded");
             file::remove_file(&journal)
         })();
-        let Err(error) = done else { return Ok(()) };
+        let Err(error) = done.map_err(|error| ended(container, running, error)) else { return Ok(()) };
         // systemd has taken over what a runtime told it before it failed.
         let told = told || container.meta.handler.systemd_cgroup;
         match self.undo(container, &undo, told).and_then(|()| file::remove_file(&journal)) {
@@ -239,6 +239,17 @@ fn too_small(cgroup: &Cgroup, update: &Update, error: Error) -> Error {
         }
         _ => error,
     }
+}
+
+/// What did not find the container alive any more: on v2 a memory limit below what is in use ends it before the OCI runtime is done.
+/// Its shim may not have recorded that yet.
+fn ended(container: &Container, was_running: bool, error: Error) -> Error {
+    let recorded = || matches!(client::exit_record(&container.meta.dir), Ok(Some(_)));
+    let empty = || container.cgroup().is_ok_and(|cgroup| cgroup.procs().is_empty());
+    if was_running && (recorded() || empty()) {
+        return Error::precondition(format!("the container ended while it was changed: {}", error.message()));
+    }
+    error
 }
 
 /// Changes the score of all processes that have the container's former one; who has chosen another keeps it. OCI runtimes leave

@@ -5,7 +5,7 @@
 mod document;
 
 use std::collections::{BTreeMap, HashMap};
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::SystemTime;
 
@@ -73,7 +73,8 @@ impl Directories {
     fn scan(&self) -> Result<Vec<(PathBuf, Arc<Document>)>> {
         let mut by_name: BTreeMap<(String, String), PathBuf> = BTreeMap::new();
         for dir in &self.dirs {
-            for path in hook_files(dir)? {
+            let files = file::list(dir).context(|| "look for hooks")?;
+            for path in files.into_iter().filter(|path| file::has_extension(path, &["json"])) {
                 let name = path.file_name().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default();
                 by_name.insert((name.to_lowercase(), name), path);
             }
@@ -102,24 +103,6 @@ impl Directories {
         *known = kept;
         Ok(found)
     }
-}
-
-/// Files with the ending .json; none of a directory that is not there.
-fn hook_files(dir: &Path) -> Result<Vec<PathBuf>> {
-    let what = || format!("list hooks in {}", dir.display());
-    let entries = match std::fs::read_dir(dir) {
-        Ok(entries) => entries,
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(Vec::new()),
-        Err(error) => return Err(error).context(what),
-    };
-    let mut files = Vec::new();
-    for entry in entries {
-        let path = entry.context(what)?.path();
-        if path.extension().is_some_and(|extension| extension == "json") {
-            files.push(path);
-        }
-    }
-    Ok(files)
 }
 
 /// Appends a hook to a stage of [`STAGES`].

@@ -29,16 +29,10 @@ pub(super) fn preload(images: &Images, dir: &Path) {
 }
 
 fn all(images: &Images, dir: &Path, record: &Path) -> Result<()> {
-    let what = || format!("list {}", dir.display());
-    let entries = match std::fs::read_dir(dir) {
-        Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(()),
-        other => other.context(what)?,
-    };
     let mut seen: BTreeMap<String, Seen> =
         file::read(record, 16 << 20).ok().and_then(|data| serde_json::from_slice(&data).ok()).unwrap_or_default();
     let mut found = BTreeMap::new();
-    for entry in entries {
-        let path = entry.context(what)?.path();
+    for path in file::list(dir)? {
         let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
         // Of a layout directory the index says what is in it.
         let index = path.join("index.json");

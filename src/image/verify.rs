@@ -10,6 +10,7 @@ use std::time::Duration;
 use super::manifest::Descriptor;
 use crate::error::{Code, Context, Error, Result};
 use crate::sys::cancel::Cancel;
+use crate::sys::file;
 use crate::sys::process::Program;
 
 /// How clients know the error (kubelet: ErrSignatureValidationFailed).
@@ -77,24 +78,17 @@ fn rejected(why: String) -> Error {
 
 /// The programs, by name; files whose name begins with a dot are none. A file that cannot be executed is one that rejects.
 fn programs(dir: &Path) -> Result<Vec<PathBuf>> {
-    let broken = |e: std::io::Error| rejected(format!("list image verifiers in {}: {e}", dir.display()));
-    let entries = match std::fs::read_dir(dir) {
-        Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(Vec::new()),
-        other => other.map_err(broken)?,
-    };
     let mut found = Vec::new();
-    for entry in entries {
-        let path = entry.map_err(broken)?.path();
+    for path in file::list(dir).map_err(|e| rejected(format!("look for image verifiers: {e}")))? {
         if path.file_name().is_some_and(|name| name.to_string_lossy().starts_with('.')) {
             continue;
         }
-        let meta = std::fs::metadata(&path).map_err(broken)?;
+        let meta = std::fs::metadata(&path).map_err(|e| rejected(format!("look at {}: {e}", path.display())))?;
         if !meta.is_file() || meta.permissions().mode() & 0o111 == 0 {
             return Err(rejected(format!("{} is in the directory of image verifiers and cannot be executed", path.display())));
         }
         found.push(path);
     }
-    found.sort();
     Ok(found)
 }
 
@@ -216,7 +210,7 @@ mod tests {
         let mut site = Site::new(&[]);
         site.verifiers.dir = Some(site.dir.path().join("file"));
         std::fs::write(site.dir.path().join("file"), "x").unwrap();
-        assert!(site.rejected().contains("list image verifiers"));
+        assert!(site.rejected().contains("look for image verifiers: list"));
     }
 
     #[test]

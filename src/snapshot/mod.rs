@@ -37,6 +37,15 @@ pub fn try_overlay(dir: &Path) -> Result<()> {
     namespace::in_own_mounts(move || overlay::probe(&dir, false))
 }
 
+/// What the files of a container have instead of what the image says.
+#[derive(Clone, Copy, Default)]
+pub struct Attributes<'a> {
+    /// For a user namespace.
+    pub owners: Option<&'a Owners<'a>>,
+    /// The SELinux label of all of them.
+    pub label: Option<&'a str>,
+}
+
 /// Makes and removes snapshots below one root.
 #[derive(Clone, Debug)]
 pub struct Snapshotter {
@@ -96,9 +105,9 @@ impl Snapshotter {
         self.dir.join(container).join("fs")
     }
 
-    /// Makes the snapshot of a container and mounts it on `target`. `layers` is ordered top first and may be empty. `owners`: for a user
-    /// namespace. `label`: the SELinux label of all that is in it. On an error nothing is left.
-    pub fn prepare(&self, container: &str, layers: &[PathBuf], target: &Path, owners: Option<&Owners>, label: Option<&str>) -> Result<()> {
+    /// Makes the snapshot of a container and mounts it on `target`. `layers` is ordered top first and may be empty. On an error nothing is
+    /// left.
+    pub fn prepare(&self, container: &str, layers: &[PathBuf], target: &Path, Attributes { owners, label }: Attributes) -> Result<()> {
         let what = || format!("prepare snapshot of {container}");
         let place = self.place(container)?;
         if place.exists() {
@@ -141,7 +150,8 @@ impl Snapshotter {
 
     /// Mounts what `layers` (top first) make together on `target`, read-only: the `number`th such view of a container that has a
     /// snapshot. The caller unmounts it before `remove`, which takes the rest.
-    pub fn view(&self, container: &str, number: usize, layers: &[PathBuf], target: &Path, owners: Option<&Owners>) -> Result<()> {
+    pub fn view(&self, container: &str, number: usize, layers: &[PathBuf], target: &Path, attributes: Attributes) -> Result<()> {
+        let Attributes { owners, label } = attributes;
         let what = || format!("mount a view of {} layers on {}", layers.len(), target.display());
         let place = self.place(container)?.join(VIEWS).join(number.to_string());
         file::make_dir(&place, 0o700)?;
@@ -150,12 +160,13 @@ impl Snapshotter {
             let fs = place.join("fs");
             file::make_dir(&fs, 0o755)?;
             copy::merge(&fs, layers, owners.map(|owners| &owners.maps))?;
+            label.map_or(Ok(()), |label| label::set_tree(&fs, label::SELINUX, label))?;
             mount::bind(&fs, target, false).and_then(|()| mount::make_readonly(target))
         };
         let mounted = match (self.kind, owners, self.mapping) {
-            (Kind::Overlay, None, _) => overlay::view(&place, layers, target),
-            (Kind::Overlay, Some(owners), Mapping::Idmap) => owners::view_mapped(&place, layers, target, owners),
-            (Kind::Overlay, Some(owners), Mapping::Auto) => owners::view_mapped(&place, layers, target, owners).or_else(|e| {
+            (Kind::Overlay, None, _) => overlay::view(&place, layers, target, label),
+            (Kind::Overlay, Some(owners), Mapping::Idmap) => owners::view_mapped(&place, layers, target, owners, label),
+            (Kind::Overlay, Some(owners), Mapping::Auto) => owners::view_mapped(&place, layers, target, owners, label).or_else(|e| {
                 log::debug!("{}: {e}; it is copied", what());
                 owners::release(&place).and_then(|()| copied())
             }),
@@ -168,8 +179,9 @@ impl Snapshotter {
     }
 
     /// Makes the `number`th volume of a container: a directory of its own with what is in the open directory `from`, owners, modes
-    /// and attributes included. Returns where it is; `remove` takes it. `from` is part of a root filesystem for `owners`.
-    pub fn volume(&self, container: &str, number: usize, from: BorrowedFd<'_>, owners: Option<&Owners>) -> Result<PathBuf> {
+    /// and attributes included. Returns where it is; `remove` takes it. `from` is part of a root filesystem for the same owners.
+    pub fn volume(&self, container: &str, number: usize, from: BorrowedFd<'_>, attributes: Attributes) -> Result<PathBuf> {
+        let Attributes { owners, label } = attributes;
         let what = || format!("make volume {number} of {container}");
         self.place(container)?;
         file::make_dir(&self.volumes, 0o711)?;
@@ -188,6 +200,7 @@ impl Snapshotter {
             let (uid, gid) = owners.maps.root();
             std::os::unix::fs::chown(&volume, Some(uid), Some(gid)).context(what)?;
         }
+        label.map_or(Ok(()), |label| label::set_tree(&volume, label::SELINUX, label)).context(what)?;
         Ok(volume)
     }
 

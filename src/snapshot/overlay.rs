@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 
 use crate::error::{Context, Result};
 use crate::sys::rooted::{self, Rooted};
-use crate::sys::{file, mount};
+use crate::sys::{file, label, mount};
 
 /// Layers whose names fit a page of options as they are.
 const LONG_NAMES: usize = 30;
@@ -43,16 +43,17 @@ pub fn prepare(place: &Path, layers: &[PathBuf], target: &Path, how: Writable) -
 
 /// What the layers make together, for reading alone: no upper layer, nothing to sync. The empty layer at the bottom makes an
 /// overlay of a single layer too, so that its whiteouts and marks are hidden.
-pub fn view(place: &Path, layers: &[PathBuf], target: &Path) -> Result<()> {
+pub fn view(place: &Path, layers: &[PathBuf], target: &Path, label: Option<&str>) -> Result<()> {
     let empty = bottom(place)?;
     let mut lower = layers.to_vec();
     if lower.len() < 2 {
         lower.push(empty);
     }
     if lower.len() < 2 {
+        label.map_or(Ok(()), |label| label::set_tree(&lower[0], label::SELINUX, label))?;
         return mount::bind(&lower[0], target, false).and_then(|()| mount::make_readonly(target));
     }
-    mount_at(place, &lower, None, Writable { volatile: false, label: None }, target)
+    mount_at(place, &lower, None, Writable { volatile: false, label }, target)
 }
 
 fn bottom(place: &Path) -> Result<PathBuf> {

@@ -47,9 +47,9 @@ pub fn prepare_mapped(place: &Path, layers: &[PathBuf], target: &Path, owners: &
 }
 
 /// The same to be read alone.
-pub fn view_mapped(place: &Path, layers: &[PathBuf], target: &Path, owners: &Owners) -> Result<()> {
+pub fn view_mapped(place: &Path, layers: &[PathBuf], target: &Path, owners: &Owners, label: Option<&str>) -> Result<()> {
     let mapped = map_layers(place, layers, owners)?;
-    overlay::view(place, &mapped, target)?;
+    overlay::view(place, &mapped, target, label)?;
     release(place)
 }
 

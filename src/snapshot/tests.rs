@@ -1,6 +1,7 @@
 //! Tests on real mounts: root only, like the daemon.
 
 use super::*;
+use std::os::fd::AsFd;
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
 
 fn layer(dir: &Path, name: &str, files: &[&str]) -> PathBuf {
@@ -37,7 +38,7 @@ fn life(kind: Kind) {
     std::fs::set_permissions(&high, std::fs::Permissions::from_mode(0o1770)).unwrap();
     let snapshotter = Snapshotter::new(dir.path(), kind).unwrap();
     let target = dir.path().join("rootfs");
-    snapshotter.prepare("c1", &[high.clone(), low.clone()], &target, None, None).unwrap();
+    snapshotter.prepare("c1", &[high.clone(), low.clone()], &target, Attributes::default()).unwrap();
     assert_eq!(names(&target), ["a", "a2", "d", "l", "o"]);
     assert_eq!((names(&target.join("d")), names(&target.join("o"))), (vec!["x".to_owned(), "y".to_owned()], vec!["new".to_owned()]));
     assert_eq!(target.metadata().unwrap().mode() & 0o7777, 0o1770);
@@ -46,18 +47,18 @@ fn life(kind: Kind) {
     }
     std::fs::write(target.join("a"), "changed").unwrap();
     assert_eq!(std::fs::read(low.join("a")).unwrap(), b"low");
-    assert!(snapshotter.prepare("c1", std::slice::from_ref(&low), &target, None, None).is_err());
+    assert!(snapshotter.prepare("c1", std::slice::from_ref(&low), &target, Attributes::default()).is_err());
     assert_eq!(snapshotter.list().unwrap(), ["c1"]);
     snapshotter.remove("c1", &target).unwrap();
     snapshotter.remove("c1", &target).unwrap();
     assert!(snapshotter.list().unwrap().is_empty() && names(&target).is_empty() && low.join("a").exists());
     for (id, layers) in [("none", vec![]), ("one", vec![low.clone()])] {
-        snapshotter.prepare(id, &layers, &target, None, None).unwrap();
+        snapshotter.prepare(id, &layers, &target, Attributes::default()).unwrap();
         std::fs::write(target.join("new"), "").unwrap();
         snapshotter.remove(id, &target).unwrap();
     }
-    assert!(snapshotter.prepare("bad", &[dir.path().join("absent")], &target, None, None).is_err());
-    assert!(snapshotter.prepare("../up", &[], &target, None, None).is_err());
+    assert!(snapshotter.prepare("bad", &[dir.path().join("absent")], &target, Attributes::default()).is_err());
+    assert!(snapshotter.prepare("../up", &[], &target, Attributes::default()).is_err());
     assert!(snapshotter.list().unwrap().is_empty());
     assert!(mount::below(dir.path()).unwrap().is_empty());
 }
@@ -84,16 +85,27 @@ fn label_of_all_that_is_in_it() {
     let dir = tempfile::tempdir().unwrap();
     let (low, target) = (layer(dir.path(), "low", &["d/x"]), dir.path().join("rootfs"));
     let label = "system_u:object_r:container_file_t:s0:c1,c2";
+    let labelled = Attributes { label: Some(label), ..Default::default() };
     let copies = Snapshotter::new(dir.path(), Kind::Copy).unwrap();
-    copies.prepare("c", std::slice::from_ref(&low), &target, None, Some(label)).unwrap();
+    copies.prepare("c", std::slice::from_ref(&low), &target, labelled).unwrap();
     let mut value = [0; 64];
     let n = rustix::fs::lgetxattr(target.join("d/x"), "security.selinux", &mut value).unwrap();
     assert_eq!(&value[..n], format!("{label}\0").as_bytes());
+    // So have the container's volumes: of an image, and of its own.
+    let view = dir.path().join("view");
+    copies.view("c", 0, std::slice::from_ref(&low), &view, labelled).unwrap();
+    let from = std::fs::File::open(target.join("d")).unwrap();
+    let volume = copies.volume("c", 0, from.as_fd(), labelled).unwrap();
+    for path in [view.join("d/x"), volume.clone(), volume.join("x")] {
+        let n = rustix::fs::lgetxattr(&path, "security.selinux", &mut value).unwrap();
+        assert_eq!(&value[..n], format!("{label}\0").as_bytes(), "{}", path.display());
+    }
+    mount::unmount(&view).unwrap();
     copies.remove("c", &target).unwrap();
     if !Path::new("/sys/fs/selinux/enforce").exists() {
         // A kernel that cannot label a mount refuses it: no container without what it was to have.
         let overlays = Snapshotter::new(dir.path(), Kind::Overlay).unwrap();
-        overlays.prepare("c", &[low], &target, None, Some(label)).unwrap_err();
+        overlays.prepare("c", &[low], &target, labelled).unwrap_err();
         assert!(overlays.list().unwrap().is_empty() && mount::below(dir.path()).unwrap().is_empty());
     }
 }
@@ -108,7 +120,7 @@ fn many_layers_mount() {
     let snapshotter = Snapshotter::detect(dir.path()).unwrap();
     assert_eq!(snapshotter.kind(), Kind::Overlay);
     let target = dir.path().join("rootfs");
-    snapshotter.prepare("c", &layers, &target, None, None).unwrap();
+    snapshotter.prepare("c", &layers, &target, Attributes::default()).unwrap();
     assert_eq!(names(&target).len(), 200);
     snapshotter.remove("c", &target).unwrap();
     assert!(snapshotter.list().unwrap().is_empty());

@@ -3,7 +3,7 @@
 use std::fs::{File, OpenOptions, Permissions};
 use std::io::{ErrorKind, Read, Write};
 use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use crate::error::{Context, Error, Result};
 
@@ -59,6 +59,24 @@ pub fn read(path: &Path, limit: u64) -> Result<Vec<u8>> {
     Ok(data)
 }
 
+/// The entries of a directory, sorted by name; none of one that is not there.
+pub fn list(dir: &Path) -> Result<Vec<PathBuf>> {
+    let what = || format!("list {}", dir.display());
+    let entries = match std::fs::read_dir(dir) {
+        Ok(entries) => entries,
+        Err(e) if e.kind() == ErrorKind::NotFound => return Ok(Vec::new()),
+        Err(e) => return Err(e).context(what),
+    };
+    let mut paths = entries.map(|entry| entry.map(|entry| entry.path())).collect::<std::io::Result<Vec<_>>>().context(what)?;
+    paths.sort();
+    Ok(paths)
+}
+
+/// Whether the path's name ends in `.` and one of these.
+pub fn has_extension(path: &Path, extensions: &[&str]) -> bool {
+    path.extension().is_some_and(|own| extensions.iter().any(|extension| own == *extension))
+}
+
 /// Creates `path` and its missing parents; `path` itself gets `mode` when it is new.
 pub fn make_dir(path: &Path, mode: u32) -> Result<()> {
     let what = || format!("create directory {}", path.display());
@@ -104,6 +122,17 @@ pub fn remove_tree(path: &Path) -> Result<()> {
 pub fn start_writeback(file: &File) {
     // SAFETY: the call takes an open descriptor and numbers: from 0 to the end.
     let _ = unsafe { libc::sync_file_range(std::os::fd::AsRawFd::as_raw_fd(file), 0, 0, libc::SYNC_FILE_RANGE_WRITE) };
+}
+
+/// Directories of rising priority, for those who read such: `missing`, `low` and `high` of a temporary one.
+#[cfg(test)]
+pub fn priorities() -> (tempfile::TempDir, Vec<PathBuf>) {
+    let dir = tempfile::tempdir().unwrap();
+    for name in ["low", "high"] {
+        std::fs::create_dir(dir.path().join(name)).unwrap();
+    }
+    let dirs = ["missing", "low", "high"].map(|name| dir.path().join(name)).to_vec();
+    (dir, dirs)
 }
 
 #[cfg(test)]

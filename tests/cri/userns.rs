@@ -6,7 +6,7 @@ use std::path::Path;
 
 use crisp::api::runtime::*;
 use crisp::cli::client::SHORT;
-use crisp::snapshot::{Kind, Mapping, Owners, Snapshotter};
+use crisp::snapshot::{Attributes, Kind, Mapping, Owners, Snapshotter};
 use crisp::sys::idmap::{IdMap, IdMaps};
 use crisp::sys::namespace::is_pinned;
 use grpcio::RpcStatusCode as Code;
@@ -220,6 +220,7 @@ fn layers_that_cannot_be_mapped_are_copied_or_refused() {
     let namespace = crisp::sys::pin::open_mapped(shim, &[maps.uids], &[maps.gids]).expect("make a user namespace");
     let path = format!("/proc/self/fd/{}", std::os::fd::AsRawFd::as_raw_fd(&namespace));
     let owners = Owners { maps, namespace: Path::new(&path) };
+    let attributes = Attributes { owners: Some(&owners), ..Default::default() };
 
     let dir = tempfile::tempdir().expect("make a directory");
     let (layer, target) = (dir.path().join("layer"), dir.path().join("rootfs"));
@@ -228,11 +229,11 @@ fn layers_that_cannot_be_mapped_are_copied_or_refused() {
     fs::write(layer.join("file"), "text").expect("write");
     let mut snapshots = Snapshotter::new(dir.path(), Kind::Overlay).expect("make the snapshotter");
     snapshots.set_mapping(Mapping::Idmap);
-    let error = snapshots.prepare("c1", std::slice::from_ref(&layer), &target, Some(&owners), None).expect_err("refused");
+    let error = snapshots.prepare("c1", std::slice::from_ref(&layer), &target, attributes).expect_err("refused");
     assert!(error.code() == crisp::error::Code::FailedPrecondition && error.message().contains("userns_rootfs"), "{error}");
     assert!(snapshots.list().expect("list").is_empty());
     snapshots.set_mapping(Mapping::Auto);
-    snapshots.prepare("c1", std::slice::from_ref(&layer), &target, Some(&owners), None).expect("a copy");
+    snapshots.prepare("c1", std::slice::from_ref(&layer), &target, attributes).expect("a copy");
     assert_eq!((owner(&target), owner(&target.join("file"))), ((UID, GID), (UID, GID)));
     assert_eq!(owner(&layer.join("file")), (0, 0));
     snapshots.remove("c1", &target).expect("remove");

@@ -8,7 +8,7 @@ use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use crisp::image::{Digest, Images, Settings};
-use crisp::snapshot::{Kind, Snapshotter};
+use crisp::snapshot::{Attributes, Kind, Snapshotter};
 use crisp::sys::cancel::Cancel;
 
 /// Runs a program to its end; its output on failure.
@@ -190,7 +190,7 @@ fn check_tree(images: &Images, root: &Path, reference: &str, theirs: &Path) {
         let snapshotter = Snapshotter::new(root, kind).unwrap();
         let held = images.hold(reference, "c1").unwrap();
         let target = root.join("rootfs");
-        snapshotter.prepare("c1", &held.layers, &target, None, None).unwrap();
+        snapshotter.prepare("c1", &held.layers, &target, Attributes::default()).unwrap();
         compare(&target, theirs);
         snapshotter.remove("c1", &target).unwrap();
         images.release("c1").unwrap();
@@ -344,7 +344,7 @@ fn an_image_of_130_layers_mounts() {
     let snapshotter = Snapshotter::detect(&root).unwrap();
     assert_eq!(snapshotter.kind(), Kind::Overlay);
     let target = root.join("rootfs");
-    snapshotter.prepare("c1", &images.hold("deep:1", "c1").unwrap().layers, &target, None, None).unwrap();
+    snapshotter.prepare("c1", &images.hold("deep:1", "c1").unwrap().layers, &target, Attributes::default()).unwrap();
     assert_eq!(std::fs::read_dir(target.join("dir")).unwrap().count(), 130);
     snapshotter.remove("c1", &target).unwrap();
 }

@@ -228,10 +228,13 @@ fn a_memory_limit_below_the_usage() {
             ..Default::default()
         };
         if v2() {
-            // The kernel takes it, reclaims, and kills what is left. That may be before the runtime has set the rest: then the answer is
-            // an error about a container that has ended.
-            if let Err(e) = host.client.call(&request(&container, new)) {
-                assert!(matches!(e, grpcio::Error::RpcFailure(_)), "{handler}: {e}");
+            // The kernel takes it, reclaims, and kills what is left. That may be before the runtime has set the rest.
+            match host.client.call(&request(&container, new)) {
+                Err(grpcio::Error::RpcFailure(status)) => {
+                    assert_eq!(status.code(), RpcStatusCode::FAILED_PRECONDITION, "{handler}: {status}");
+                    assert!(status.message().contains("ended while it was changed"), "{handler}: {status}");
+                }
+                other => drop(other.unwrap_or_else(|e| panic!("{handler}: {e}"))),
             }
             let status = host.wait_exit(&container);
             assert_eq!((status.exit_code, status.reason.as_str()), (137, "OOMKilled"), "{handler}: {status}");

@@ -125,14 +125,8 @@ fn directory(root: &Path, registry: &str, fallback: bool) -> Result<Option<PathB
 
 /// `*.crt` are authorities, `NAME.cert` with `NAME.key` client certificates.
 fn docker_files(dir: &Path) -> Result<TlsFiles> {
-    let what = || format!("list {}", dir.display());
-    let mut paths = Vec::new();
-    for entry in std::fs::read_dir(dir).context(what)? {
-        paths.push(entry.context(what)?.path());
-    }
-    paths.sort();
     let mut found = TlsFiles::default();
-    for path in paths {
+    for path in file::list(dir)? {
         match path.extension().and_then(|e| e.to_str()) {
             Some("crt") => found.ca.push(path),
             Some("cert") => {
