@@ -113,6 +113,9 @@ impl Daemon {
         let selinux = selinux(config);
         host.selinux = selinux.is_some();
         let handlers = Handlers::probe(&config.runtimes, config.default_runtime.as_deref(), &config.run.join("probe"), &config.shim);
+        for handler in config.runtimes.values() {
+            file::make_dir(&handler.root, 0o700)?;
+        }
         let patient = (config.limits.slow_threads / PATIENT_SHARE).max(1);
         let events = Bus::<Fact>::new(config.limits.event_queue, patient);
         let sandboxes =

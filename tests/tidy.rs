@@ -357,6 +357,22 @@ fn dependencies_say_why() {
     report("every dependency has a comment that says why", findings);
 }
 
+/// `make fuzz` builds with --locked, and nothing else does with that lock.
+#[test]
+fn the_fuzzers_lock_has_what_the_engine_needs() {
+    let (manifest, lock) = (read("Cargo.toml"), read("tests/fuzz/Cargo.lock"));
+    let engine = manifest.split_once("\nengine = [").expect("the feature engine").1;
+    let engine = engine.split_once(']').expect("its end").0;
+    let ours = lock.split("[[package]]").find(|p| p.contains("\nname = \"crisp\"\n")).expect("crisp in the lock of tests/fuzz");
+    let needed: Vec<&str> = engine.split('"').filter_map(|word| word.strip_prefix("dep:")).collect();
+    assert!(needed.len() > 20, "{needed:?}");
+    // A version follows the name where there are several.
+    let missing =
+        needed.iter().filter(|name| !ours.lines().any(|l| l.trim().trim_matches([' ', '"', ',']).split(' ').next() == Some(name)));
+    let missing: Vec<String> = missing.map(|name| format!("{name}: run cargo update -p crisp in tests/fuzz")).collect();
+    report("tests/fuzz/Cargo.lock", missing);
+}
+
 #[test]
 fn documents_are_there() {
     let names = ["README.md", "ARCHITECTURE.md", "CONTRIBUTING.md", "CHANGELOG.md", "LICENSE"];

@@ -64,14 +64,15 @@ pub(super) fn look(config: &Config, known: Option<&Handlers>, findings: &mut Vec
             (true, _) => Finding::ok(TOPIC, &handler.name, found),
             // Another one does it.
             (false, true) => Finding::warn(TOPIC, &handler.name, found, "only sandboxes that ask for it miss it"),
-            (false, false) => Finding::missing(TOPIC, &handler.name, found, advice(handler)),
+            (false, false) => Finding::missing(TOPIC, &handler.name, found, advice(config, handler)),
         };
         findings.push(finding.with(data));
     }
 }
 
-fn advice(handler: &Handler) -> String {
+fn advice(config: &Config, handler: &Handler) -> String {
     match handler.path.is_file() {
+        true if !config.shim.is_file() => "the shim first: see there".to_owned(),
         true => "another version, or the other of crun and runc, may take this host's cgroups".to_owned(),
         false => format!("install {}, or name its path in [runtimes.{}]", handler.name, handler.name),
     }
@@ -85,7 +86,7 @@ fn unprivileged(config: &Config, findings: &mut Vec<Finding>) {
         findings.push(match (handler.path.is_file(), there) {
             (true, _) => Finding::warn(TOPIC, &handler.name, format!("{path}, not tried"), "run crispd check as root"),
             (false, true) => Finding::warn(TOPIC, &handler.name, format!("{path} is not there"), "only sandboxes that ask for it miss it"),
-            (false, false) => Finding::missing(TOPIC, &handler.name, format!("{path} is not there"), advice(handler)),
+            (false, false) => Finding::missing(TOPIC, &handler.name, format!("{path} is not there"), advice(config, handler)),
         });
     }
 }

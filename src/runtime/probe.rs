@@ -35,6 +35,9 @@ pub struct Version {
 /// below `scratch` and leaves nothing.
 pub fn probe(handler: &Handler, scratch: &Path, shim: &Path) -> Result<(Version, Features)> {
     let what = || format!("probe runtime {}", handler.name);
+    if !shim.is_file() {
+        return Err(Error::precondition(format!("{}: it is tried with crisp-shim, and {} is not there", what(), shim.display())));
+    }
     let output = Program::new(&handler.path).arg("--version").run_ok(&Cancel::never(), LIMIT).context(what)?;
     let version = parse_version(&String::from_utf8_lossy(&output.stdout))
         .ok_or_else(|| Error::precondition(format!("{}: {} --version says no version", what(), handler.path.display())))?;
@@ -114,6 +117,8 @@ fn run_in(
     change: impl FnOnce(&mut serde_json::Value, &Path) -> Result<()>,
 ) -> Result<()> {
     file::make_dir(&dir.join("rootfs"), 0o700)?;
+    // What it remembers goes with the directory.
+    let handler = &Handler { root: dir.join("state"), ..handler.clone() };
     let cgroup = if handler.systemd_cgroup { format!("system.slice:crisp:{id}") } else { format!("/{id}") };
     let mut spec = spec(shim, &cgroup);
     change(&mut spec, dir)?;
@@ -190,6 +195,8 @@ mod tests {
         let handler = Handler { name: "crun".into(), path, root: dir.path().join("oci"), kind: Kind::Crun, systemd_cgroup: false };
         let error = probe(&handler, dir.path(), Path::new("/bin/true")).unwrap_err();
         assert!(error.message().starts_with("probe runtime crun: run /nonexistent/crun: "), "{error}");
+        let error = probe(&handler, dir.path(), Path::new("/nonexistent/crisp-shim")).unwrap_err();
+        assert!(error.message().contains("/nonexistent/crisp-shim is not there"), "{error}");
         assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 0);
     }
 }

@@ -5,12 +5,13 @@ use protobuf::MessageField;
 use super::Case;
 use crate::api::runtime::security_profile::ProfileType;
 use crate::api::runtime::{
-    Capability, Device, HugepageLimit, Int64Value, KeyValue, Mount, MountPropagation, SELinuxOption, SecurityProfile,
-    SupplementalGroupsPolicy,
+    Capability, Device, HugepageLimit, IDMapping, Int64Value, KeyValue, Mount, MountPropagation, NamespaceMode, SELinuxOption,
+    SecurityProfile, SupplementalGroupsPolicy, UserNamespace,
 };
 use crate::spec::fixture::Fixture;
 use crate::spec::seccomp::Profile;
-use crate::spec::{selinux, Pid, Rlimit};
+use crate::spec::{self, selinux, Pid, Rlimit};
+use crate::sys::idmap::{IdMap, IdMaps};
 use oci_spec::runtime::PosixRlimitType;
 
 /// All of them.
@@ -172,6 +173,16 @@ fn profile(kind: ProfileType) -> MessageField<SecurityProfile> {
     MessageField::some(SecurityProfile { profile_type: kind.into(), ..Default::default() })
 }
 
+fn user_namespace(f: &mut Fixture) {
+    let map = IdMap { container: 0, host: 100_000, length: 65536 };
+    let mapping = || vec![IDMapping { container_id: 0, host_id: 100_000, length: 65536, ..Default::default() }];
+    let options = || UserNamespace { mode: NamespaceMode::POD.into(), uids: mapping(), gids: mapping(), ..Default::default() };
+    f.security().namespace_options.mut_or_insert_default().userns_options = MessageField::some(options());
+    let sandbox = f.sandbox.linux.mut_or_insert_default().security_context.mut_or_insert_default();
+    sandbox.namespace_options.mut_or_insert_default().userns_options = MessageField::some(options());
+    f.namespaces.user = Some(spec::UserNamespace { path: "/run/ns/user".into(), maps: IdMaps { uids: map, gids: map } });
+}
+
 const NAMESPACES: &[Case] = &[
     case("joined_namespaces", |f| {
         f.namespaces.net = Some("/run/ns/net".into());
@@ -180,6 +191,17 @@ const NAMESPACES: &[Case] = &[
         f.namespaces.pid = Pid::Path("/proc/7/ns/pid".into());
     }),
     case("host_pid", |f| f.namespaces.pid = Pid::Host),
+    case("user_namespace", |f| {
+        user_namespace(f);
+        f.namespaces.net = Some("/run/ns/net".into());
+        f.namespaces.ipc = Some("/run/ns/ipc".into());
+    }),
+    // What belongs to the host's namespaces cannot be mounted anew.
+    case("user_namespace_with_the_hosts_others", |f| {
+        user_namespace(f);
+        f.namespaces.ipc = Some("/run/ns/ipc".into());
+        f.namespaces.pid = Pid::Host;
+    }),
     case("cgroup_v2", |f| {
         f.host.cgroup_v2 = true;
         f.host.cgroup_mounts.clear();
