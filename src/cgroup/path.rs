@@ -32,6 +32,11 @@ pub fn resolve(cgroups_path: &str) -> Result<PathBuf> {
     Ok(path)
 }
 
+/// Whether a cgroup parent is a slice of systemd, wherever it says that the slice is.
+pub fn is_slice(parent: &str) -> bool {
+    parent.trim_end_matches('/').ends_with(".slice")
+}
+
 /// The cgroup path of `name` below a sandbox's cgroup parent, in the form of the cgroup driver: a parent that ends in `.slice` is
 /// systemd's, of which its last element counts.
 pub fn below(parent: &str, name: &str) -> String {

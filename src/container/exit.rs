@@ -56,9 +56,7 @@ impl Containers {
             return;
         }
         log::info!("container {} exited: code {}{}", container.id(), record.exit_code, if record.oom { ", out of memory" } else { "" });
-        if let Err(e) = self.update(container, |s| s.end(record.exit_code, record.oom, record.finished_at)) {
-            log::error!("container {}: record its exit: {e}", container.id());
-        }
+        self.note(container, |s| s.end(record.exit_code, record.oom, record.finished_at));
     }
 
     /// The shim has closed its socket: after its work, or because it died.
@@ -111,11 +109,7 @@ impl Containers {
         // What was written between our look and the kill is the truth.
         match client::exit_record(&meta.dir) {
             Ok(Some(record)) => self.ended(container, &record),
-            _ => {
-                if let Err(e) = self.update(container, |s| s.end_because(exit_code, reason, message.to_owned(), now_ns())) {
-                    log::error!("container {id}: record its exit: {e}");
-                }
-            }
+            _ => self.note(container, |s| s.end_because(exit_code, reason, message.to_owned(), now_ns())),
         }
         container.status.lock().shim_alive = false;
         container.changed.notify_all();

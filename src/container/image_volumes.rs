@@ -128,7 +128,8 @@ pub(super) fn declared(
     if paths.is_empty() {
         return Ok(volumes);
     }
-    let (root, inside) = (inroot::Root::open(rootfs)?, Rooted::open(rootfs)?);
+    let owner = attributes.owners.map(|owners| owners.maps.root());
+    let (root, inside) = (inroot::Root::open(rootfs)?.owned_by(owner), Rooted::open(rootfs)?);
     let mut taken = HashSet::new();
     for mount in requested {
         // A mount point may be reached by a link of the image: the volume must not cover what was asked for.

@@ -55,19 +55,20 @@ impl Containers {
         crash::step("start:2-started");
         match started {
             Ok(started) => {
-                self.update(container, |s| {
+                // With a record that says `starting` the next daemon finds it too.
+                self.note(container, |s| {
                     s.state = State::Running;
                     s.starting = false;
                     s.pid = started.pid;
                     s.started_at = started.started_at;
                     s.shim_alive = true;
-                })?;
+                });
                 crash::step("start:3-running");
                 self.watch(container);
                 Ok(())
             }
             Err(error) => {
-                self.update(container, |s| s.end_because(128, "StartError", error.message().to_owned(), now_ns()))?;
+                self.note(container, |s| s.end_because(128, "StartError", error.message().to_owned(), now_ns()));
                 Err(error)
             }
         }

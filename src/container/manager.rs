@@ -295,7 +295,7 @@ impl Containers {
         super::update::check_cpuset(&container.cgroup()?, &config.linux.resources)?;
         let (classes, class_warnings) = self.settings.classes.resolve(&inputs.sandbox.annotations, config)?;
         let working_dir = spec::process::working_dir(&config.working_dir, image_dir)?;
-        super::mounts::prepare_root(&rootfs, &working_dir)?;
+        super::mounts::prepare_root(&rootfs, &working_dir, meta.userns.map(|maps| maps.root()))?;
         // First, so that a mount of the request in the same depth comes after it.
         let volumes = super::image_volumes::declared(&meta.id, &image.volumes(), &rootfs, mounts, &self.snapshots, attributes)?;
         mounts.splice(0..0, volumes);
@@ -335,14 +335,25 @@ impl Containers {
         Ok(())
     }
 
-    /// Changes the status and writes the record, both under the status lock: the file is never older than memory.
+    /// Changes the status and writes the record, both under the status lock: the file is never older than memory. An error changes nothing.
     pub(super) fn update(&self, container: &Arc<Container>, change: impl FnOnce(&mut Status)) -> Result<()> {
+        self.change(container, change, false)
+    }
+
+    /// As `update`, for what has happened already: that is true whether or not the disk took it. A daemon that finds an older record
+    /// sees what is there.
+    pub(super) fn note(&self, container: &Arc<Container>, change: impl FnOnce(&mut Status)) {
+        if let Err(e) = self.change(container, change, true) {
+            log::error!("container {}: {e}", container.id());
+        }
+    }
+
+    fn change(&self, container: &Arc<Container>, change: impl FnOnce(&mut Status), happened: bool) -> Result<()> {
         let mut status = container.status.lock();
         let mut next = status.clone();
         change(&mut next);
         let saved = self.records.save(&container.meta.id, &RecordOut { metadata: &container.meta, status: &next });
-        // An exit is true whether or not the disk took it.
-        if saved.is_ok() || next.state == State::Exited {
+        if saved.is_ok() || happened {
             // Under the lock that orders the changes.
             if let Some(kind) = event_of(status.state, next.state) {
                 self.tell(container, kind, Some(&status), Some(&next));
@@ -370,7 +381,8 @@ impl Containers {
         if container.status.lock().state == State::Running {
             return Err(Error::precondition(format!("{}: it is RUNNING", what())));
         }
-        self.update(container, |s| s.removing = true)?;
+        // A full disk must not stand in the way of what empties it.
+        self.note(container, |s| s.removing = true);
         self.delete_again(container);
         self.settings.layers.disappears(&container.meta.id);
         self.release(container).context(what)?;

@@ -1,6 +1,5 @@
 //! The mounts of a request, made ready on the host; and the working directory, which must be in the root filesystem.
 
-use std::collections::HashSet;
 use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 
@@ -14,19 +13,10 @@ use crate::sys::mount::{holding, table, MountInfo};
 use crate::sys::{file, inroot};
 
 /// Checks all mounts by their words alone; `recursive_read_only` says whether the OCI runtime can do that. Mounts of images have no
-/// host path yet. INVALID_ARGUMENT and others as [`refuse::mount`] has them.
+/// host path yet. Of two on the same path, which Kubernetes lets through, the later covers the other. INVALID_ARGUMENT and others as [`refuse::mount`] has them.
 pub fn check_all(mounts: &[Mount], host: &HostFacts, recursive_read_only: bool) -> Result<Vec<ResolvedMount>> {
-    let mut seen = HashSet::new();
-    let mut checked = Vec::with_capacity(mounts.len());
-    for asked in mounts {
-        refuse::mount(asked, host, recursive_read_only)?;
-        let mount = check(asked)?;
-        if !seen.insert(mount.container_path.clone()) {
-            return Err(Error::invalid(format!("mount {}: asked for twice", mount.container_path.display())));
-        }
-        checked.push(mount);
-    }
-    Ok(checked)
+    let checked = |asked| refuse::mount(asked, host, recursive_read_only).and_then(|()| check(asked));
+    mounts.iter().map(checked).collect()
 }
 
 /// Resolves the host paths of checked mounts; a missing one becomes a directory (0755), as with containerd. FAILED_PRECONDITION
@@ -51,7 +41,8 @@ pub fn find(mounts: &mut [ResolvedMount]) -> Result<()> {
 /// Looks whether the image can be a root file system, and creates the working directory in it. Links inside the image may move
 /// that, which the runtime will follow the same way. FAILED_PRECONDITION when a directory of the kernel's is none: runc 1.1 makes
 /// links below `rootfs/dev`, and removes what is there, before it enters the root file system; over a link it would do so on the host.
-pub fn prepare_root(rootfs: &Path, working_dir: &Path) -> Result<()> {
+/// `owner`: of directories that are made.
+pub fn prepare_root(rootfs: &Path, working_dir: &Path, owner: Option<(u32, u32)>) -> Result<()> {
     let top = rustix::fs::open(rootfs, OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())
         .context(|| format!("open {}", rootfs.display()))?;
     for name in ["proc", "sys", "dev"] {
@@ -62,7 +53,7 @@ pub fn prepare_root(rootfs: &Path, working_dir: &Path) -> Result<()> {
             Ok(_) => return Err(Error::precondition(format!("the image's /{name} is not a directory"))),
         }
     }
-    let place = inroot::Root::open(rootfs)?.make_dirs(working_dir).context(|| "working_dir")?;
+    let place = inroot::Root::open(rootfs)?.owned_by(owner).make_dirs(working_dir).context(|| "working_dir")?;
     match process::leads_out(&place) {
         true => Err(Error::invalid(format!(
             "working_dir: {} leads to {}, a process's own view of the host",
@@ -177,8 +168,6 @@ mod tests {
             let error = resolved(&[mount("/ok", &missing), mount("/x", Path::new(bad))]).unwrap_err();
             assert_eq!(error.code(), Code::InvalidArgument, "{bad:?}");
         }
-        let twice = resolved(&[mount("/ok", &missing), mount("/x/../ok", &missing)]).unwrap_err();
-        assert!(twice.message().contains("twice"), "{twice}");
         let mut rro = mount("/x", &missing);
         (rro.readonly, rro.recursive_read_only) = (true, true);
         assert!(resolved(&[mount("/ok", &missing), rro]).unwrap_err().message().starts_with("RROUnsupported"));
@@ -218,12 +207,24 @@ mod tests {
     }
 
     #[test]
+    fn two_in_one_place_are_both_mounted() {
+        let of = |container_path: &str, host_path: &str| Mount {
+            container_path: container_path.into(),
+            host_path: host_path.into(),
+            ..Default::default()
+        };
+        let both = check_all(&[of("/data", "/a"), of("/data/./", "/b")], &crate::spec::fixture::host(), false).unwrap();
+        let seen: Vec<_> = both.iter().map(|m| (m.container_path.to_str().unwrap(), m.host_path.to_str().unwrap())).collect();
+        assert_eq!(seen, [("/data", "/a"), ("/data", "/b")]);
+    }
+
+    #[test]
     fn the_working_dir_is_made_in_the_rootfs() {
         let dir = tempfile::tempdir().unwrap();
-        prepare_root(dir.path(), Path::new("/work/dir")).unwrap();
+        prepare_root(dir.path(), Path::new("/work/dir"), None).unwrap();
         assert!(dir.path().join("work/dir").is_dir());
         let deep = format!("/{}", "a/".repeat(3000));
-        let error = prepare_root(dir.path(), Path::new(&deep)).unwrap_err();
+        let error = prepare_root(dir.path(), Path::new(&deep), None).unwrap_err();
         assert!(error.message().starts_with("working_dir"), "{error}");
     }
 
@@ -231,19 +232,19 @@ mod tests {
     fn directories_of_the_kernel_are_none_elsewhere() {
         let dir = tempfile::tempdir().unwrap();
         std::fs::create_dir(dir.path().join("proc")).unwrap();
-        prepare_root(dir.path(), Path::new("/")).unwrap();
+        prepare_root(dir.path(), Path::new("/"), None).unwrap();
         symlink("/dev", dir.path().join("dev")).unwrap();
-        assert_eq!(prepare_root(dir.path(), Path::new("/")).unwrap_err().code(), Code::FailedPrecondition);
+        assert_eq!(prepare_root(dir.path(), Path::new("/"), None).unwrap_err().code(), Code::FailedPrecondition);
         std::fs::remove_file(dir.path().join("dev")).unwrap();
         std::fs::write(dir.path().join("sys"), "").unwrap();
-        assert!(prepare_root(dir.path(), Path::new("/")).unwrap_err().message().contains("/sys"));
+        assert!(prepare_root(dir.path(), Path::new("/"), None).unwrap_err().message().contains("/sys"));
     }
 
     #[test]
     fn working_dir_may_not_lead_out_by_a_link() {
         let dir = tempfile::tempdir().unwrap();
         symlink("/proc/self/fd", dir.path().join("w")).unwrap();
-        let error = prepare_root(dir.path(), Path::new("/w/7")).unwrap_err();
+        let error = prepare_root(dir.path(), Path::new("/w/7"), None).unwrap_err();
         assert!(error.code() == Code::InvalidArgument && error.message().contains("/proc/self/fd/7"), "{error}");
     }
 }

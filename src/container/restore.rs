@@ -79,15 +79,12 @@ impl Containers {
         let meta = &container.meta;
         if let Ok(state) = Client::new(&meta.dir).state() {
             if state.phase != Phase::Starting {
-                let changed = self.update(container, |s| {
+                self.note(container, |s| {
                     s.started_at = state.started_at;
                     s.state = State::Running;
                     s.starting = false;
                     s.pid = state.pid;
                 });
-                if let Err(e) = changed {
-                    log::error!("container {}: {e}", meta.id);
-                }
                 self.follow(container);
                 return;
             }

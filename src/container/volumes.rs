@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 
 use crate::api::runtime::{IDMapping, Mount};
 use crate::error::{Context, Error, ErrorList, Result};
-use crate::spec::{process, Propagation, ResolvedMount, UserNamespace};
+use crate::spec::{Propagation, ResolvedMount, UserNamespace};
 use crate::sys::idmap::{self, Flow, IdMap};
 use crate::sys::{file, mount, pin};
 
@@ -18,7 +18,7 @@ const LINES: usize = 340;
 /// Of user ids and of group ids.
 type Maps = (Vec<IdMap>, Vec<IdMap>);
 
-/// Mounts what has mappings below `dir` (the container's) and makes it the source of its mount. On an error what was mounted stays, for
+/// Mounts what has mappings below `dir` (the container's) and makes it the source of its mount; `mounts` are those requested. On an error what was mounted stays, for
 /// [`remove`]. INVALID_ARGUMENT names a bad mapping, FAILED_PRECONDITION a file system that cannot be mapped.
 pub fn place(dir: &Path, requested: &[Mount], mounts: &mut [ResolvedMount], own: Option<&UserNamespace>, shim: &Path) -> Result<()> {
     let mut kept: Vec<(Maps, File)> = Vec::new();
@@ -29,8 +29,7 @@ pub fn place(dir: &Path, requested: &[Mount], mounts: &mut [ResolvedMount], own:
         if asked.image.is_some() {
             continue;
         }
-        let path = process::clean(Path::new(&asked.container_path));
-        let Some(resolved) = mounts.iter_mut().find(|m| m.container_path == path) else { continue };
+        let resolved = &mut mounts[number];
         let known = kept.iter().position(|(known, _)| *known == maps);
         let index = match known {
             Some(index) => index,

@@ -44,6 +44,8 @@ struct Job {
     chain: Vec<Digest>,
     open: OpenLayer,
     cancel: Cancel,
+    /// For helpers' waits for a slot: set when no layer is left to begin with.
+    help: Cancel,
     watch: Option<Watch>,
     /// Below the layer store's own lock.
     work: Lock<Work>,
@@ -103,6 +105,7 @@ pub(super) fn assemble(inner: &Arc<Inner>, parts: Parts, open: OpenLayer, cancel
         chain,
         open,
         cancel: cancel.clone(),
+        help: cancel.part(),
         watch,
     });
     for i in 0..job.layers.len() {
@@ -112,9 +115,9 @@ pub(super) fn assemble(inner: &Arc<Inner>, parts: Parts, open: OpenLayer, cancel
     for i in 1..missing.len().min(inner.bounds.layer_workers) {
         let job = job.clone();
         // One worker does it too.
-        threads.extend(thread::spawn(&format!("layer-{i}"), move || job.work()).inspect_err(|e| log::warn!("image: {e}")));
+        threads.extend(thread::spawn(&format!("layer-{i}"), move || job.work(false)).inspect_err(|e| log::warn!("image: {e}")));
     }
-    job.work();
+    job.work(true);
     for thread in threads {
         if thread.join().is_err() {
             job.fail(Error::internal("a layer's thread panicked"));
@@ -137,10 +140,11 @@ pub(super) fn assemble(inner: &Arc<Inner>, parts: Parts, open: OpenLayer, cancel
 }
 
 impl Job {
-    /// Takes layers, the lowest that is free first, until none is left.
-    fn work(&self) {
+    /// Takes layers, the lowest that is free first, until none is left. `first`: the worker that every image has, whatever others fetch
+    /// from slow registries; the rest of them helps with the slots of all images.
+    fn work(&self, first: bool) {
         loop {
-            match self.step() {
+            match self.step(first) {
                 Ok(true) => {}
                 Ok(false) => return,
                 Err(e) => return self.fail(e),
@@ -149,9 +153,14 @@ impl Job {
     }
 
     /// One layer; false when there is none left to begin with.
-    fn step(&self) -> Result<bool> {
-        let (i, claim) = loop {
+    fn step(&self, first: bool) -> Result<bool> {
+        let (i, claim, _slot) = loop {
             self.cancel.check()?;
+            let slot = match (!first).then(|| self.inner.layers.slot(&self.help)).transpose() {
+                Ok(slot) => slot,
+                Err(_) if self.work.lock().left.is_empty() => return Ok(false),
+                Err(e) => return Err(e),
+            };
             let claimed = {
                 let mut work = self.work.lock();
                 if work.left.is_empty() {
@@ -164,12 +173,18 @@ impl Job {
                 claimed
             };
             match claimed {
-                Claimed::Here(i) => break (i, None),
-                Claimed::Ours(i, claim) => break (i, Some(claim)),
+                Claimed::Here(i) => break (i, None, slot),
+                Claimed::Ours(i, claim) => break (i, Some(claim), slot),
                 // Other pulls make what is left.
-                Claimed::Busy(seen) => self.inner.layers.changed(seen, &self.cancel)?,
+                Claimed::Busy(seen) => {
+                    drop(slot);
+                    self.inner.layers.changed(seen, &self.cancel)?;
+                }
             }
         };
+        if self.work.lock().left.is_empty() {
+            self.help.set();
+        }
         let make = |claim| {
             self.report(i, Phase::Downloading, 0);
             self.inner.layers.make(claim, &self.wanted(i), &self.cancel, || self.open(i))

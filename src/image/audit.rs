@@ -15,7 +15,7 @@ use super::digest::Digest;
 use super::layers::TAPE;
 use super::tape::Replay;
 use super::tarball::{Entry, Kind, Tarball};
-use super::unpack::{AUFS_PREFIX, OPAQUE_NAME, WHITEOUT_PREFIX};
+use super::unpack::{self, AUFS_PREFIX, OPAQUE_NAME, WHITEOUT_PREFIX};
 use crate::error::{Context, Result};
 use crate::sys::cancel::Cancel;
 use crate::sys::rooted::{self, Rooted};
@@ -204,7 +204,7 @@ impl Audit {
         }
         let found = rooted::xattrs(&rooted::proc_path(parent.as_fd(), name)).map_err(words)?;
         let value = |key: &[u8]| found.iter().find(|(k, _)| k.as_bytes() == key).map(|(_, v)| v.as_slice());
-        for (key, want) in &entry.xattrs {
+        for (key, want) in entry.xattrs.iter().filter(|(key, _)| unpack::allowed(key)) {
             match value(key) {
                 Some(found) if found == want => {}
                 // What the file system or the kind of file does not take was left out when it was unpacked.

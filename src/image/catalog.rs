@@ -175,7 +175,8 @@ impl Catalog {
         };
         let data = self.layout.read_blob(&manifest.config.digest, self.bounds.max_config_bytes)?;
         let (config, diff_ids) = manifest::parse_config(&data, manifest.layers.len(), &self.platform)?;
-        let size = descriptor.size + manifest.config.size + manifest.layers.iter().map(|l| l.size).sum::<u64>();
+        let sizes = [descriptor.size, manifest.config.size].into_iter().chain(manifest.layers.iter().map(|layer| layer.size));
+        let size = sizes.fold(0, u64::saturating_add);
         Ok((manifest.config.digest, Body { size, config: Arc::new(config), chain: chain_ids(&diff_ids) }))
     }
 
@@ -424,7 +425,13 @@ impl Catalog {
 
     /// Chain IDs that some record needs.
     pub fn used(&self) -> HashSet<Digest> {
-        self.state.lock().bodies.values().flat_map(|b| b.chain.iter().cloned()).collect()
+        self.with_used(|used| used)
+    }
+
+    /// The same for `look`; no record comes or goes while it does.
+    pub fn with_used<R>(&self, look: impl FnOnce(HashSet<Digest>) -> R) -> R {
+        let state = self.state.lock();
+        look(state.bodies.values().flat_map(|body| body.chain.iter().cloned()).collect())
     }
 
     /// Disk space of manifests and configs, estimated at two blocks an image and record.
@@ -454,7 +461,8 @@ fn resolve(state: &State, text: &str) -> Result<Option<Digest>> {
         // `repository@digest` where the digest is the image's id.
         if let Version::Digest(digest) = reference.version() {
             let repository = reference.repository();
-            let belongs = |k: &Known| k.id == *digest && k.record.name.as_deref().is_some_and(|n| n.starts_with(&repository));
+            let of_it = |name: &str| name.strip_prefix(&repository).is_some_and(|rest| rest.starts_with([':', '@']));
+            let belongs = |k: &Known| k.id == *digest && k.record.name.as_deref().is_some_and(of_it);
             return Ok(state.known.iter().find(|k| belongs(k)).map(|k| k.id.clone()));
         }
     }

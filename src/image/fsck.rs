@@ -11,7 +11,7 @@ use super::audit::audit;
 use super::digest::{is_hex, Digest};
 use super::layers::{delete, read_marker, set_aside, Marker};
 use super::Inner;
-use crate::error::{Context, Result};
+use crate::error::{Context, ErrorList, Result};
 use crate::sys::cancel::Cancel;
 
 /// What something is a problem of.
@@ -198,9 +198,9 @@ fn orphans(inner: &Inner, repair: bool) -> Result<Vec<Problem>> {
     }
     if repair {
         inner.spared.lock().clear();
-        inner.layers.collect(&inner.catalog.used()).context(|| "remove unused layers")?;
+        inner.collect()?;
     }
-    let mut gone: Vec<PathBuf> = Vec::new();
+    let (mut gone, mut errors): (Vec<PathBuf>, _) = (Vec::new(), ErrorList::default());
     let dir = inner.layers.dir.clone();
     let what = || format!("list {}", dir.display());
     for entry in std::fs::read_dir(&dir).context(what)? {
@@ -217,10 +217,14 @@ fn orphans(inner: &Inner, repair: bool) -> Result<Vec<Problem>> {
             let action = if repair { "removed" } else { "" };
             problems.push(orphan(path.display().to_string(), "half-made layer", action));
             if repair {
-                gone.push(set_aside(&path)?);
+                match set_aside(&path) {
+                    // Its pull has committed it, or given it up, since we looked.
+                    Err(_) if !path.exists() => drop(problems.pop()),
+                    result => gone.extend(errors.keep(result)),
+                }
             }
         }
     }
     delete(gone);
-    Ok(problems)
+    errors.finish().map(|()| problems)
 }

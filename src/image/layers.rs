@@ -13,7 +13,7 @@ use super::damage::Damaged;
 use super::digest::{is_hex, Digest};
 use super::make::{self, Wanted};
 use super::room::Room;
-use super::slots::Slots;
+use super::slots::{Slots, Taken};
 use super::unpack::{self, Limits, Unpacked};
 use crate::error::{Context, Error, ErrorList, Result};
 use crate::sys::awaited::Awaited;
@@ -72,13 +72,21 @@ pub(super) struct State {
     changes: u64,
 }
 
+impl State {
+    fn unneeded(&self, used: &HashSet<Digest>) -> Vec<Digest> {
+        let held: HashSet<&Digest> = self.holds.values().flatten().collect();
+        let free = |c: &&Digest| !used.contains(*c) && !held.contains(*c) && !self.busy.contains(*c);
+        self.ready.keys().filter(free).cloned().collect()
+    }
+}
+
 /// The layer store.
 pub struct Layers {
     pub(super) dir: PathBuf,
     limits: Limits,
     serial: AtomicU64,
     pub(super) state: Awaited<State>,
-    /// Layers on their way at a time, for all pulls together.
+    /// Layers on their way at a time, for all pulls together, beyond one of each.
     slots: Slots,
     pub room: Room,
 }
@@ -198,10 +206,7 @@ impl Layers {
 
     /// Finished layers that neither `used` nor a holder needs.
     pub(super) fn unneeded(&self, used: &HashSet<Digest>) -> Vec<Digest> {
-        let state = self.state.lock();
-        let held: HashSet<&Digest> = state.holds.values().flatten().collect();
-        let free = |c: &&Digest| !used.contains(*c) && !held.contains(*c) && !state.busy.contains(*c);
-        state.ready.keys().filter(free).cloned().collect()
+        self.state.lock().unneeded(used)
     }
 
     /// Sum over all finished layers.
@@ -253,11 +258,16 @@ impl Layers {
         self.state.wait(cancel, |state| (state.changes != seen).then_some(()))
     }
 
+    /// One of the slots for making layers beyond one of each image. It comes before the claim: who waits for one keeps no layer from
+    /// others.
+    pub(super) fn slot(&self, cancel: &Cancel) -> Result<Taken> {
+        self.slots.take(1, cancel)
+    }
+
     /// Makes a layer in a place of its own: in parallel with any other, the one below it included. `open` gives the stream.
     pub fn make(&self, claim: Claim, wanted: &Wanted, cancel: &Cancel, open: impl FnOnce() -> Result<Stream>) -> Result<Made> {
         let serial = self.serial.fetch_add(1, Ordering::Relaxed);
         let temp = Temp(self.dir.join(format!("{}.tmp-{serial}", claim.chain_id.hex())));
-        let _slot = self.slots.take(1, cancel)?;
         file::remove_tree(&temp.0)?;
         let diff = temp.0.join(DIFF);
         file::make_dir(&temp.0, 0o700)?;
@@ -310,30 +320,33 @@ impl Layers {
         Ok(())
     }
 
-    /// Removes all layers that neither `used` nor a holder needs. Gives back how many went; their files are deleted behind
-    /// the caller's back, because a large layer can keep a slow disk busy for half a minute.
-    pub fn collect(&self, used: &HashSet<Digest>) -> Result<usize> {
+    /// Takes all layers that neither `used` nor a holder needs, for `remove`.
+    pub(super) fn take_unneeded(&self, used: &HashSet<Digest>) -> Vec<Claim> {
         let goes: Vec<Digest> = self.state.change(|state| {
-            let held: HashSet<&Digest> = state.holds.values().flatten().collect();
-            let free = |c: &&Digest| !used.contains(*c) && !held.contains(*c) && !state.busy.contains(*c);
-            let goes: Vec<Digest> = state.ready.keys().filter(free).cloned().collect();
+            let goes = state.unneeded(used);
             for chain_id in &goes {
                 state.ready.remove(chain_id);
                 state.busy.insert(chain_id.clone());
             }
             goes
         });
+        goes.iter().map(|chain_id| self.claimed(chain_id)).collect()
+    }
+
+    /// Removes layers that were taken, and damaged ones that nobody needs. Gives back how many of the former there were; their files
+    /// are deleted behind the caller's back, because a large layer can keep a slow disk busy for half a minute.
+    pub(super) fn remove(&self, taken: Vec<Claim>) -> Result<usize> {
         let mut errors = ErrorList::default();
         let mut gone = self.useless_damaged();
-        for chain_id in &goes {
-            let _claim = self.claimed(chain_id);
-            let place = self.dir.join(chain_id.hex());
+        let count = taken.len();
+        for claim in taken {
+            let place = self.dir.join(claim.chain_id.hex());
             // The marker first: what a crash leaves is then half-made, not half-there.
             errors.keep(file::remove_file(&place.join(MARKER)));
             gone.extend(errors.keep(set_aside(&place)));
         }
         delete(gone);
-        errors.finish().map(|()| goes.len())
+        errors.finish().map(|()| count)
     }
 }
 
@@ -469,11 +482,11 @@ mod tests {
         // The directory, the file and the tape.
         assert_eq!(layers.usage(), Usage { bytes: 3 * 4096, inodes: 3 });
         layers.hold_ready("c1", &chain).unwrap();
-        assert_eq!(layers.collect(&HashSet::new()).unwrap(), 0);
+        assert_eq!(layers.remove(layers.take_unneeded(&HashSet::new())).unwrap(), 0);
         let again = open(dir.path());
         assert!(again.is_ready(&id));
         layers.release("c1");
-        assert_eq!(layers.collect(&HashSet::new()).unwrap(), 1);
+        assert_eq!(layers.remove(layers.take_unneeded(&HashSet::new())).unwrap(), 1);
         assert!(layers.hold_ready("c1", &chain).is_err());
         settle(dir.path());
         assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 0);

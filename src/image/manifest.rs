@@ -134,6 +134,9 @@ impl std::fmt::Display for Platform {
     }
 }
 
+/// Bytes that a descriptor may announce: sums of them stay numbers of 64 bits with a sign, as CRI has them.
+const SIZE_LIMIT: u64 = 1 << 48;
+
 /// Either kind of document.
 #[derive(Debug)]
 pub enum Document {
@@ -196,12 +199,18 @@ pub fn parse(data: &[u8], media_type: &str) -> Result<Document> {
             Some(_) => {}
         }
     }
+    let sized = [&raw.manifests, &raw.layers].into_iter().flatten().flatten().chain(&raw.config);
+    if let Some(large) = sized.into_iter().find(|descriptor| descriptor.size > SIZE_LIMIT) {
+        return Err(wrong(format!("{} has {} bytes, more than any disk", large.digest, large.size)));
+    }
     if let Some(manifests) = raw.manifests {
         return Ok(Document::Index(manifests));
     }
-    let (Some(config), Some(layers)) = (raw.config, raw.layers) else {
+    let Some(config) = raw.config else {
         return Err(wrong("neither an index nor an image manifest".to_owned()));
     };
+    // Tools in Go write a list without members as null.
+    let layers = raw.layers.unwrap_or_default();
     if !matches!(config.media_type.as_str(), OCI_CONFIG | DOCKER_CONFIG) {
         let kind = raw.artifact_type.filter(|t| !t.is_empty()).unwrap_or(config.media_type);
         return Err(wrong(format!("this is an artifact of type {kind:?}, not an image")));
@@ -282,10 +291,19 @@ pub fn choose<'a>(entries: &'a [Descriptor], platform: &Platform) -> Result<&'a 
     )))
 }
 
+/// A config whose list of diff IDs is null, as tools in Go write one without members.
+fn without_layers(data: &[u8]) -> Option<ImageConfiguration> {
+    let mut value: serde_json::Value = serde_json::from_slice(data).ok()?;
+    let ids = value.pointer_mut("/rootfs/diff_ids").filter(|ids| ids.is_null())?;
+    *ids = serde_json::Value::Array(Vec::new());
+    serde_json::from_value(value).ok()
+}
+
 /// A parsed config with its diff IDs, as many as the manifest has layers.
 pub fn parse_config(data: &[u8], layers: usize, platform: &Platform) -> Result<(ImageConfiguration, Vec<Digest>)> {
     let failed = |e: Error| e.with_code(crate::error::Code::FailedPrecondition);
-    let mut config: ImageConfiguration = serde_json::from_slice(data).context(|| "parse image config").map_err(failed)?;
+    let mut config: ImageConfiguration =
+        serde_json::from_slice(data).or_else(|e| without_layers(data).ok_or(e)).context(|| "parse image config").map_err(failed)?;
     let diff_ids: Vec<Digest> =
         config.rootfs().diff_ids().iter().map(|d| Digest::parse(d)).collect::<Result<_>>().context(|| "image config").map_err(failed)?;
     if diff_ids.len() != layers {
@@ -398,6 +416,10 @@ mod tests {
         refused(r#"{"schemaVersion":2,"artifactType":"a/b","blobs":[]}"#, "artifact");
         refused(&format!(r#"{{"schemaVersion":2,"mediaType":"{OCI_INDEX}","config":{d},"layers":[]}}"#), "claims");
         refused(r#"{"schemaVersion":2}"#, "neither");
+        let large = d.replace("\"size\":1", "\"size\":281474976710657");
+        refused(&format!(r#"{{"schemaVersion":2,"config":{d},"layers":[{large}]}}"#), "more than any disk");
+        refused(&format!(r#"{{"schemaVersion":2,"config":{large},"layers":[]}}"#), "more than any disk");
+        refused(&format!(r#"{{"schemaVersion":2,"manifests":[{large}]}}"#), "more than any disk");
         refused(r#"{"schemaVersion":2,"schemaVersion":2}"#, "duplicate");
         let with = |l: String| format!(r#"{{"schemaVersion":2,"config":{d},"layers":[{l}]}}"#);
         assert!(parse(with(layer("application/vnd.oci.image.layer.v1.tar+zstd")).as_bytes(), "").is_ok());
@@ -410,6 +432,21 @@ mod tests {
         }
         assert!(parse(with(layer(OCI_LAYER)).as_bytes(), OCI_INDEX).is_err());
         assert!(parse(with(layer(OCI_LAYER)).as_bytes(), "application/json").is_ok());
+    }
+
+    /// As Go writes a list that was never made.
+    #[test]
+    fn images_without_layers_have_null_for_a_list() {
+        let host = Platform { os: "linux".into(), architecture: "amd64".into(), variant: None };
+        let d = serde_json::to_string(&descriptor(OCI_CONFIG, None)).unwrap();
+        for layers in ["null", "[]"] {
+            let text = format!(r#"{{"schemaVersion":2,"config":{d},"layers":{layers}}}"#);
+            let Document::Manifest(manifest) = parse(text.as_bytes(), OCI_MANIFEST).unwrap() else { panic!("a manifest") };
+            assert_eq!(manifest.layers, []);
+            let config = format!(r#"{{"os":"linux","architecture":"amd64","rootfs":{{"type":"layers","diff_ids":{layers}}}}}"#);
+            assert_eq!(parse_config(config.as_bytes(), 0, &host).unwrap().1, []);
+            assert!(parse_config(config.as_bytes(), 1, &host).is_err());
+        }
     }
 
     #[test]

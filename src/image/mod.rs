@@ -223,6 +223,19 @@ struct Inner {
     serial: AtomicU64,
 }
 
+impl Inner {
+    /// Removes layers that no image and no container needs. They are chosen while no image can be recorded: one that has just been has
+    /// them no longer held by its pull.
+    fn collect(&self) -> Result<()> {
+        let spared = self.spared.lock().clone();
+        let taken = self.catalog.with_used(|mut used| {
+            used.extend(spared);
+            self.layers.take_unneeded(&used)
+        });
+        self.layers.remove(taken).context(|| "remove unused layers").map(drop)
+    }
+}
+
 impl Images {
     /// Opens or makes the store. Half-made layers go; records that cannot be read are moved to `root/quarantine`.
     pub fn open(settings: Settings) -> Result<Images> {
@@ -358,9 +371,7 @@ impl Images {
 
     /// Removes layers that no image and no container needs. Called once at start, after the containers' `hold_restored`.
     pub fn collect(&self) -> Result<()> {
-        let mut used = self.inner.catalog.used();
-        used.extend(self.inner.spared.lock().iter().cloned());
-        self.inner.layers.collect(&used).context(|| "remove unused layers").map(drop)
+        self.inner.collect()
     }
 
     /// Number of layers, and the bytes they take.

@@ -9,6 +9,10 @@ use super::tape::Tape;
 const BLOCK: usize = 512;
 /// Bytes of extension headers of one entry.
 const EXTENSION_LIMIT: u64 = 1 << 20;
+/// Bytes that global headers may leave in force, which every member takes over.
+const GLOBAL_LIMIT: usize = 16 << 10;
+/// Attributes of one member. Linux's file systems hold some hundred bytes to 64 KiB of them.
+const XATTRS_LIMIT: usize = 512;
 /// Bytes after the end mark.
 const TAIL_LIMIT: u64 = 64 << 20;
 /// Data pieces of one sparse file.
@@ -169,6 +173,9 @@ impl<R: Read> Tarball<R> {
                 b'g' => {
                     let data = self.extension(stored, &mut budget)?;
                     self.global.apply(&data)?;
+                    if self.global.weight() > GLOBAL_LIMIT {
+                        return Err(bad(format!("global headers of more than {} KiB", GLOBAL_LIMIT >> 10)));
+                    }
                     pax.apply(&data)?;
                 }
                 b'L' => long_name = Some(until_nul(&self.extension(stored, &mut budget)?).to_vec()),
@@ -178,7 +185,15 @@ impl<R: Read> Tarball<R> {
         }
     }
 
-    fn member(&mut self, h: &[u8; BLOCK], kind: u8, stored: u64, pax: Pax, name: Option<Vec<u8>>, link: Option<Vec<u8>>) -> Result<Entry> {
+    fn member(
+        &mut self,
+        h: &[u8; BLOCK],
+        kind: u8,
+        stored: u64,
+        mut pax: Pax,
+        name: Option<Vec<u8>>,
+        link: Option<Vec<u8>>,
+    ) -> Result<Entry> {
         let gnu = &h[257..265] == b"ustar  \0";
         let ustar = &h[257..262] == b"ustar" && !gnu;
         let mut path = until_nul(&h[..100]).to_vec();
@@ -222,7 +237,7 @@ impl<R: Read> Tarball<R> {
             stored,
             offset: self.position,
             device: if ustar || gnu { (device(&h[329..337])?, device(&h[337..345])?) } else { (0, 0) },
-            xattrs: pax.xattrs.clone(),
+            xattrs: std::mem::take(&mut pax.xattrs),
             pieces: None,
             path,
         };
@@ -420,6 +435,13 @@ impl<R: Read> Read for Tarball<R> {
 }
 
 impl Pax {
+    /// Bytes it takes.
+    fn weight(&self) -> usize {
+        let texts = [&self.path, &self.link, &self.sparse_name].into_iter().flatten().map(Vec::len).sum::<usize>();
+        let xattrs = self.xattrs.iter().map(|(name, value)| name.len() + value.len() + size_of::<(Vec<u8>, Vec<u8>)>()).sum::<usize>();
+        texts + xattrs + self.sparse_map.as_ref().map_or(0, |map| map.len() * size_of::<u64>())
+    }
+
     /// One number of format 0.0; offset and length take turns.
     fn sparse_number(&mut self, turn: usize, value: &[u8]) -> Result<()> {
         let map = self.sparse_map.get_or_insert_default();
@@ -470,6 +492,9 @@ impl Pax {
             _ => {
                 if let Some(name) = key.strip_prefix(b"SCHILY.xattr.") {
                     self.xattrs.retain(|(n, _)| n != name);
+                    if self.xattrs.len() == XATTRS_LIMIT {
+                        return Err(bad(format!("more than {XATTRS_LIMIT} attributes")));
+                    }
                     self.xattrs.push((name.to_vec(), value.to_vec()));
                 }
             }

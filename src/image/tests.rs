@@ -92,7 +92,8 @@ fn one_image_under_all_its_names() {
     {
         assert_eq!(images.status(name).unwrap().as_ref(), Some(image), "{name}");
     }
-    for name in ["q.io/x/y", "y", &id[7..11], &"0".repeat(64)] {
+    assert_eq!(images.status(&format!("q.io/x/y@{id}")).unwrap().as_ref(), Some(image));
+    for name in ["q.io/x/y", "y", &id[7..11], &"0".repeat(64), &format!("q.io/x@{id}"), &format!("q.io/x/yy@{id}")] {
         assert_eq!(images.status(name).unwrap(), None, "{name}");
     }
     assert_eq!(images.status("A B").unwrap_err().code(), Code::InvalidArgument);

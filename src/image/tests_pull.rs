@@ -186,9 +186,29 @@ fn layers_on_their_way_are_bounded_over_all_pulls() {
     let (_dir, store) = registry.store(|s| (s.bounds.layer_workers, s.bounds.all_layers) = (3, 2));
     let pulls: Vec<_> = ["x", "y", "z"].iter().map(|n| registry.pull(&store, n, &Cancel::never())).collect();
     pulls.into_iter().for_each(|pull| drop(pull.join().unwrap().unwrap()));
-    // Two layers, and the three configs may be under way at the same time.
+    // A layer or the config of each image, and two layers more.
     let most = registry.shared.seen.lock().unwrap().most;
     assert!((2..=5).contains(&most), "{most} at a time");
+}
+
+#[test]
+fn no_image_waits_for_those_of_slow_registries() {
+    let slow: Vec<_> = ["x", "y"].iter().map(|n| (*n, gzipped(&[&format!("{n}1"), &format!("{n}2"), &format!("{n}3")]))).collect();
+    let slow_registry = Registry::start(&slow, Duration::ZERO);
+    slow.iter().flat_map(|(_, layers)| layers).for_each(|(data, _)| slow_registry.hold(data));
+    let quick = Registry::start(&[("quick", gzipped(&["q1", "q2"]))], Duration::ZERO);
+    let (_dir, store) = slow_registry.store(|s| {
+        (s.bounds.layer_workers, s.bounds.all_layers) = (3, 2);
+        s.registry.plain_http.push(quick.address.clone());
+    });
+    let cancel = Cancel::new(None);
+    let pulls: Vec<_> = ["x", "y"].iter().map(|n| slow_registry.pull(&store, n, &cancel)).collect();
+    let busy = || slow_registry.shared.seen.lock().unwrap().busy;
+    soon("all places are taken", || busy() == 2 + 2);
+    quick.pull(&store, "quick", &Cancel::never()).join().unwrap().unwrap();
+    cancel.set();
+    slow_registry.release();
+    pulls.into_iter().for_each(|pull| drop(pull.join().unwrap().unwrap_err()));
 }
 
 #[test]

@@ -92,6 +92,20 @@ fn identity_tokens_are_exchanged() {
 }
 
 #[test]
+fn identity_tokens_are_passwords_where_there_is_no_oauth() {
+    for code in [400, 401, 404, 405] {
+        let (registry, tokens) = bearer("Bearer t3", move |r| match (r.method.as_str(), r.authorization()) {
+            ("GET", Some(login)) if login == crate::image::auth::basic("me", "idt") => Reply::new(200, r#"{"token":"t3"}"#),
+            ("POST", _) => Reply::new(code, "{}"),
+            _ => Reply::new(403, "{}"),
+        });
+        let auth = Auth { username: "me".into(), identity_token: "idt".into(), ..Auth::default() };
+        site(&[&registry]).pull(&registry, ":v1", Some(auth)).unwrap_or_else(|e| panic!("{code}: {e}"));
+        assert!(tokens.count("token") > 1, "{code}");
+    }
+}
+
+#[test]
 fn redirects_do_not_carry_credentials() {
     let c = content(&[layer_tar("a")]);
     let (answers, blob) = (c.answers.clone(), c.blobs[0].clone());

@@ -492,6 +492,28 @@ fn global_headers_hold_until_taken_back() {
     assert_eq!(rooted::xattrs(&site.path("b")).unwrap().len(), 1);
 }
 
+/// What every member takes over is small, however many headers there are.
+#[test]
+fn global_headers_and_attributes_are_bounded() {
+    let global = |key: &str, value: &[u8]| {
+        let records = records(&[(key, value)]);
+        let head = header(&Item { size: Some(records.len() as u64), ..item("g", b'g') });
+        [&head[..], &padded(&records)].concat()
+    };
+    let text = vec![b'x'; 10 << 10];
+    let twice = |first: &str, second: &str| [global(first, &text), global(second, &text), archive(&[file("a", b"")])].concat();
+    for (first, second) in [("SCHILY.xattr.user.a", "SCHILY.xattr.user.b"), ("linkpath", "GNU.sparse.name")] {
+        let error = Site::new().raw(&twice(first, second)).unwrap_err();
+        assert!(error.message().contains("global headers of more than 16 KiB"), "{error}");
+    }
+    // The same again takes the first one's place.
+    Site::new().raw(&twice("comment", "comment")).unwrap();
+    Site::new().raw(&twice("linkpath", "linkpath")).unwrap();
+    let names: Vec<String> = (0..513).map(|i| format!("SCHILY.xattr.trusted.{i}")).collect();
+    let many: Vec<(&str, &[u8])> = names.iter().map(|name| (name.as_str(), &b"1"[..])).collect();
+    refused(&[Item { pax: &many, ..file("a", b"") }], "more than 512 attributes");
+}
+
 /// 512 bytes at 4096 of 8192, as every sparse format says it.
 fn assert_sparse(site: &Site, name: &str) {
     let text = std::fs::read(site.path(name)).unwrap();

@@ -405,7 +405,7 @@ impl Unpacker<'_> {
             rustix::fs::fchown(file, Some(Uid::from_raw(entry.uid)), Some(Gid::from_raw(entry.gid))).context(|| "set owner")?;
         }
         for (key, value) in &entry.xattrs {
-            let set = self.allowed(key).then(|| rustix::fs::fsetxattr(file, OsStr::from_bytes(key), value, XattrFlags::empty()));
+            let set = allowed(key).then(|| rustix::fs::fsetxattr(file, OsStr::from_bytes(key), value, XattrFlags::empty()));
             self.attribute(entry, key, set)?;
         }
         rustix::fs::fchmod(file, Mode::from(entry.mode)).context(|| "set mode")
@@ -421,18 +421,13 @@ impl Unpacker<'_> {
         }
         let path = rooted::proc_path(dir, name);
         for (key, value) in &entry.xattrs {
-            let set = self.allowed(key).then(|| rustix::fs::lsetxattr(&path, OsStr::from_bytes(key), value, XattrFlags::empty()));
+            let set = allowed(key).then(|| rustix::fs::lsetxattr(&path, OsStr::from_bytes(key), value, XattrFlags::empty()));
             self.attribute(entry, key, set)?;
         }
         if entry.kind != Kind::Symlink {
             rooted::set_mode(dir, name, entry.mode).context(|| "set mode")?;
         }
         rooted::set_times(dir, name, entry.mtime)
-    }
-
-    /// overlayfs's own attributes say where lower layers' files are: those of the archive would speak of other places.
-    fn allowed(&self, key: &[u8]) -> bool {
-        ![rooted::OVERLAY_XATTRS.as_bytes(), b"user.overlay."].iter().any(|prefix| key.starts_with(prefix))
     }
 
     /// What became of an attribute: None when it is not allowed.
@@ -461,6 +456,11 @@ impl Unpacker<'_> {
         }
         Ok(self.done)
     }
+}
+
+/// overlayfs's own attributes say where lower layers' files are: those of the archive would speak of other places, and are left out.
+pub(super) fn allowed(key: &[u8]) -> bool {
+    ![rooted::OVERLAY_XATTRS.as_bytes(), b"user.overlay."].iter().any(|prefix| key.starts_with(prefix))
 }
 
 fn times((seconds, nanos): (i64, u32)) -> Timestamps {

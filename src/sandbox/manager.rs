@@ -11,6 +11,7 @@ use super::resources::Resources;
 use super::status::{Phase, Process, Status};
 use super::{attachment, files, namespaces, validate};
 use crate::api::runtime::PodSandboxConfig;
+use crate::cgroup::path::is_slice;
 use crate::error::{Context, Error, ErrorList, Result};
 use crate::event::{self, Kind, Listener};
 use crate::network::{Attachment, Network};
@@ -207,7 +208,7 @@ impl Sandboxes {
         };
         let announced = sandbox.status.lock().is_ready();
         if announced {
-            let _ = self.update(&sandbox, |s| s.phase = Phase::NotReady);
+            self.note(&sandbox, |s| s.phase = Phase::NotReady);
         }
         let keep = match self.release(&sandbox).and_then(|()| self.records.remove(&id)) {
             Ok(()) => {
@@ -220,7 +221,7 @@ impl Sandboxes {
             Err(undo) => {
                 // kubelet sees a sandbox that is not ready and stops it again: that retries the undo.
                 log::error!("sandbox {id}: undo of a failed run: {undo}");
-                let _ = self.update(&sandbox, |s| {
+                self.note(&sandbox, |s| {
                     s.phase = Phase::NotReady;
                     s.reason = format!("{error}; undo: {undo}");
                 });
@@ -259,8 +260,13 @@ impl Sandboxes {
             // Without a common parent: nobody has to remove one that another sandbox is just entering.
             (true, false) => format!("/crisp-{id}"),
             (true, true) => "crisp.slice".to_owned(),
-            (false, true) if !asked.ends_with(".slice") => {
+            (false, true) if !is_slice(&asked) => {
                 return Err(Error::invalid(format!("linux.cgroup_parent: the systemd driver expects a slice, found {asked:?}")));
+            }
+            // An OCI runtime would make a directory of the name, and nobody else look for it there.
+            (false, false) if is_slice(&asked) => {
+                let what = "linux.cgroup_parent: the cgroupfs driver (cgroup_driver of the configuration) takes no slice of systemd";
+                return Err(Error::invalid(format!("{what}, found {asked:?}")));
             }
             (false, _) => asked,
         };
@@ -354,12 +360,27 @@ impl Sandboxes {
         attachment::build(meta, config, extra)
     }
 
-    /// Changes the status and writes the record, both under the status lock: the file is never older than memory.
+    /// Changes the status and writes the record, both under the status lock: the file is never older than memory. An error changes nothing.
     pub fn update(&self, sandbox: &Arc<Sandbox>, change: impl FnOnce(&mut Status)) -> Result<()> {
+        self.change(sandbox, change, false)
+    }
+
+    /// As `update`, for what goes or has gone: a full disk must not stand in the way of what empties it. A daemon that finds an older record
+    /// sees what is there.
+    fn note(&self, sandbox: &Arc<Sandbox>, change: impl FnOnce(&mut Status)) {
+        if let Err(e) = self.change(sandbox, change, true) {
+            log::error!("sandbox {}: {e}", sandbox.meta.id);
+        }
+    }
+
+    fn change(&self, sandbox: &Arc<Sandbox>, change: impl FnOnce(&mut Status), happened: bool) -> Result<()> {
         let mut status = sandbox.status.lock();
         let mut next = status.clone();
         change(&mut next);
-        self.records.save(&sandbox.meta.id, &RecordOut { metadata: &sandbox.meta, status: &next })?;
+        let saved = self.records.save(&sandbox.meta.id, &RecordOut { metadata: &sandbox.meta, status: &next });
+        if saved.is_err() && !happened {
+            return saved;
+        }
         // Under the lock that orders the changes.
         match (status.phase, next.phase) {
             (Phase::Making, Phase::Ready) => {
@@ -372,7 +393,7 @@ impl Sandboxes {
             _ => {}
         }
         *status = next;
-        Ok(())
+        saved
     }
 
     fn tell(&self, sandbox: &Arc<Sandbox>, kind: Kind, before: Option<&Status>, after: Option<&Status>) {
@@ -382,15 +403,14 @@ impl Sandboxes {
         }
     }
 
-    /// First half of StopPodSandbox: from here on the sandbox takes no containers. True when it was ready.
-    pub fn begin_stop(&self, sandbox: &Arc<Sandbox>) -> Result<bool> {
+    /// First half of StopPodSandbox: from here on the sandbox takes no containers.
+    pub fn begin_stop(&self, sandbox: &Arc<Sandbox>) {
         let _op = sandbox.op.lock();
-        let was_ready = sandbox.status.lock().is_ready();
-        if was_ready {
-            self.update(sandbox, |s| s.phase = Phase::NotReady)?;
+        let ready = sandbox.status.lock().is_ready();
+        if ready {
+            self.note(sandbox, |s| s.phase = Phase::NotReady);
         }
         crash::step("stop-sandbox:1-stopping");
-        Ok(was_ready)
     }
 
     /// Second half, after the containers: network, namespaces, init. Every step runs; what failed is tried again by the next
@@ -420,10 +440,10 @@ impl Sandboxes {
         }
         crash::step("stop-sandbox:4-namespaces");
         if errors.is_empty() && (status.network_ready || status.init.is_some()) {
-            errors.keep(self.update(sandbox, |s| {
+            self.note(sandbox, |s| {
                 s.network_ready = !network_down;
                 s.init = None;
-            }));
+            });
         }
         errors.finish()
     }
@@ -454,6 +474,8 @@ impl Sandboxes {
     /// The PID namespace of the sandbox, as a path: its init is started if it has none yet.
     pub fn pid_namespace(self: &Arc<Self>, sandbox: &Arc<Sandbox>) -> Result<PathBuf> {
         let _op = sandbox.op.lock();
+        // It may have been stopped, or removed, since the caller looked.
+        sandbox.status().can_hold_containers(sandbox.id())?;
         let init = match sandbox.status().init {
             Some(init) => init,
             None => {
@@ -482,13 +504,10 @@ impl Sandboxes {
             }
             if sandbox.status.lock().is_ready() {
                 log::warn!("sandbox {}: its init {} has died", sandbox.meta.id, init.pid);
-                let changed = manager.update(&sandbox, |s| {
+                manager.note(&sandbox, |s| {
                     s.phase = Phase::NotReady;
                     s.reason = "its init has died".to_owned();
                 });
-                if let Err(e) = changed {
-                    log::error!("sandbox {}: {e}", sandbox.meta.id);
-                }
             }
             Keep::No
         };
@@ -526,10 +545,10 @@ impl Sandboxes {
             log::info!("sandbox {}: half made by a daemon that ended, undone", meta.id);
             match self.release(&sandbox).and_then(|()| self.records.remove(&meta.id)) {
                 Ok(()) => return Ok(()),
-                Err(undo) => self.update(&sandbox, |s| {
+                Err(undo) => self.note(&sandbox, |s| {
                     s.phase = Phase::NotReady;
                     s.reason = format!("undo: {undo}");
-                })?,
+                }),
             }
         }
         let mut lost = lost_namespace(meta);
@@ -542,10 +561,10 @@ impl Sandboxes {
         }
         if let Some(reason) = lost.filter(|_| status.is_ready()) {
             log::warn!("sandbox {}: {reason}", meta.id);
-            self.update(&sandbox, |s| {
+            self.note(&sandbox, |s| {
                 s.phase = Phase::NotReady;
                 s.reason = reason.to_owned();
-            })?;
+            });
         }
         self.names.restore(&meta.name, &meta.id, &request);
         self.index.insert(&meta.id.clone(), sandbox);

@@ -4,7 +4,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
-use super::convert::lead;
+use super::convert::{lead, seconds};
 use super::{Call, Service};
 use crate::api::runtime::{ContainerConfig, CreateContainerRequest, CreateContainerResponse, NamespaceMode, StopContainerRequest};
 use crate::container::{Container, CreateInputs, State};
@@ -76,6 +76,8 @@ impl Service {
         let field = "linux.security_context.namespace_options";
         let mode = options.pid.enum_value().map_err(|n| Error::invalid(format!("{field}.pid: no namespace mode {n}")))?;
         match mode {
+            // The sandbox's is the host's.
+            NamespaceMode::POD if sandbox.meta.pid == PidMode::Node => Ok((Pid::Host, None)),
             NamespaceMode::POD => Ok((Pid::Path(self.sandboxes.pid_namespace(sandbox)?), None)),
             NamespaceMode::CONTAINER => Ok((Pid::Own, None)),
             NamespaceMode::NODE => Ok((Pid::Host, None)),
@@ -115,7 +117,7 @@ impl Service {
         call.about(&request.container_id);
         let Some(container) = self.containers.find(&request.container_id)? else { return Ok(()) };
         call.about(container.id());
-        let grace = Duration::from_secs(request.timeout.max(0) as u64);
+        let grace = seconds(request.timeout);
         self.containers.stop(&container, grace, &call.cancel)
     }
 

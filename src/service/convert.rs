@@ -1,6 +1,7 @@
 //! From our nouns to CRI's messages, where more than one call needs it.
 
 use std::collections::BTreeMap;
+use std::time::Duration;
 
 use crate::api::runtime::{NamespaceMode, NamespaceOption, PodSandboxConfig, UserNamespace};
 use crate::error::{Code, Error};
@@ -18,6 +19,11 @@ pub(super) fn namespace_option(config: &PodSandboxConfig) -> NamespaceOption {
         options.userns_options = MessageField::some(UserNamespace { mode: NamespaceMode::NODE.into(), ..Default::default() });
     }
     options
+}
+
+/// A timeout as CRI gives it. One that is negative is 0; one beyond all clocks is 136 years.
+pub(super) fn seconds(given: i64) -> Duration {
+    Duration::from_secs(given.clamp(0, u32::MAX.into()) as u64)
 }
 
 /// kubelet knows some errors only by the word their message starts with (contract.md): it goes to the front.

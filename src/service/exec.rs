@@ -1,7 +1,6 @@
 //! ExecSync, UpdateContainerResources, ReopenContainerLog.
 
-use std::time::Duration;
-
+use super::convert::seconds;
 use super::{Call, Service};
 use crate::api::runtime::{
     ExecSyncRequest, ExecSyncResponse, ReopenContainerLogRequest, ReopenContainerLogResponse, UpdateContainerResourcesRequest,
@@ -17,7 +16,7 @@ impl Service {
         let container = self.containers.get(&request.container_id)?;
         call.about(container.id());
         // 0 and less: no timeout.
-        let timeout = Duration::from_secs(request.timeout.max(0) as u64);
+        let timeout = seconds(request.timeout);
         let output = self.containers.exec_sync(&container, &request.cmd, timeout, &call.cancel)?;
         Ok(ExecSyncResponse { stdout: output.stdout, stderr: output.stderr, exit_code: output.exit_code, ..Default::default() })
     }

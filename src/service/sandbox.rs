@@ -52,7 +52,7 @@ impl Service {
         call.about(id);
         let Some(sandbox) = self.sandboxes.find(id)? else { return Ok(()) };
         call.about(sandbox.id());
-        self.sandboxes.begin_stop(&sandbox)?;
+        self.sandboxes.begin_stop(&sandbox);
         let (mut errors, cancel) = (ErrorList::default(), &call.cancel);
         errors.keep(self.each_container(sandbox.id(), |c| self.containers.stop(c, LEFTOVER_GRACE, cancel)));
         crash::step("stop-sandbox:2-containers");

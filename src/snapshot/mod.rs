@@ -11,7 +11,7 @@ pub use owners::{Mapping, Owners};
 use std::collections::BTreeSet;
 use std::io::ErrorKind;
 use std::os::fd::BorrowedFd;
-use std::os::unix::fs::{MetadataExt, PermissionsExt};
+use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -195,11 +195,6 @@ impl Snapshotter {
         let volume = place.join(number.to_string());
         std::fs::create_dir(&volume).context(what)?;
         copy::directory(from, &volume, None).context(what)?;
-        if let (Some(owners), 0) = (owners, std::fs::symlink_metadata(&volume).context(what)?.uid()) {
-            // The directory was not in the image but made for it.
-            let (uid, gid) = owners.maps.root();
-            std::os::unix::fs::chown(&volume, Some(uid), Some(gid)).context(what)?;
-        }
         label.map_or(Ok(()), |label| label::set_tree(&volume, label::SELINUX, label)).context(what)?;
         Ok(volume)
     }

@@ -206,7 +206,13 @@ impl<'a> Session<'a> {
             }
             Input::Finished { stream } => self.input_finished |= Some(stream) == self.stdin,
             Input::Reset { stream } => {
-                self.input_finished |= Some(stream) == self.stdin;
+                if Some(stream) == self.stdin {
+                    self.input_finished = true;
+                    let unwritten = self.input.iter().map(Vec::len).sum::<usize>() - self.written;
+                    self.input.clear();
+                    self.written = 0;
+                    self.wire.consumed(stream, unwritten)?;
+                }
                 for slot in [&mut self.error, &mut self.stdin, &mut self.stdout, &mut self.stderr, &mut self.resize] {
                     if *slot == Some(stream) {
                         *slot = None;
@@ -259,8 +265,10 @@ impl<'a> Session<'a> {
                 self.take_inputs()?;
             }
             self.apply_size(&control);
-            for (output, stream) in outputs.iter_mut().flatten().zip([self.stdout, self.stderr]) {
-                output.stream = output.stream.and(stream);
+            for (output, stream) in outputs.iter_mut().zip([self.stdout, self.stderr]) {
+                if let Some(output) = output {
+                    output.stream = output.stream.and(stream);
+                }
             }
             if let Some(ended) = ended {
                 let open = outputs.iter().any(Option::is_some);
@@ -351,7 +359,13 @@ impl<'a> Session<'a> {
 
     /// Writes what the process takes; true when something was handed back to the client.
     fn write_input(&mut self, stdin: &mut Option<File>) -> Result<bool> {
-        let Some(stream) = self.stdin else { return Ok(false) };
+        let Some(stream) = self.stdin else {
+            // Its client has reset it.
+            if self.input_finished {
+                *stdin = None;
+            }
+            return Ok(false);
+        };
         let mut used = 0;
         while let Some(piece) = self.input.front() {
             let Some(file) = stdin.as_mut() else {

@@ -7,7 +7,7 @@ use std::os::fd::AsRawFd;
 use std::os::unix::ffi::OsStringExt;
 use std::path::{Component, Path, PathBuf};
 
-use rustix::fs::{AtFlags, FileType, Mode};
+use rustix::fs::{AtFlags, FileType, Gid, Mode, Uid};
 use rustix::io::Errno;
 
 use super::file;
@@ -21,11 +21,18 @@ const MAX_LINKS: usize = 40;
 pub struct Root {
     inside: Rooted,
     path: PathBuf,
+    /// Of directories that are made; None: this process's.
+    owner: Option<(Uid, Gid)>,
 }
 
 impl Root {
     pub fn open(path: &Path) -> Result<Root> {
-        Ok(Root { inside: Rooted::open(path)?, path: path.to_path_buf() })
+        Ok(Root { inside: Rooted::open(path)?, path: path.to_path_buf(), owner: None })
+    }
+
+    /// Directories that are made belong to this user and group.
+    pub fn owned_by(self, owner: Option<(u32, u32)>) -> Root {
+        Root { owner: owner.map(|(uid, gid)| (Uid::from_raw(uid), Gid::from_raw(gid))), ..self }
     }
 
     /// Reads a regular file of at most `limit` bytes, links followed inside the tree; None when there is no such file.
@@ -70,6 +77,9 @@ impl Root {
                 Ok(stat) => FileType::from_raw_mode(stat.st_mode),
                 Err(Errno::NOENT) if make => {
                     rustix::fs::mkdirat(&parent, &name, Mode::from_raw_mode(0o755))?;
+                    if let Some((uid, gid)) = self.owner {
+                        rustix::fs::chownat(&parent, &name, Some(uid), Some(gid), AtFlags::SYMLINK_NOFOLLOW)?;
+                    }
                     FileType::Directory
                 }
                 Err(Errno::NOENT) => {

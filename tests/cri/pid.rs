@@ -81,6 +81,20 @@ fn containers_join_the_init() {
 }
 
 #[test]
+fn the_pid_namespace_of_a_sandbox_may_be_the_hosts() {
+    let node = start();
+    let mut config = node.sandbox_config("web");
+    let security = config.linux.mut_or_insert_default().security_context.mut_or_insert_default();
+    security.namespace_options.mut_or_insert_default().pid = NamespaceMode::NODE.into();
+    let sandbox = node.run(&config).expect("run");
+    let container = node.create(&sandbox, &shared_container(&node, "app", "exec sleep 1000")).expect("create");
+    let namespaces = node.spec(&container)["linux"]["namespaces"].clone();
+    let types: Vec<_> = namespaces.as_array().expect("a list").iter().map(|n| n["type"].as_str().expect("a type")).collect();
+    assert!(!types.contains(&"pid") && types.contains(&"mount"), "{types:?}");
+    assert_eq!(init(&node, &sandbox), 0, "and nothing is started for it");
+}
+
+#[test]
 fn an_init_is_started_when_it_is_needed() {
     let node = start();
     let sandbox = node.sandbox("web");

@@ -129,7 +129,7 @@ impl Case {
         mounts::find(&mut mounts).unwrap();
         let devices = devices::collect(&self.config).unwrap();
         let cwd = spec::process::working_dir(&self.config.working_dir, "").unwrap();
-        mounts::prepare_root(&rootfs, &cwd).unwrap();
+        mounts::prepare_root(&rootfs, &cwd, None).unwrap();
         let inputs = Inputs {
             sandbox_id: "s",
             sandbox: &self.sandbox,

@@ -1,11 +1,12 @@
 //! Exec and attach over SPDY/3.1 with real OCI runtimes, as kubectl uses them.
 
 use std::fs;
-use std::io::Read;
+use std::io::{Read, Write};
 use std::net::TcpStream;
 use std::time::{Duration, Instant};
 
 use crisp::api::runtime::{AttachRequest, ContainerState, ExecRequest};
+use crisp::streaming::spdy::frame;
 use sha2::{Digest, Sha256};
 
 use crate::daemon::patience;
@@ -111,6 +112,56 @@ fn exit_codes_and_programs_that_are_not_there() {
         session.client.send(stdin, b"or not", true);
         let end = session.end();
         assert_eq!((end.stdout.as_slice(), end.code), (&b"to be, or not"[..], Some(0)));
+    });
+}
+
+#[test]
+fn each_output_keeps_its_own_stream() {
+    with_each(|host, sandbox, c| {
+        let both = |end: &End| (String::from_utf8_lossy(&end.stdout).into_owned(), String::from_utf8_lossy(&end.stderr).into_owned());
+        let said = |out: &str, err: &str| (out.to_owned(), err.to_owned());
+        let end = exec(host, c, "e", &["sh", "-c", "echo out; echo err >&2"]).end();
+        assert_eq!((both(&end), end.code), (said("", "err\n"), Some(0)));
+        let end = exec(host, c, "o", &["sh", "-c", "echo out; echo err >&2"]).end();
+        assert_eq!((both(&end), end.code), (said("out\n", ""), Some(0)));
+        // One that ends early does not give its place to the other.
+        let end = shell(host, c, "echo out; exec 1>&-; sleep 0.5; echo err >&2");
+        assert_eq!(both(&end), said("out\n", "err\n"));
+        let end = shell(host, c, "echo err >&2; exec 2>&-; sleep 0.5; echo out");
+        assert_eq!(both(&end), said("out\n", "err\n"));
+
+        let talker = host.launch(sandbox, "talker", &["sh", "-c", "while :; do echo out; echo err >&2; sleep 0.1; done"]);
+        for wanted in ["e", "o"] {
+            let request =
+                AttachRequest { container_id: talker.id.clone(), stdout: wanted == "o", stderr: wanted == "e", ..Default::default() };
+            let url = host.call(&request).url;
+            let mut session = open(connect(&url), &split(&url).1, wanted);
+            let word = if wanted == "e" { "err" } else { "out" };
+            let stream = if wanted == "e" { session.stderr } else { session.stdout };
+            session.client.until("it is heard", |client| String::from_utf8_lossy(&client.streams[&stream].bytes).contains(word));
+        }
+        host.stop(&talker, 0);
+    });
+}
+
+/// As a client that gives up: CANCEL for its stdin.
+fn reset(session: &mut Exec) {
+    session.client.socket.write_all(&frame::reset(session.stdin, 5)).expect("reset stdin");
+}
+
+/// Who resets stdin has nothing more to say: the process sees its end, whatever had not been written yet.
+#[test]
+fn a_reset_stdin_is_an_end() {
+    with_each(|host, _, c| {
+        let mut session = exec(host, c, "io", &["sh", "-c", "cat > /dev/null; echo end"]);
+        reset(&mut session);
+        assert_eq!(session.end().stdout, b"end\n");
+        // More than the pipe takes, and a reader that is late.
+        let mut session = exec(host, c, "io", &["sh", "-c", "sleep 0.5; wc -c > /dev/null; echo end"]);
+        let stdin = session.stdin;
+        session.client.send(stdin, &noise(300 << 10), false);
+        reset(&mut session);
+        assert_eq!(session.end().stdout, b"end\n");
     });
 }
 

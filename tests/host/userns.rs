@@ -117,6 +117,10 @@ fn containers_are_root_of_nothing_else() {
             "test -c /dev/null && echo x > /dev/null && head -c 1 /dev/zero && test -d /dev/mqueue && test -d /dev/pts",
         );
         assert_eq!(shell(&host, &container, "hostname"), "users\n");
+        // A directory that the image does not have is made for them.
+        let there = host.create_with(&sandbox, "there", &SLEEP, |config| config.working_dir = "/new/dir".into());
+        host.start_container(&there);
+        assert_eq!(shell(&host, &there, "pwd; stat -c %u:%g /new /new/dir; touch /new/x /new/dir/x"), "/new/dir\n0:0\n0:0\n", "{handler}");
         // Nothing of the host's can be changed.
         for script in ["echo 1 > /proc/sys/kernel/panic", "touch /sys/x", "mount -t tmpfs x /mnt", "echo 1 > /proc/sysrq-trigger"] {
             assert_ne!(host.exec(&container, &["sh", "-c", script]).0, 0, "{handler}: {script}");

@@ -173,6 +173,11 @@ fn lacks_it(sent: &Sent) -> bool {
     sent.as_ref().is_ok_and(|r| matches!(r.status(), StatusCode::NOT_FOUND | StatusCode::METHOD_NOT_ALLOWED))
 }
 
+/// One that may lack OAuth: some say so by 400 or 401.
+fn lacks_oauth(sent: &Sent) -> bool {
+    lacks_it(sent) || sent.as_ref().is_ok_and(|r| matches!(r.status(), StatusCode::BAD_REQUEST | StatusCode::UNAUTHORIZED))
+}
+
 impl Endpoint {
     /// A token for a bearer challenge. `failed` is a header that has just been refused.
     pub(super) fn token(&self, challenge: &Challenge, credentials: &Credentials, failed: Option<&str>) -> Attempt<Granted> {
@@ -207,7 +212,7 @@ impl Endpoint {
         let sent = match credentials {
             Credentials::Identity { username, token } => {
                 let sent = wish.post(&[("grant_type", "refresh_token"), ("refresh_token", token)]);
-                if lacks_it(&sent) {
+                if lacks_oauth(&sent) {
                     wish.get(Some((username, token)))
                 } else {
                     sent
