@@ -11,10 +11,10 @@ RELEASE = $(TARGET)/release
 SHIM = target/crisp-shim
 
 .DEFAULT_GOAL := help
-.PHONY: help build shim deps doctor check test host fuzz test-vm bench demo run install uninstall clean
+.PHONY: help build shim deps doctor check test host fuzz test-vm test-systemd bench demo run install uninstall clean
 
 help: ## Show this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 build: shim ## Build crispd and crisp (release) and the static crisp-shim
 	$(CARGO) build --locked --release --bin crispd --bin crisp
@@ -37,19 +37,28 @@ check: shim ## Format, lints, documentation, unit tests, the daemon in process, 
 	$(CARGO) test --locked --test cri --test tidy
 	scripts/install/test
 
-test: deps check host test-vm ## Install what is missing, then run every suite
+test: deps check host test-vm test-systemd ## Install what is missing, then run every suite
 
 host: shim ## Real runtimes, plugins, overlayfs and a registry on this host (root)
 	@scripts/check-host test
 	@scripts/image
 	CRISP_SHIM=$(abspath $(SHIM)) scripts/with-hugetlb $(CARGO) test --locked --test host -- --test-threads=1
 
+define in-vm
+@scripts/image
+$(CARGO) test --locked --test host --no-run
+@scripts/vm/run "$$($(CARGO) test --locked --test host --no-run 2>&1 | sed -n 's/^ *Executable .*(\(.*\))$$/\1/p')" \
+	$(TARGET)/debug/crispd $(SHIM) '$(ONLY)'
+endef
+
 test-vm: shim ## The suite of this host again, on cgroup v2 in a virtual machine (ONLY=part of a name)
 	@scripts/check-host vm
-	@scripts/image
-	$(CARGO) test --locked --test host --no-run
-	@scripts/vm/run "$$($(CARGO) test --locked --test host --no-run 2>&1 | sed -n 's/^ *Executable .*(\(.*\))$$/\1/p')" \
-		$(TARGET)/debug/crispd $(SHIM) '$(ONLY)'
+	$(in-vm)
+
+test-systemd: export VM_SYSTEMD = 1
+test-systemd: shim ## What concerns cgroups there once more, under systemd and its cgroup driver
+	@scripts/check-host systemd
+	$(in-vm)
 
 fuzz: ## Fuzz what takes strangers' bytes apart, FUZZ_SECONDS for each target (default 60; FUZZ="TARGET...")
 	@scripts/fuzz $(FUZZ)

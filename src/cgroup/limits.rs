@@ -9,13 +9,14 @@ use super::{Cgroup, Dir, EXEC};
 use crate::error::{Context, Error, ErrorList, Result};
 use crate::sys::cpulist::CpuList;
 
-/// Files that an OCI runtime may write in an update, by v1 controller.
-const V1: [(&str, &[&str]); 3] = [
+/// Files that an OCI runtime, or systemd for it, may write in an update, by v1 controller.
+const V1: [(&str, &[&str]); 4] = [
     ("cpu", &["cpu.shares", "cpu.cfs_period_us", "cpu.cfs_quota_us"]),
     ("cpuset", &["cpuset.cpus", "cpuset.mems"]),
     ("memory", &["memory.limit_in_bytes", "memory.memsw.limit_in_bytes"]),
+    ("pids", &["pids.max"]),
 ];
-const V2: [&str; 6] = ["cpu.weight", "cpu.max", "cpuset.cpus", "cpuset.mems", "memory.max", "memory.swap.max"];
+const V2: [&str; 7] = ["cpu.weight", "cpu.max", "cpuset.cpus", "cpuset.mems", "memory.max", "memory.swap.max", "pids.max"];
 
 /// More bytes than any limit of v1 means.
 const UNLIMITED: u64 = 1 << 62;
@@ -73,9 +74,15 @@ impl Limits {
 
     /// Writes everything back that says something else by now. A cgroup that has gone has nothing to be put right.
     pub fn restore(&self) -> Result<()> {
+        self.restore_but(&[])
+    }
+
+    /// The same for all files but those of these names.
+    pub fn restore_but(&self, names: &[&str]) -> Result<()> {
+        let others = || self.files.iter().filter(|saved| !names.iter().any(|name| saved.path.ends_with(name)));
         for round in 1..=ROUNDS {
             let mut errors = ErrorList::default();
-            for saved in &self.files {
+            for saved in others() {
                 errors.keep(saved.restore());
             }
             if errors.is_empty() || round == ROUNDS {

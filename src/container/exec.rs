@@ -48,7 +48,7 @@ impl Containers {
             set.extend([&out, &err].into_iter().filter_map(|p| Some((p.reader.as_ref()?.as_fd(), PollFlags::POLLIN))));
             let ready = limit.poll(&set, None);
             let ended = match ready {
-                Ok(_) => control.outcome().context(what)?,
+                Ok(_) => control.outcome().map_err(|e| container.because_it_ended(e)).context(what)?,
                 Err(e) => {
                     control.kill().context(what)?;
                     let ours = e.code() == Code::DeadlineExceeded && cancel.check().is_ok();

@@ -174,6 +174,7 @@ impl Containers {
         let id = container.id();
         container.status.lock().can_talk(id, "reopen the log of")?;
         let Some(path) = &container.meta.log_path else { return Ok(()) };
-        Client::new(&container.meta.dir).reopen_log(path).context(|| format!("reopen the log of container {id}"))
+        let reopened = Client::new(&container.meta.dir).reopen_log(path).map_err(|e| container.because_it_ended(e));
+        reopened.context(|| format!("reopen the log of container {id}"))
     }
 }

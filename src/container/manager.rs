@@ -18,7 +18,7 @@ use crate::api::runtime::{ContainerConfig, PodSandboxConfig};
 use crate::cdi;
 use crate::cgroup::stat::{Meter, Reader, Sample};
 use crate::cgroup::{Cgroup, Layout};
-use crate::error::{Context, Error, ErrorList, Result};
+use crate::error::{Code, Context, Error, ErrorList, Result};
 use crate::event::{self, Listener};
 use crate::hooks;
 use crate::image::{Image, Images};
@@ -102,6 +102,17 @@ impl Container {
     /// The reader of its cgroup, for what a sample does not have.
     pub fn reader(&self) -> Option<Arc<Reader>> {
         self.meter.reader(|| self.cgroup().ok())
+    }
+
+    /// The error of something that was done with it while it ran. If it has ended meanwhile that is why, whatever the error says: on v2
+    /// even a memory limit below what is in use ends it before the OCI runtime is done. Its shim may not have recorded the end yet.
+    pub(super) fn because_it_ended(&self, error: Error) -> Error {
+        let recorded = || matches!(crate::shim::client::exit_record(&self.meta.dir), Ok(Some(_)));
+        let empty = || self.cgroup().is_ok_and(|cgroup| cgroup.procs().is_empty());
+        match matches!(error.code(), Code::Unavailable | Code::Internal) && (recorded() || empty()) {
+            true => Error::precondition(format!("the container has ended meanwhile: {}", error.message())),
+            false => error,
+        }
     }
 
     /// Its cgroup.

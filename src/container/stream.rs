@@ -141,7 +141,7 @@ impl Containers {
         let client = Client::new(&container.meta.dir);
         let streams = |kind, stdin, stdout, stderr| Streams { stdin, stdout, stderr, control: Control { kind, container: id.to_owned() } };
         if wanted.tty {
-            let (exec, terminal) = client.exec_terminal(&request, starting).context(what)?;
+            let (exec, terminal) = client.exec_terminal(&request, starting).map_err(|e| container.because_it_ended(e)).context(what)?;
             let copy = |wanted: bool| wanted.then(|| terminal.try_clone()).transpose().context(|| "duplicate the terminal");
             let (stdin, stdout) = (copy(wanted.stdin)?, copy(wanted.stdout)?);
             return Ok(streams(Kind::Exec(exec, Some(terminal)), stdin, stdout, None));
@@ -154,7 +154,7 @@ impl Containers {
         let sink = ends[1..].iter().any(Option::is_none).then(no_output).transpose()?;
         let spare = [&empty, &sink, &sink];
         let fds = std::array::from_fn(|i| ends[i].as_ref().or(spare[i].as_ref()).expect("one or the other").as_fd());
-        let exec = client.exec(&request, fds, starting).context(what)?;
+        let exec = client.exec(&request, fds, starting).map_err(|e| container.because_it_ended(e)).context(what)?;
         let [stdin, stdout, stderr] = pairs;
         Ok(streams(Kind::Exec(exec, None), stdin, stdout, stderr))
     }
@@ -168,7 +168,7 @@ impl Containers {
         self.can_stream(container, "attach to")?;
         let (pairs, ends) = pipes(wanted)?;
         let attached = Client::new(&container.meta.dir).attach(ends.each_ref().map(|e| e.as_ref().map(AsFd::as_fd)), cancel);
-        let attached = attached.context(|| format!("attach to container {id}"))?;
+        let attached = attached.map_err(|e| container.because_it_ended(e)).context(|| format!("attach to container {id}"))?;
         let [stdin, stdout, stderr] = pairs;
         Ok(Streams { stdin, stdout, stderr, control: Control { kind: Kind::Attach(attached), container: id.to_owned() } })
     }

@@ -74,7 +74,7 @@ impl Containers {
         let mut told = false;
         let done = (|| {
             if running {
-                self.apply(container, &cgroup, &update, &mut told)?;
+                self.apply(container, &cgroup, &update, &undo.limits, &mut told)?;
             }
             crash::step("update:2-applied");
             write_spec(&container.meta.spec_path(), &spec)?;
@@ -83,7 +83,8 @@ impl Containers {
             crash::step("update:4-recorded");
             file::remove_file(&journal)
         })();
-        let Err(error) = done.map_err(|error| ended(container, running, error)) else { return Ok(()) };
+        let Err(error) = done else { return Ok(()) };
+        let error = if running { container.because_it_ended(error) } else { error };
         // systemd has taken over what a runtime told it before it failed.
         let told = told || container.meta.handler.systemd_cgroup;
         match self.undo(container, &undo, told).and_then(|()| file::remove_file(&journal)) {
@@ -95,14 +96,19 @@ impl Containers {
         }
     }
 
-    /// Changes a running container. `told` is set once the OCI runtime knows the new limits.
-    fn apply(&self, container: &Container, cgroup: &Cgroup, update: &Update, told: &mut bool) -> Result<()> {
+    /// Changes a running container, whose limits are those of `before`. `told` is set once the OCI runtime knows the new ones.
+    fn apply(&self, container: &Container, cgroup: &Cgroup, update: &Update, before: &Limits, told: &mut bool) -> Result<()> {
         if update.resources != LinuxResources::default() {
             if let Some(cpu) = update.resources.cpu() {
                 limits::admit_cpuset(cgroup, cpu.cpus().as_deref(), cpu.mems().as_deref())?;
             }
             self.tell_runtime(container, &update.resources).map_err(|error| too_small(cgroup, update, error))?;
             *told = true;
+            if container.meta.handler.systemd_cgroup {
+                // systemd writes all that it knows of the scope anew, and it is not told all: of the number of processes by crun 1.8, of
+                // no swap at all by runc 1.1.
+                before.restore_but(&written(update))?;
+            }
         }
         for limit in &update.hugepages {
             limits::set_hugepages(cgroup, limit.page_size(), limit.limit().max(0) as u64)?;
@@ -195,6 +201,24 @@ impl Undo {
     }
 }
 
+/// The files that an update is about.
+fn written(update: &Update) -> Vec<&str> {
+    let (cpu, memory) = (update.resources.cpu().as_ref(), update.resources.memory().as_ref());
+    let shares = cpu.is_some_and(|cpu| cpu.shares().is_some());
+    let quota = cpu.is_some_and(|cpu| cpu.quota().is_some() || cpu.period().is_some());
+    let bytes = memory.is_some_and(|memory| memory.limit().is_some() || memory.swap().is_some());
+    let groups: [(bool, &[&str]); 5] = [
+        (shares, &["cpu.shares", "cpu.weight"]),
+        (quota, &["cpu.cfs_quota_us", "cpu.cfs_period_us", "cpu.max"]),
+        (cpu.is_some_and(|cpu| cpu.cpus().is_some()), &["cpuset.cpus"]),
+        (cpu.is_some_and(|cpu| cpu.mems().is_some()), &["cpuset.mems"]),
+        (bytes, &["memory.limit_in_bytes", "memory.memsw.limit_in_bytes", "memory.max", "memory.swap.max"]),
+    ];
+    let mut names: Vec<&str> = groups.into_iter().filter(|(asked, _)| *asked).flat_map(|(_, names)| names).copied().collect();
+    names.extend(update.resources.unified().iter().flat_map(|unified| unified.keys().map(String::as_str)));
+    names
+}
+
 fn journal(container: &Container) -> PathBuf {
     container.meta.dir.join("update.json")
 }
@@ -239,17 +263,6 @@ fn too_small(cgroup: &Cgroup, update: &Update, error: Error) -> Error {
         }
         _ => error,
     }
-}
-
-/// What did not find the container alive any more: on v2 a memory limit below what is in use ends it before the OCI runtime is done.
-/// Its shim may not have recorded that yet.
-fn ended(container: &Container, was_running: bool, error: Error) -> Error {
-    let recorded = || matches!(client::exit_record(&container.meta.dir), Ok(Some(_)));
-    let empty = || container.cgroup().is_ok_and(|cgroup| cgroup.procs().is_empty());
-    if was_running && (recorded() || empty()) {
-        return Error::precondition(format!("the container ended while it was changed: {}", error.message()));
-    }
-    error
 }
 
 /// Changes the score of all processes that have the container's former one; who has chosen another keeps it. OCI runtimes leave

@@ -232,7 +232,7 @@ fn a_memory_limit_below_the_usage() {
             match host.client.call(&request(&container, new)) {
                 Err(grpcio::Error::RpcFailure(status)) => {
                     assert_eq!(status.code(), RpcStatusCode::FAILED_PRECONDITION, "{handler}: {status}");
-                    assert!(status.message().contains("ended while it was changed"), "{handler}: {status}");
+                    assert!(status.message().contains("ended meanwhile"), "{handler}: {status}");
                 }
                 other => drop(other.unwrap_or_else(|e| panic!("{handler}: {e}"))),
             }
