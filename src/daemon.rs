@@ -124,7 +124,9 @@ impl Daemon {
         let containers = Arc::new(Containers::open(settings, images.clone(), snapshots, watcher.clone())?);
         sandboxes.restore()?;
         containers.restore(|id| sandboxes.find(id).ok().flatten().is_some())?;
-        images.collect()?;
+        if let Err(e) = images.collect() {
+            log::error!("image: {e}");
+        }
         let preload = images.clone();
         let dir = config.images.preload_dir.clone();
         crate::sys::thread::spawn("preload", move || preload.preload(&dir))?;

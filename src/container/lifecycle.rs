@@ -1,5 +1,6 @@
 //! Start, stop, kill, log: transitions of one container. An op lock covers a transition, not a wait.
 
+use std::sync::atomic::Ordering;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -101,13 +102,20 @@ impl Containers {
             return Ok(());
         }
         if !grace.is_zero() {
-            let asked = self.signal(container, container.meta.stop_signal, false);
+            // Once: programs take a second one for less patience than there is.
+            let asked = match container.stop_signalled.swap(true, Ordering::SeqCst) {
+                true => Ok(()),
+                false => self.signal(container, container.meta.stop_signal, false),
+            };
             crash::step("stop:1-signalled");
             match asked {
                 Ok(()) if self.wait_exit(container, grace, cancel)? => return Ok(()),
                 Ok(()) => {}
                 // A shim that does not answer cannot ask its container to end: on to what works without it.
-                Err(e) => log::warn!("{e}; killed without grace"),
+                Err(e) => {
+                    container.stop_signalled.store(false, Ordering::SeqCst);
+                    log::warn!("{e}; killed without grace");
+                }
             }
         }
         if let Err(e) = self.signal(container, libc::SIGKILL, true) {

@@ -2,6 +2,7 @@
 //! a killed daemon left.
 
 use std::path::{Path, PathBuf};
+use std::sync::atomic::AtomicBool;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -75,6 +76,8 @@ pub struct Container {
     pub(super) changed: Condvar,
     /// Held across a transition, never across a wait.
     pub(super) op: Lock<()>,
+    /// A StopContainer has sent it the stop signal.
+    pub(super) stop_signalled: AtomicBool,
     /// Files of its cgroup, open from the first reading to its end.
     meter: Meter,
 }
@@ -82,7 +85,15 @@ pub struct Container {
 impl Container {
     pub(super) fn new(meta: Metadata, config: ContainerConfig, status: Status) -> Arc<Container> {
         let (status, op) = (Lock::new(Rank::Status, status), Lock::new(Rank::ContainerOp, ()));
-        Arc::new(Container { meta, config, status, changed: Condvar::new(), op, meter: Meter::default() })
+        Arc::new(Container {
+            meta,
+            config,
+            status,
+            changed: Condvar::new(),
+            op,
+            stop_signalled: AtomicBool::new(false),
+            meter: Meter::default(),
+        })
     }
 
     pub fn status(&self) -> Status {
@@ -108,8 +119,8 @@ impl Container {
     /// even a memory limit below what is in use ends it before the OCI runtime is done. Its shim may not have recorded the end yet.
     pub(super) fn because_it_ended(&self, error: Error) -> Error {
         let recorded = || matches!(crate::shim::client::exit_record(&self.meta.dir), Ok(Some(_)));
-        let empty = || self.cgroup().is_ok_and(|cgroup| cgroup.procs().is_empty());
-        match matches!(error.code(), Code::Unavailable | Code::Internal) && (recorded() || empty()) {
+        let dead = || !crate::sys::pidfd::lives(self.status.lock().pid);
+        match matches!(error.code(), Code::Unavailable | Code::Internal) && (recorded() || dead()) {
             true => Error::precondition(format!("the container has ended meanwhile: {}", error.message())),
             false => error,
         }
@@ -389,6 +400,10 @@ impl Containers {
     pub(super) fn forget(&self, container: &Arc<Container>) -> Result<()> {
         let _op = container.op.lock();
         let what = || format!("remove container {}", container.meta.id);
+        if self.index.find(&container.meta.id)?.is_none() {
+            // Somebody else has done it meanwhile.
+            return Ok(());
+        }
         if container.status.lock().state == State::Running {
             return Err(Error::precondition(format!("{}: it is RUNNING", what())));
         }

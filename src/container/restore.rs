@@ -9,7 +9,7 @@ use super::manager::{Container, Containers, RecordIn};
 use super::status::State;
 use crate::api::runtime::ContainerConfig;
 use crate::cgroup::{Cgroup, Layout};
-use crate::error::{Context, Error, ErrorList, Result};
+use crate::error::{Code, Context, Error, ErrorList, Result};
 use crate::shim::client::{self, Client};
 use crate::shim::protocol::{ExitRecord, Phase, ShimConfig, CONFIG_FILE, VERSION};
 use crate::shim::record;
@@ -77,27 +77,40 @@ impl Containers {
     /// A container that ran, or was being started.
     fn reconnect(self: &Arc<Self>, container: &Arc<Container>) {
         let meta = &container.meta;
-        if let Ok(state) = Client::new(&meta.dir).state() {
-            if state.phase != Phase::Starting {
+        let starting = container.status.lock().starting;
+        match Client::new(&meta.dir).state() {
+            Ok(state) if state.phase != Phase::Starting => {
                 self.note(container, |s| {
                     s.started_at = state.started_at;
                     s.state = State::Running;
                     s.starting = false;
                     s.pid = state.pid;
                 });
-                self.follow(container);
-                return;
+                return self.follow(container);
             }
+            // Whoever asked for the start has had no answer, and asks again.
+            Ok(_) => {
+                if let Err(e) = client::abandon(&meta.dir) {
+                    log::warn!("container {}: give up its start: {e}", meta.id);
+                }
+            }
+            // It is there and does not answer in time, be it for a disk that does not: its container may be well.
+            Err(e) if e.code() != Code::Unavailable && !starting => {
+                log::warn!("container {}: its shim does not answer: {e}", meta.id);
+                return self.follow(container);
+            }
+            Err(_) => {}
         }
-        let starting = container.status.lock().starting;
         match (client::exit_record(&meta.dir), starting) {
             (Ok(Some(_)), _) => self.follow(container),
             (_, true) => {
                 // The record first: a shim that is only now starting finds it and gives up.
-                if let Err(e) = self.refuse_start(container) {
+                if let Err(e) = self.refuse_start(container).and_then(|()| client::kill_shim(&meta.dir)) {
                     log::error!("container {}: {e}", meta.id);
                 }
-                self.bury(container, 128, "StartError", "the daemon ended while it was being started");
+                let why = "the daemon ended while it was being started";
+                self.note(container, |s| s.end_because(128, "StartError", why.to_owned(), crate::store::now_ns()));
+                self.bury(container, 128, "StartError", why);
             }
             (_, false) => self.bury(container, 255, "Unknown", "its shim is gone, and left no exit record"),
         }
@@ -144,7 +157,11 @@ impl Containers {
                 errors.keep(self.snapshots.remove(&id, &dir.join(&id).join("rootfs")));
             }
         }
-        errors.finish()
+        // What stays is nobody's hindrance; the next start tries again.
+        if let Err(e) = errors.finish() {
+            log::error!("remove what no container needs: {e}");
+        }
+        Ok(())
     }
 }
 

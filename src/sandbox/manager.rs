@@ -452,6 +452,10 @@ impl Sandboxes {
     pub fn remove(&self, sandbox: &Arc<Sandbox>) -> Result<()> {
         let _op = sandbox.op.lock();
         let what = || format!("remove sandbox {}", sandbox.meta.id);
+        if self.index.find(&sandbox.meta.id)?.is_none() {
+            // Somebody else has done it meanwhile.
+            return Ok(());
+        }
         self.release(sandbox).context(what)?;
         crash::step("remove-sandbox:2-files");
         self.records.remove(&sandbox.meta.id).context(what)?;
@@ -553,10 +557,12 @@ impl Sandboxes {
         }
         let mut lost = lost_namespace(meta);
         if let Some(init) = status.init {
-            match PidFd::open_started(init.pid, init.start_time)? {
-                Some(_) if status.is_ready() => self.watch_init(&sandbox, init)?,
-                Some(_) => {}
-                None => lost = Some("its init is gone"),
+            let watched = match PidFd::open_started(init.pid, init.start_time) {
+                Ok(Some(_)) if status.is_ready() => self.watch_init(&sandbox, init).is_ok(),
+                found => matches!(found, Ok(Some(_))),
+            };
+            if !watched {
+                lost = Some("its init is gone");
             }
         }
         if let Some(reason) = lost.filter(|_| status.is_ready()) {
@@ -583,6 +589,7 @@ impl Sandboxes {
             log::warn!("sandbox {id}: left without a record, removed");
             let orphan = Metadata::orphan(&id, &dir, &self.settings.netns_dir);
             errors.keep(self.network.teardown(&attachment::orphan(&orphan)));
+            errors.keep(namespaces::remove(&orphan, None));
             errors.keep(orphan.netns.as_deref().map_or(Ok(()), namespace::unpin));
             errors.keep(files::remove(&orphan));
         }
@@ -591,6 +598,10 @@ impl Sandboxes {
         if let Err(e) = self.network.gc(&living) {
             log::warn!("collect left-over network attachments: {e}");
         }
-        errors.finish()
+        // A plugin may be missing that a sandbox of ours is to install: the next start tries again.
+        if let Err(e) = errors.finish() {
+            log::error!("remove what no sandbox needs: {e}");
+        }
+        Ok(())
     }
 }

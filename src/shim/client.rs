@@ -11,7 +11,7 @@ use nix::poll::PollFlags;
 
 use super::protocol::{Answer, Envelope, Event, ExecRequest, ExitRecord, Request, ShimConfig, State, CONFIG_FILE, SOCKET_FILE, VERSION};
 use super::record;
-use crate::cgroup::Cgroup;
+use crate::cgroup::{Cgroup, Layout};
 use crate::error::{Code, Context, Error, ErrorList, Result};
 use crate::runtime::{oci, Handler};
 use crate::sys::cancel::Cancel;
@@ -46,12 +46,16 @@ pub fn start(shim: &Path, dir: &Path, config: &ShimConfig, cancel: &Cancel, time
     process::set_nonblocking(&answer)?;
     let mut parent = Program::new(shim).arg("container").arg(dir).stdout_to(line).spawn().context(what)?;
     let mut answer = File::from(answer);
-    let waited = read_answer(&mut answer, &cancel.within(timeout));
-    if waited.is_err() {
-        // Killing while it starts undoes the start. If it won the race it is killed all the same, and its exit record
-        // tells. A shim that cannot even do that is left to `cleanup_dead`.
+    let mut waited = read_answer(&mut answer, &cancel.within(timeout));
+    if let Err(error) = &waited {
+        // Killing while it starts undoes the start. If it won the race it is killed all the same, and its exit record tells.
         let _ = Client::new(dir).kill(libc::SIGKILL, true);
-        let _ = read_answer(&mut answer, &Cancel::never().within(UNDO_LIMIT));
+        if read_answer(&mut answer, &Cancel::never().within(UNDO_LIMIT)).is_err() {
+            // It has died, or cannot even do that: what it had begun with is undone without it.
+            if let Err(undo) = bury(config, dir) {
+                waited = Err(Error::new(error.code(), format!("{} (and not undone: {undo})", error.message())));
+            }
+        }
     }
     // It forks and ends at once: this waits for nothing.
     parent.wait().context(what)?;
@@ -59,6 +63,22 @@ pub fn start(shim: &Path, dir: &Path, config: &ShimConfig, cancel: &Cancel, time
         Answer::Started { pid, start_time, shim_pid, started_at } => Ok(Started { pid, start_time, shim_pid, started_at }),
         Answer::Failed { error } => Err(Error::from(error)).context(what),
     }
+}
+
+/// Undoes a start of which no shim, or none that answers, is left.
+fn bury(config: &ShimConfig, dir: &Path) -> Result<()> {
+    kill_shim(dir)?;
+    let cgroup = Cgroup::at(Layout::host()?, &config.cgroup)?;
+    cleanup_dead(&config.handler, &config.id, dir, Some(&cgroup), UNDO_LIMIT)
+}
+
+/// Has a shim that is still starting its container give that up, and waits until it has ended.
+pub fn abandon(dir: &Path) -> Result<()> {
+    let watch = Client::new(dir).watch()?;
+    watch.stream.set_read_timeout(Some(UNDO_LIMIT)).context(|| "set a timeout on the shim's socket")?;
+    Client::new(dir).kill(libc::SIGKILL, true)?;
+    while watch.next()?.is_some() {}
+    Ok(())
 }
 
 /// Reads the shim's one line.

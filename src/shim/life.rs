@@ -183,6 +183,7 @@ impl Shim {
         self.pid = 0;
         // Its descriptor reports for ever once the cgroup is gone.
         self.oom = None;
+        self.stdio.let_go_of_terminal();
         self.phase = Phase::Ending;
         for task in &mut self.tasks {
             task.abort(Error::precondition("the container has ended"));

@@ -9,7 +9,7 @@ use super::log::{Log, Output, Pumped};
 use super::protocol::ShimConfig;
 use crate::error::{Context, Error, Result};
 use crate::sys::console::Console;
-use crate::sys::{monitor, process};
+use crate::sys::{console as terminal, monitor, process};
 
 const CONSOLE_FILE: &str = "console.sock";
 /// The default of termios(3)'s VEOF.
@@ -27,6 +27,8 @@ pub struct Stdio {
     /// What the OCI runtime itself says when the container has a terminal.
     errors: Option<File>,
     console: Option<Console>,
+    /// The other end of the terminal, so that it outlives moments in which no process of the container has it open.
+    peer: Option<OwnedFd>,
 }
 
 /// The container's ends, for the OCI runtime to inherit.
@@ -56,6 +58,7 @@ impl Stdio {
                 typing: config.stdin,
                 errors: Some(errors),
                 console: Some(Console::listen(dir.join(CONSOLE_FILE))?),
+                peer: None,
             };
             return Ok((stdio, Inherited { stdin: None, stdout: None, stderr, console: Some(shown) }));
         }
@@ -70,7 +73,7 @@ impl Stdio {
             false => (None, None),
         };
         let outputs = [Some(Output::new(output, "stdout")), Some(Output::new(errors, "stderr"))];
-        let stdio = Stdio { outputs, stdin: kept, typing: false, errors: None, console: None };
+        let stdio = Stdio { outputs, stdin: kept, typing: false, errors: None, console: None, peer: None };
         Ok((stdio, Inherited { stdin, stdout: Some(stdout), stderr, console: None }))
     }
 
@@ -88,6 +91,7 @@ impl Stdio {
     pub fn take_console(&mut self) -> Result<bool> {
         let Some(console) = &mut self.console else { return Ok(true) };
         let Some(master) = console.take()? else { return Ok(false) };
+        self.peer = Some(terminal::peer(&master)?);
         self.outputs[0] = Some(Output::new(File::from(master), "stdout"));
         self.console = None;
         Ok(true)
@@ -113,6 +117,11 @@ impl Stdio {
     /// The container runs: from here on all output is its own.
     pub fn started(&mut self) {
         self.errors = None;
+    }
+
+    /// The container's first process has ended: the terminal may end with those that still have it.
+    pub fn let_go_of_terminal(&mut self) {
+        self.peer = None;
     }
 
     /// Where attachers may write: the pipe or the terminal. None when nobody may, or may no more.
@@ -164,6 +173,7 @@ impl Stdio {
         self.stdin = None;
         self.errors = None;
         self.console = None;
+        self.peer = None;
     }
 }
 

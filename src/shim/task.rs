@@ -52,7 +52,8 @@ pub struct Task {
 impl Task {
     /// Starts `program`, which writes its errors to `log`.
     pub fn start(program: Program, runtime: &Path, purpose: Purpose, log: PathBuf, inputs: Vec<PathBuf>, limit: Duration) -> Result<Task> {
-        let child = monitor::with_clean_signals(|| program.spawn()).inspect_err(|_| remove(&inputs))?;
+        // Whoever cleans up after a shim that died must not meet a command of its.
+        let child = monitor::with_clean_signals(|| program.ends_with_us().spawn()).inspect_err(|_| remove(&inputs))?;
         let runtime = runtime.file_name().unwrap_or_default().to_string_lossy().into_owned();
         let pid = child.id() as i32;
         Ok(Task { pid, purpose, deadline: Instant::now() + limit, limit, runtime, log, inputs, ended_by_us: None })

@@ -32,12 +32,12 @@ impl<T> Index<T> {
         self.remove_and(id, || {})
     }
 
-    /// `remove`; `then` runs before anybody can see that it is gone, under a lock of rank index.
+    /// `remove`; if it was there, `then` runs before anybody can see that it is gone, under a lock of rank index.
     pub fn remove_and(&self, id: &str, then: impl FnOnce()) -> Option<Arc<T>> {
         let mut map = self.map.write();
-        let removed = map.remove(id);
+        let removed = map.remove(id)?;
         then();
-        removed
+        Some(removed)
     }
 
     /// The object of that id or unique prefix; None when there is none. An empty id is INVALID_ARGUMENT, as is an
@@ -96,5 +96,10 @@ mod tests {
         assert_eq!(*index.get("aa").unwrap(), "aa22");
         assert_eq!(index.all().len(), 2);
         assert_eq!(index.select(|id| id.starts_with('b')).len(), 1);
+        let mut told = 0;
+        for _ in 0..2 {
+            index.remove_and("bb", || told += 1);
+        }
+        assert_eq!(told, 1, "only when it goes");
     }
 }

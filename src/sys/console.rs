@@ -4,8 +4,16 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::PathBuf;
 
+use rustix::pty::OpenptFlags;
+
 use super::{file, process, socket};
 use crate::error::{Context, Result};
+
+/// The other end of a terminal, wherever its devpts is mounted (TIOCGPTPEER, Linux 4.13); it does not become this process's own.
+pub fn peer(master: impl AsFd) -> Result<OwnedFd> {
+    let flags = OpenptFlags::RDWR | OpenptFlags::NOCTTY | OpenptFlags::CLOEXEC;
+    rustix::pty::ioctl_tiocgptpeer(master, flags).context(|| "open the other end of the terminal")
+}
 
 /// A socket at a path, for one terminal. The path goes with this value.
 #[derive(Debug)]

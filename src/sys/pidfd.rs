@@ -88,6 +88,12 @@ fn signal_raw(fd: BorrowedFd<'_>, signal: i32) -> nix::Result<()> {
     }
 }
 
+/// Whether a process is there and has not ended; a zombie has.
+pub fn lives(pid: i32) -> bool {
+    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+    stat.rfind(')').is_some_and(|end| !stat[end + 1..].trim_start().starts_with(['Z', 'X']))
+}
+
 /// Start time of a process in clock ticks since boot, field 22 of /proc/PID/stat; None when it is gone.
 pub fn start_time_of(pid: i32) -> Option<u64> {
     let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
@@ -106,5 +112,6 @@ mod tests {
         assert!(PidFd::open_started(me, start).unwrap().is_some());
         assert!(PidFd::open_started(me, start + 1).unwrap().is_none());
         assert!(PidFd::open(i32::MAX - 1).unwrap().is_none());
+        assert!(lives(me) && !lives(i32::MAX - 1) && !lives(0));
     }
 }

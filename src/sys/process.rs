@@ -106,6 +106,22 @@ impl Program {
         self
     }
 
+    /// The program is killed when the thread that starts it ends, however that comes (PR_SET_PDEATHSIG). Its own children are not.
+    pub fn ends_with_us(mut self) -> Program {
+        let us = rustix::process::getpid();
+        let ask = move || {
+            rustix::process::set_parent_process_death_signal(Some(rustix::process::Signal::KILL))?;
+            // We may have ended before it asked.
+            match rustix::process::getppid() == Some(us) {
+                true => Ok(()),
+                false => Err(std::io::Error::from_raw_os_error(libc::ESRCH)),
+            }
+        };
+        // SAFETY: two system calls and no memory: they may stand between fork and exec.
+        unsafe { std::os::unix::process::CommandExt::pre_exec(&mut self.command, ask) };
+        self
+    }
+
     /// Bytes kept of each captured stream.
     pub fn output_limit(mut self, bytes: usize) -> Program {
         self.limit = bytes;

@@ -12,6 +12,7 @@ mod events;
 mod exposition;
 mod harness;
 mod images;
+mod interrupted;
 mod lifecycle;
 mod login;
 mod logs;

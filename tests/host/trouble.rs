@@ -18,15 +18,14 @@ use crate::shim::eventually;
 const SLEEP: [&str; 2] = ["sleep", "1000000"];
 
 /// The shim of a container, by its command line.
-fn shim_of(id: &str) -> i32 {
+pub fn shim_of(id: &str) -> Option<i32> {
     let processes = std::fs::read_dir("/proc").expect("read /proc").flatten().map(|e| e.path());
     let ours = |path: &PathBuf| {
         let text = std::fs::read(path.join("cmdline")).unwrap_or_default();
         let text = String::from_utf8_lossy(&text).into_owned();
         text.contains("crisp-shim") && text.contains(id)
     };
-    let found = processes.into_iter().find(ours).expect("a shim");
-    found.file_name().and_then(|n| n.to_str()).and_then(|n| n.parse().ok()).expect("a pid")
+    processes.into_iter().find(ours)?.file_name()?.to_str()?.parse().ok()
 }
 
 #[test]
@@ -35,7 +34,7 @@ fn a_shim_that_does_not_answer_does_not_keep_its_container() {
     for (handler, grace) in handlers().into_iter().flat_map(|h| [(h.clone(), 0), (h, 1)]) {
         let sandbox = host.sandbox("stuck", &handler);
         let container = host.launch(&sandbox, "main", &["sh", "-c", "sleep 1000000 & sleep 1000000"]);
-        kill(Pid::from_raw(shim_of(&container.id)), Signal::SIGSTOP).expect("stop the shim");
+        kill(Pid::from_raw(shim_of(&container.id).expect("a shim")), Signal::SIGSTOP).expect("stop the shim");
         host.stop(&container, grace);
         let status = host.status(&container);
         assert_eq!(status.state.enum_value(), Ok(ContainerState::CONTAINER_EXITED));

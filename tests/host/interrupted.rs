@@ -1,0 +1,173 @@
+//! Starts that end in the middle, shims that cannot answer for a while, and what is said twice at the same time.
+
+use std::fs;
+use std::os::unix::fs::PermissionsExt;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use crisp::api::runtime::{ContainerState, StartContainerRequest, StopContainerRequest};
+use nix::sys::signal::{kill, Signal};
+use nix::unistd::Pid;
+
+use crate::daemon::{cgroup_processes, find};
+use crate::harness::{wanted_runtimes, Container, Host};
+use crate::shim::eventually;
+use crate::trouble::shim_of;
+
+const SLEEP: [&str; 2] = ["sleep", "1000000"];
+/// How long a slow runtime waits before it begins with a container, seconds.
+const SLOW: u64 = 2;
+
+/// A host whose runtimes are slow to start a container while there is a file `slow` in the directory.
+fn slow_host() -> (tempfile::TempDir, Host) {
+    let dir = tempfile::tempdir().expect("make a directory");
+    let mut runtimes = Vec::new();
+    for name in wanted_runtimes() {
+        let (program, real) = (dir.path().join(name), find(name).expect("it is installed"));
+        let (mark, real) = (dir.path().join("slow"), real.display());
+        let script = format!(
+            "#!/bin/sh\nif [ -e {} ]; then case \" $* \" in *' run '*) sleep {SLOW} ;; esac; fi\nexec {real} \"$@\"\n",
+            mark.display()
+        );
+        fs::write(&program, script).expect("write the runtime");
+        fs::set_permissions(&program, fs::Permissions::from_mode(0o755)).expect("make it a program");
+        runtimes.push((name.to_owned(), program));
+    }
+    let host = Host::start_with(|options| options.runtimes = runtimes);
+    (dir, host)
+}
+
+fn start_request(container: &Container) -> StartContainerRequest {
+    StartContainerRequest { container_id: container.id.clone(), ..Default::default() }
+}
+
+/// Past the time at which a runtime that nobody stopped would have started the container.
+fn nothing_comes_of_it(host: &Host) {
+    std::thread::sleep(Duration::from_secs(SLOW) + Duration::from_millis(500));
+    assert_eq!(cgroup_processes(&host.daemon.layout.tag), Vec::<i32>::new());
+}
+
+fn mark(dir: &Path) -> PathBuf {
+    let mark = dir.join("slow");
+    fs::write(&mark, "").expect("slow it down");
+    mark
+}
+
+#[test]
+fn a_shim_that_is_killed_in_a_start_leaves_nothing() {
+    let (dir, host) = slow_host();
+    for handler in wanted_runtimes() {
+        let sandbox = host.sandbox("killed", handler);
+        let container = host.create(&sandbox, "main", &SLEEP);
+        let slow = mark(dir.path());
+        let client = host.daemon.client();
+        let request = start_request(&container);
+        let started = std::thread::spawn(move || client.call(&request));
+        let mut shim = None;
+        eventually("there is a shim", || {
+            shim = shim_of(&container.id);
+            shim.is_some()
+        });
+        std::thread::sleep(Duration::from_millis(300));
+        kill(Pid::from_raw(shim.expect("found")), Signal::SIGKILL).expect("kill the shim");
+        started.join().expect("no panic").expect_err("it cannot have started");
+        fs::remove_file(slow).expect("quick again");
+        assert_eq!(host.status(&container).reason, "StartError", "{handler}");
+        nothing_comes_of_it(&host);
+        host.remove(&container);
+        host.remove_all();
+        host.assert_clean();
+    }
+    host.finish();
+}
+
+#[test]
+fn a_daemon_that_is_killed_in_a_start_leaves_nothing() {
+    let (dir, mut host) = slow_host();
+    for handler in wanted_runtimes() {
+        let sandbox = host.sandbox("killed", handler);
+        let container = host.create(&sandbox, "main", &SLEEP);
+        let slow = mark(dir.path());
+        let client = host.daemon.client();
+        let request = start_request(&container);
+        let started = std::thread::spawn(move || client.call(&request).map(drop));
+        eventually("there is a shim", || shim_of(&container.id).is_some());
+        std::thread::sleep(Duration::from_millis(300));
+        host.daemon.stop(Signal::SIGKILL);
+        let _ = started.join().expect("no panic");
+        fs::remove_file(slow).expect("quick again");
+        host.daemon.run();
+        host.daemon.wait_ready();
+        let status = host.status(&container);
+        assert_eq!((status.exit_code, status.reason.as_str()), (128, "StartError"), "{handler}: {status}");
+        assert!(status.message.contains("while it was being started"), "{handler}: {status}");
+        nothing_comes_of_it(&host);
+        assert_eq!(shim_of(&container.id), None, "{handler}");
+        host.remove(&container);
+        host.remove_all();
+        host.assert_clean();
+    }
+    host.finish();
+}
+
+#[test]
+fn a_restart_leaves_a_container_alone_whose_shim_cannot_answer() {
+    let mut host = Host::start();
+    let sandbox = host.sandbox("mute", wanted_runtimes()[0]);
+    let container = host.launch(&sandbox, "main", &SLEEP);
+    let shim = Pid::from_raw(shim_of(&container.id).expect("a shim"));
+    kill(shim, Signal::SIGSTOP).expect("stop the shim");
+    host.daemon.stop(Signal::SIGKILL);
+    host.daemon.run();
+    host.daemon.wait_ready();
+    assert_eq!(host.status(&container).state.enum_value(), Ok(ContainerState::CONTAINER_RUNNING));
+    kill(shim, Signal::SIGCONT).expect("let it go on");
+    assert_eq!(host.exec(&container, &["echo", "well"]).1, "well\n");
+    host.stop(&container, 0);
+    assert_eq!(host.status(&container).exit_code, 137);
+    host.remove_all();
+    host.finish();
+}
+
+/// A program may have nothing open of its terminal for a while.
+#[test]
+fn a_terminal_outlives_its_users() {
+    let host = Host::start();
+    for handler in crate::harness::handlers() {
+        let sandbox = host.sandbox(&format!("terminal-{handler}"), &handler);
+        let script = "trap 'echo hung up > /dev/console; exit 77' HUP
+            echo first; exec 0</dev/null 1>/dev/null 2>/dev/null; sleep 1; echo back > /dev/console; sleep 1; exit 5";
+        let container = host.create_with(&sandbox, "main", &["sh", "-c", script], |config| config.tty = true);
+        host.start_container(&container);
+        let status = host.wait_exit(&container);
+        let log = container.log.text("stdout");
+        assert!(status.exit_code == 5 && log.contains("first") && log.contains("back"), "{handler}: {status}\n{log}");
+        host.remove_all();
+    }
+    host.finish();
+}
+
+/// Many programs take a second TERM for a wish to end at once.
+#[test]
+fn the_stop_signal_is_sent_once() {
+    let host = Host::start();
+    for handler in crate::harness::handlers() {
+        let sandbox = host.sandbox(&format!("once-{handler}"), &handler);
+        let container = host.launch(&sandbox, "main", &["sh", "-c", "trap 'echo asked' TERM; echo ready; while :; do sleep 0.05; done"]);
+        container.log.wait_for("ready");
+        let stops: Vec<_> = [4, 4, 2]
+            .into_iter()
+            .map(|timeout| {
+                let (client, container_id) = (host.daemon.client(), container.id.clone());
+                std::thread::sleep(Duration::from_millis(200));
+                std::thread::spawn(move || client.call(&StopContainerRequest { container_id, timeout, ..Default::default() }).map(drop))
+            })
+            .collect();
+        stops.into_iter().for_each(|stop| stop.join().expect("no panic").expect("it stops"));
+        assert_eq!(host.status(&container).exit_code, 137, "{handler}");
+        let log = container.log.text("stdout");
+        assert_eq!(log.matches("asked").count(), 1, "{handler}: {log}");
+        host.remove_all();
+    }
+    host.finish();
+}
