@@ -21,8 +21,8 @@ impl Label {
         let mut parts = text.splitn(4, ':');
         let mut part = || parts.next().filter(|part| is_word(part)).map(str::to_owned);
         let (user, role, kind) = (part()?, part()?, part()?);
-        let level = parts.next().unwrap_or_default();
-        (level.is_empty() || is_level(level)).then(|| Label { user, role, kind, level: level.to_owned() })
+        let level = parts.next();
+        level.is_none_or(is_level).then(|| Label { user, role, kind, level: level.unwrap_or_default().to_owned() })
     }
 }
 
@@ -155,7 +155,7 @@ mod tests {
         for text in ["system_u:system_r:container_t:s0:c1,c2", "u:r:t", "u:object_r:a.b-c_t:s0-s0:c0.c1023"] {
             assert_eq!(Label::parse(text).unwrap().to_string(), text);
         }
-        for bad in ["", "u:r", "u:r:", "u::t:s0", "u:r:t:x", "u:r:t u:s0", "u:r:t\n:s0"] {
+        for bad in ["a:b:c:", "", "u:r", "u:r:", "u::t:s0", "u:r:t:x", "u:r:t u:s0", "u:r:t\n:s0"] {
             assert_eq!(Label::parse(bad), None, "{bad}");
         }
     }

@@ -9,14 +9,16 @@ use crisp::api::runtime::{ContainerState, StartContainerRequest, StopContainerRe
 use nix::sys::signal::{kill, Signal};
 use nix::unistd::Pid;
 
-use crate::daemon::{cgroup_processes, find};
+use crate::daemon::{cgroup_processes, find, patience};
 use crate::harness::{wanted_runtimes, Container, Host};
 use crate::shim::eventually;
 use crate::trouble::shim_of;
 
 const SLEEP: [&str; 2] = ["sleep", "1000000"];
-/// How long a slow runtime waits before it begins with a container, seconds.
-const SLOW: u64 = 2;
+/// How long a slow runtime waits before it begins with a container: longer than a daemon takes to start.
+fn delay() -> Duration {
+    patience(Duration::from_secs(2))
+}
 
 /// A host whose runtimes are slow to start a container while there is a file `slow` in the directory.
 fn slow_host() -> (tempfile::TempDir, Host) {
@@ -26,8 +28,9 @@ fn slow_host() -> (tempfile::TempDir, Host) {
         let (program, real) = (dir.path().join(name), find(name).expect("it is installed"));
         let (mark, real) = (dir.path().join("slow"), real.display());
         let script = format!(
-            "#!/bin/sh\nif [ -e {} ]; then case \" $* \" in *' run '*) sleep {SLOW} ;; esac; fi\nexec {real} \"$@\"\n",
-            mark.display()
+            "#!/bin/sh\nif [ -e {} ]; then case \" $* \" in *' run '*) sleep {} ;; esac; fi\nexec {real} \"$@\"\n",
+            mark.display(),
+            delay().as_secs()
         );
         fs::write(&program, script).expect("write the runtime");
         fs::set_permissions(&program, fs::Permissions::from_mode(0o755)).expect("make it a program");
@@ -43,7 +46,7 @@ fn start_request(container: &Container) -> StartContainerRequest {
 
 /// Past the time at which a runtime that nobody stopped would have started the container.
 fn nothing_comes_of_it(host: &Host) {
-    std::thread::sleep(Duration::from_secs(SLOW) + Duration::from_millis(500));
+    std::thread::sleep(delay() + Duration::from_millis(500));
     assert_eq!(cgroup_processes(&host.daemon.layout.tag), Vec::<i32>::new());
 }
 
