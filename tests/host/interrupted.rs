@@ -17,7 +17,7 @@ use crate::trouble::shim_of;
 const SLEEP: [&str; 2] = ["sleep", "1000000"];
 /// How long a slow runtime waits before it begins with a container: longer than a daemon takes to start.
 fn delay() -> Duration {
-    patience(Duration::from_secs(2))
+    patience(Duration::from_secs(3))
 }
 
 /// A host whose runtimes are slow to start a container while there is a file `slow` in the directory.
@@ -50,6 +50,14 @@ fn nothing_comes_of_it(host: &Host) {
     assert_eq!(cgroup_processes(&host.daemon.layout.tag), Vec::<i32>::new());
 }
 
+/// The shim of a container that is being started, which has started the runtime by now.
+fn starting_shim(container: &Container) -> i32 {
+    eventually("there is a shim", || shim_of(&container.id).is_some());
+    // The first process of that name is its parent, which goes at once.
+    std::thread::sleep(patience(Duration::from_millis(300)));
+    shim_of(&container.id).expect("it is still starting")
+}
+
 fn mark(dir: &Path) -> PathBuf {
     let mark = dir.join("slow");
     fs::write(&mark, "").expect("slow it down");
@@ -66,13 +74,7 @@ fn a_shim_that_is_killed_in_a_start_leaves_nothing() {
         let client = host.daemon.client();
         let request = start_request(&container);
         let started = std::thread::spawn(move || client.call(&request));
-        let mut shim = None;
-        eventually("there is a shim", || {
-            shim = shim_of(&container.id);
-            shim.is_some()
-        });
-        std::thread::sleep(Duration::from_millis(300));
-        kill(Pid::from_raw(shim.expect("found")), Signal::SIGKILL).expect("kill the shim");
+        kill(Pid::from_raw(starting_shim(&container)), Signal::SIGKILL).expect("kill the shim");
         started.join().expect("no panic").expect_err("it cannot have started");
         fs::remove_file(slow).expect("quick again");
         assert_eq!(host.status(&container).reason, "StartError", "{handler}");
@@ -94,8 +96,7 @@ fn a_daemon_that_is_killed_in_a_start_leaves_nothing() {
         let client = host.daemon.client();
         let request = start_request(&container);
         let started = std::thread::spawn(move || client.call(&request).map(drop));
-        eventually("there is a shim", || shim_of(&container.id).is_some());
-        std::thread::sleep(Duration::from_millis(300));
+        starting_shim(&container);
         host.daemon.stop(Signal::SIGKILL);
         let _ = started.join().expect("no panic");
         fs::remove_file(slow).expect("quick again");
