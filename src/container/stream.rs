@@ -10,6 +10,7 @@ use crate::error::{Code, Context, Error, Result};
 use crate::shim::client::{Attachment, Client, RunningExec};
 use crate::shim::protocol::ExecRequest;
 use crate::sys::cancel::Cancel;
+use crate::sys::console;
 use crate::sys::process::{no_input, no_output, set_nonblocking};
 
 /// The streams that a client asks for.
@@ -34,7 +35,8 @@ impl Wanted {
     }
 }
 
-/// Our ends, non-blocking. With a terminal of an exec, stdin and stdout are that terminal, whose end reads as EIO once nobody has it open.
+/// Our ends, non-blocking. With a terminal of an exec, stdin and stdout are that terminal, whose end reads as EIO once the
+/// process has ended and nobody has it open.
 /// Writing to a stdin that nobody reads any more, or that the container does not have, gives EPIPE.
 #[derive(Debug)]
 pub struct Streams {
@@ -65,8 +67,16 @@ pub struct Control {
 
 #[derive(Debug)]
 enum Kind {
-    Exec(RunningExec, Option<OwnedFd>),
+    Exec(RunningExec, Option<Terminal>),
     Attach(Attachment),
+}
+
+/// Of an exec.
+#[derive(Debug)]
+struct Terminal {
+    ours: OwnedFd,
+    /// The other end, until the process has ended: moments in which it has it not open are no end.
+    peer: Option<OwnedFd>,
 }
 
 impl Control {
@@ -80,8 +90,14 @@ impl Control {
 
     /// How it ended, once; None while it goes on. Never waits. UNAVAILABLE when the shim has died.
     pub fn outcome(&mut self) -> Result<Option<Ended>> {
-        match &self.kind {
-            Kind::Exec(exec, _) => Ok(exec.try_wait()?.map(Ended::Exited)),
+        match &mut self.kind {
+            Kind::Exec(exec, terminal) => {
+                let code = exec.try_wait()?;
+                if let (Some(_), Some(terminal)) = (code, terminal) {
+                    terminal.peer = None;
+                }
+                Ok(code.map(Ended::Exited))
+            }
             Kind::Attach(attachment) => match attachment.ended() {
                 Ok(record) => Ok(record.map(|r| Ended::ContainerEnded(Some(r.exit_code)))),
                 Err(error) if error.code() == Code::DeadlineExceeded => {
@@ -98,7 +114,7 @@ impl Control {
         match &self.kind {
             Kind::Exec(_, Some(terminal)) => {
                 let size = Winsize { ws_col: width, ws_row: height, ws_xpixel: 0, ws_ypixel: 0 };
-                tcsetwinsize(terminal, size).context(|| "set the size of the terminal")
+                tcsetwinsize(&terminal.ours, size).context(|| "set the size of the terminal")
             }
             Kind::Exec(_, None) => Ok(()),
             Kind::Attach(attachment) => attachment.resize(width, height),
@@ -144,6 +160,7 @@ impl Containers {
             let (exec, terminal) = client.exec_terminal(&request, starting).map_err(|e| container.because_it_ended(e)).context(what)?;
             let copy = |wanted: bool| wanted.then(|| terminal.try_clone()).transpose().context(|| "duplicate the terminal");
             let (stdin, stdout) = (copy(wanted.stdin)?, copy(wanted.stdout)?);
+            let terminal = Terminal { peer: Some(console::peer(&terminal)?), ours: terminal };
             return Ok(streams(Kind::Exec(exec, Some(terminal)), stdin, stdout, None));
         }
         let (pairs, ends) = pipes(wanted)?;

@@ -144,6 +144,17 @@ fn each_output_keeps_its_own_stream() {
     });
 }
 
+/// A program may have nothing open of its terminal for a while, and its session goes on.
+#[test]
+fn a_terminal_outlives_its_users() {
+    with_each(|host, _, c| {
+        let script = "echo first; exec 0</dev/null 1>/dev/null 2>/dev/null; sleep 1; echo back > /dev/tty; exit 5";
+        let end = exec(host, c, "or", &["sh", "-c", script]).end();
+        let said = String::from_utf8_lossy(&end.stdout).into_owned();
+        assert!(said.contains("first") && said.contains("back") && end.code == Some(5), "{end:?}");
+    });
+}
+
 /// As a client that gives up: CANCEL for its stdin.
 fn reset(session: &mut Exec) {
     session.client.socket.write_all(&frame::reset(session.stdin, 5)).expect("reset stdin");
