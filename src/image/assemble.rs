@@ -154,7 +154,7 @@ impl Job {
 
     /// One layer; false when there is none left to begin with.
     fn step(&self, first: bool) -> Result<bool> {
-        let (i, claim, _slot) = loop {
+        let (i, claim, slot) = loop {
             self.cancel.check()?;
             let slot = match (!first).then(|| self.inner.layers.slot(&self.help)).transpose() {
                 Ok(slot) => slot,
@@ -191,6 +191,7 @@ impl Job {
         };
         let phase = if claim.is_some() { Phase::Done } else { Phase::Exists };
         let made = claim.map(make).transpose()?;
+        drop(slot);
         self.work.lock().made.insert(i, made);
         self.commit()?;
         self.report(i, phase, self.layers[i].size);
