@@ -109,6 +109,22 @@ fn an_init_is_started_when_it_is_needed() {
 }
 
 #[test]
+fn an_init_that_no_record_knows_is_ended() {
+    let mut node = start();
+    let sandbox = node.run(&shared(node.sandbox_config("web"))).expect("run");
+    let pid = init(&node, &sandbox);
+    node.stop_daemon();
+    let path = node.path("root/sandboxes").join(format!("{sandbox}.json"));
+    std::fs::write(&path, "{").expect("tear the record");
+    assert!(alive(pid));
+    node.start_daemon();
+    assert!(node.sandbox_ids().is_empty());
+    eventually("its init ends", || (!alive(pid)).then_some(()));
+    // Both daemons are this process, whose child it stays; a dead daemon's goes to PID 1, which reaps.
+    nix::sys::wait::waitpid(nix::unistd::Pid::from_raw(pid), None).expect("reap it");
+}
+
+#[test]
 fn without_its_init_a_sandbox_is_not_ready() {
     let mut node = start();
     let sandbox = node.run(&shared(node.sandbox_config("web"))).expect("run");

@@ -128,6 +128,26 @@ fn what_no_record_knows_is_swept() {
     assert_eq!(node.leftovers(), [""; 0]);
 }
 
+/// What cannot be removed keeps no daemon from starting: the plugin that is missing may be one that a sandbox is to install.
+#[test]
+fn leftovers_that_stay_are_tried_again_by_the_next_daemon() {
+    let mut node = Node::start();
+    let (lost, kept) = (node.sandbox("lost"), node.sandbox("kept"));
+    node.stop_daemon();
+    for end in ["json", "pb"] {
+        fs::remove_file(node.path("root/sandboxes").join(format!("{lost}.{end}"))).expect("remove the record");
+    }
+    node.plugin_switch("first.DEL", "fail 100 'not now' ''");
+    node.start_daemon();
+    assert_eq!(node.sandbox_ids(), [kept.clone()]);
+    let before = node.plugin_calls().len();
+    node.plugin_switch("first.DEL", "");
+    node.restart();
+    assert_eq!(node.sandbox_ids(), [kept]);
+    let again = node.plugin_calls()[before..].to_vec();
+    assert!(again.iter().any(|call| call.starts_with("first DEL") && call.contains(&lost)), "{again:?}");
+}
+
 #[test]
 fn a_torn_record_is_set_aside() {
     let mut node = Node::start();
