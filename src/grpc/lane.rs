@@ -17,6 +17,7 @@ const IDLE: Duration = Duration::from_secs(10);
 pub(crate) struct Lane {
     name: &'static str,
     cap: usize,
+    idle: Duration,
     sender: Sender<Job>,
     receiver: Receiver<Job>,
     workers: Lock<Workers>,
@@ -25,27 +26,33 @@ pub(crate) struct Lane {
 #[derive(Default)]
 struct Workers {
     running: usize,
-    idle: usize,
+    /// Jobs that were submitted and have not ended. A job that a worker has just taken counts on: counting idle workers
+    /// instead would miss that the last of them is about to be busy, and leave the next job without one.
+    jobs: usize,
     started: usize,
 }
 
 impl Lane {
     /// A lane of at most `cap` workers and `queue` waiting jobs.
     pub fn new(name: &'static str, cap: usize, queue: usize) -> Arc<Lane> {
+        Lane::with_idle(name, cap, queue, IDLE)
+    }
+
+    fn with_idle(name: &'static str, cap: usize, queue: usize, idle: Duration) -> Arc<Lane> {
         let (sender, receiver) = crossbeam_channel::bounded(queue);
-        Arc::new(Lane { name, cap, sender, receiver, workers: Lock::new(Rank::Leaf, Workers::default()) })
+        Arc::new(Lane { name, cap, idle, sender, receiver, workers: Lock::new(Rank::Leaf, Workers::default()) })
     }
 
     /// Queues `job`; gives it back when the queue is full.
     pub fn submit(self: &Arc<Lane>, job: Job) -> Result<(), Job> {
-        self.sender.try_send(job).map_err(|e| {
-            crate::telemetry::lane_refused(self.name);
-            match e {
-                TrySendError::Full(job) | TrySendError::Disconnected(job) => job,
-            }
-        })?;
         let mut workers = self.workers.lock();
-        if self.receiver.len() > workers.idle && workers.running < self.cap {
+        if let Err(TrySendError::Full(job) | TrySendError::Disconnected(job)) = self.sender.try_send(job) {
+            drop(workers);
+            crate::telemetry::lane_refused(self.name);
+            return Err(job);
+        }
+        workers.jobs += 1;
+        if workers.jobs > workers.running && workers.running < self.cap {
             workers.running += 1;
             workers.started += 1;
             let name = format!("{}-{}", self.name, workers.started);
@@ -62,31 +69,29 @@ impl Lane {
 
     /// Calls that wait, workers, and how many of them are at work.
     pub fn load(&self) -> (usize, usize, usize) {
-        let queued = self.receiver.len();
         let workers = self.workers.lock();
-        (queued, workers.running, workers.running.saturating_sub(workers.idle))
+        let queued = self.receiver.len();
+        (queued, workers.running, workers.jobs - queued)
     }
 
     fn work(&self) {
         loop {
-            self.workers.lock().idle += 1;
-            let job = self.receiver.recv_timeout(IDLE);
-            let mut workers = self.workers.lock();
-            workers.idle -= 1;
-            match job {
+            match self.receiver.recv_timeout(self.idle) {
                 Ok(job) => {
-                    drop(workers);
                     // Jobs catch their own panics; this only keeps the count right.
                     if std::panic::catch_unwind(std::panic::AssertUnwindSafe(job)).is_err() {
                         log::error!("a job of lane {} panicked", self.name);
                     }
+                    self.workers.lock().jobs -= 1;
                 }
-                // Checked under the lock: a job queued before is seen here, one queued after sees that we are gone.
-                Err(_) if self.receiver.is_empty() && workers.running > 1 => {
-                    workers.running -= 1;
-                    return;
+                Err(_) => {
+                    let mut workers = self.workers.lock();
+                    // Never one that a job counts on.
+                    if workers.running > workers.jobs.max(1) {
+                        workers.running -= 1;
+                        return;
+                    }
                 }
-                Err(_) => {}
             }
         }
     }
@@ -121,5 +126,29 @@ mod tests {
             std::thread::yield_now();
         }
         assert_eq!(started.load(Ordering::SeqCst), 3);
+    }
+
+    /// Each of a burst of jobs gets a worker, also one that is submitted while the idle worker begins its own.
+    #[test]
+    fn no_job_waits_for_one_that_waits() {
+        let lane = Lane::with_idle("test", 8, 8, Duration::from_millis(1));
+        for round in 0..2000u32 {
+            let together = Arc::new(std::sync::Barrier::new(5));
+            for _ in 0..4 {
+                let together = together.clone();
+                let job = Box::new(move || {
+                    together.wait();
+                });
+                assert!(lane.submit(job).is_ok());
+                // Another moment of the worker's each round.
+                (0..round % 500 * 4).for_each(|_| std::hint::spin_loop());
+            }
+            let (done, all) = crossbeam_channel::bounded::<()>(1);
+            std::thread::spawn(move || (together.wait(), done.send(())));
+            assert!(all.recv_timeout(Duration::from_secs(10)).is_ok(), "round {round}: {:?}", lane.load());
+            while lane.load() != (0, 1, 0) {
+                std::thread::sleep(Duration::from_micros(200));
+            }
+        }
     }
 }
