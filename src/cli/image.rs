@@ -5,10 +5,11 @@ use serde_json::json;
 use super::client::{Client, FOREVER, SHORT};
 use super::failure::{During, Failure, Outcome};
 use super::flags::Credentials;
-use super::{json, prune, pull};
-use crate::api::admin::ImportImageRequest;
+use super::{json, list, prune, pull};
+use crate::api::admin::{ImportImageRequest, IncompleteImage};
 use crate::api::runtime::{Image, ImageSpec, ImageStatusRequest};
 use crate::error::Context;
+use crate::image::{Reference, PREFIX_MIN};
 
 /// The image that `name` (a reference, an id or the start of one) means here, if any.
 pub fn find(client: &Client, name: &str) -> Outcome<Option<Image>> {
@@ -54,9 +55,20 @@ pub fn import(client: &Client, files: &[String], name: Option<&str>, json: bool)
 /// `crisp rmi` of one image; gives its id.
 pub fn remove(client: &Client, name: &str) -> Outcome<String> {
     // The call itself succeeds for what is not there, which would hide a typing error.
-    let image = find(client, name)?.ok_or_else(|| Failure::failed(format!("no image {name:?}; crisp images lists them")))?;
-    prune::remove(client, &image.id)?;
-    Ok(image.id)
+    let id = match find(client, name)? {
+        Some(image) => Some(image.id),
+        None => list::incomplete(client)?.into_iter().find(|image| is_called(image, name)).map(|image| image.id),
+    };
+    let id = id.ok_or_else(|| Failure::failed(format!("no image {name:?}; crisp images lists them")))?;
+    prune::remove(client, &id)?;
+    Ok(id)
+}
+
+/// Whether an incomplete image has this name, id or start of an id: lookups do not find it.
+fn is_called(image: &IncompleteImage, name: &str) -> bool {
+    let id = name.strip_prefix("sha256:").unwrap_or(name);
+    let full = Reference::parse(name).map(|reference| reference.to_string()).unwrap_or_default();
+    image.names.contains(&full) || (id.len() >= PREFIX_MIN && image.id.strip_prefix("sha256:").is_some_and(|hex| hex.starts_with(id)))
 }
 
 /// The JSON of `crisp inspect` for an image.

@@ -8,7 +8,7 @@ use super::client::{Client, SHORT};
 use super::failure::{one_line, During, Outcome};
 use super::json;
 use super::table::{age, now, short_id, size, Table};
-use crate::api::admin::InfoRequest;
+use crate::api::admin::{IncompleteImage, InfoRequest};
 use crate::api::runtime::{
     Container, ContainerState, Image, ListContainersRequest, ListImagesRequest, ListPodSandboxRequest, PodSandboxState, StatusRequest,
     VersionRequest,
@@ -119,14 +119,8 @@ pub fn images(client: &Client, form: Form) -> Outcome<String> {
             table.row([repository, tag, short_id(&image.id), size(image.size), pinned.to_owned()]);
         }
     }
-    // Other servers do not have the admin service.
-    let incomplete = match client.admin().info(&InfoRequest::new(), SHORT) {
-        Ok(info) => info.incomplete,
-        Err(error) if error.is_unimplemented() => Vec::new(),
-        Err(error) => return Err(error).during(|| "read info"),
-    };
     let mut notes = String::new();
-    for image in incomplete {
+    for image in incomplete(client)? {
         let by_name = Image { repo_tags: image.names.iter().filter(|n| !n.contains('@')).cloned().collect(), ..Image::new() };
         for (repository, tag) in names(&by_name) {
             table.row([repository, tag, short_id(&image.id), "incomplete".to_owned(), String::new()]);
@@ -134,6 +128,15 @@ pub fn images(client: &Client, form: Form) -> Outcome<String> {
         notes.push_str(&format!("{}: {}; pull it again\n", short_id(&image.id), one_line(&image.reason)));
     }
     Ok(format!("{table}{notes}"))
+}
+
+/// The images that must be pulled again. None with other servers, which do not have the admin service.
+pub fn incomplete(client: &Client) -> Outcome<Vec<IncompleteImage>> {
+    match client.admin().info(&InfoRequest::new(), SHORT) {
+        Ok(info) => Ok(info.incomplete),
+        Err(error) if error.is_unimplemented() => Ok(Vec::new()),
+        Err(error) => Err(error).during(|| "read info"),
+    }
 }
 
 /// Repository and tag of each name; of an image without tags, each repository it came from.

@@ -7,8 +7,8 @@ use serde_json::json;
 use super::client::{Client, LONG, SHORT};
 use super::failure::{During, Failure, Outcome};
 use super::image::spec;
-use super::json;
 use super::table::{short_id, size, Table};
+use super::{json, list};
 use crate::api::runtime::{Container, Image, ListContainersRequest, ListImagesRequest, RemoveImageRequest};
 
 /// Which images.
@@ -30,6 +30,11 @@ pub fn choose(client: &Client, which: Which) -> Outcome<Vec<Image>> {
             answer.containers.iter().flat_map(names).collect()
         }
     };
+    // These are in no list, and take space.
+    images.extend(list::incomplete(client)?.into_iter().map(|image| {
+        let (repo_digests, repo_tags) = image.names.into_iter().partition(|name| name.contains('@'));
+        Image { id: image.id, repo_tags, repo_digests, pinned: image.pinned, ..Image::new() }
+    }));
     images.retain(|image| !image.pinned && !is_used(image, &used));
     images.sort_by(|a, b| (&a.repo_tags, &a.id).cmp(&(&b.repo_tags, &b.id)));
     Ok(images)

@@ -82,7 +82,11 @@ pub(super) fn assemble(inner: &Arc<Inner>, parts: Parts, open: OpenLayer, cancel
     if parts.layers.len() > limit {
         return Err(Error::new(Code::ResourceExhausted, format!("{} layers, at most {limit} are allowed", parts.layers.len())));
     }
-    let (_, diff_ids) = manifest::parse_config(&parts.config_data, parts.layers.len(), &inner.platform)?;
+    let (config, diff_ids) = manifest::parse_config(&parts.config_data, parts.layers.len())?;
+    if !inner.platform.runs(&config) {
+        let id = Digest::of(&parts.config_data);
+        log::warn!("image: {id} says that it is for {}/{}, this host is {}", config.os(), config.architecture(), inner.platform);
+    }
     let chain = chain_ids(&diff_ids);
     let lease = Lease { inner, holder: format!("pull/{}", inner.serial.fetch_add(1, Ordering::Relaxed)) };
     inner.layers.hold(&lease.holder, &chain);

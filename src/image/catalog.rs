@@ -10,7 +10,7 @@ use oci_spec::image::ImageConfiguration;
 use super::digest::{chain_ids, is_hex, Digest};
 use super::fsck::{Checked, Part, Problem};
 use super::layers::{Layers, Usage};
-use super::manifest::{self, Descriptor, Document, Platform, OCI_MANIFEST};
+use super::manifest::{self, Descriptor, Document};
 use super::metadata::{quarantine_file, Layout, Record};
 use super::pins::Pins;
 use super::reference::{Reference, Version};
@@ -21,7 +21,7 @@ use crate::sys::lock::{Lock, Rank};
 
 /// Shortest prefix that is looked up as an id. Shorter words are names that were not found: a pod that asks for the image
 /// `cafe` must not get whatever image's id begins so.
-const PREFIX_MIN: usize = 6;
+pub const PREFIX_MIN: usize = 6;
 
 /// An image that is here, whole.
 #[derive(Clone, Debug, PartialEq)]
@@ -81,6 +81,8 @@ pub struct Incomplete {
     pub names: Vec<String>,
     /// What is missing, or why.
     pub reason: String,
+    /// Not to be removed by who cleans up.
+    pub pinned: bool,
 }
 
 #[derive(Clone)]
@@ -106,7 +108,6 @@ struct State {
 pub struct Catalog {
     layout: Layout,
     bounds: Bounds,
-    platform: Platform,
     pins: Pins,
     /// False once the index or a record was lost: blobs that no record names stay then, and layers, until a repair.
     trusted: AtomicBool,
@@ -126,14 +127,7 @@ pub struct Addition<'a> {
 impl Catalog {
     /// Restores the catalog. False beside it when the index or a record was unreadable: layers that nothing seems to need
     /// must stay then, a pull will want them again.
-    pub fn open(
-        dir: &Path,
-        quarantine: &Path,
-        bounds: Bounds,
-        platform: Platform,
-        pinned: &[String],
-        layers: &Layers,
-    ) -> Result<(Catalog, bool)> {
+    pub fn open(dir: &Path, quarantine: &Path, bounds: Bounds, pinned: &[String], layers: &Layers) -> Result<(Catalog, bool)> {
         let layout = Layout::open(dir)?;
         let pins = Pins::new(pinned)?;
         let loaded = layout.load(quarantine)?;
@@ -141,7 +135,6 @@ impl Catalog {
         let catalog = Catalog {
             layout,
             bounds,
-            platform,
             pins,
             trusted: AtomicBool::new(true),
             writer: Lock::new(Rank::Names, ()),
@@ -174,7 +167,7 @@ impl Catalog {
             return Err(Error::internal(format!("{} is not an image manifest", descriptor.digest)));
         };
         let data = self.layout.read_blob(&manifest.config.digest, self.bounds.max_config_bytes)?;
-        let (config, diff_ids) = manifest::parse_config(&data, manifest.layers.len(), &self.platform)?;
+        let (config, diff_ids) = manifest::parse_config(&data, manifest.layers.len())?;
         let sizes = [descriptor.size, manifest.config.size].into_iter().chain(manifest.layers.iter().map(|layer| layer.size));
         let size = sizes.fold(0, u64::saturating_add);
         Ok((manifest.config.digest, Body { size, config: Arc::new(config), chain: chain_ids(&diff_ids) }))
@@ -206,8 +199,9 @@ impl Catalog {
                 if !before.contains_key(&id) {
                     log::warn!("image: {id} must be pulled again: {reason}");
                 }
-                let names = tags.into_iter().chain(digests).collect();
-                state.incomplete.insert(id.clone(), Incomplete { id: id.to_string(), names, reason });
+                let names: Vec<String> = tags.into_iter().chain(digests).collect();
+                let pinned = self.pins.hold(id.as_str(), names.iter());
+                state.incomplete.insert(id.clone(), Incomplete { id: id.to_string(), names, reason, pinned });
                 continue;
             }
             let image = Image {
@@ -292,7 +286,8 @@ impl Catalog {
         Ok(())
     }
 
-    /// Finds an image by id (with or without `sha256:`), tag, digest or unique prefix of an id.
+    /// Finds an image by id (with or without `sha256:`), tag, digest or unique prefix of an id. Text that is none of them names no
+    /// image.
     pub fn find(&self, text: &str) -> Result<Option<Arc<Image>>> {
         let state = self.state.lock();
         Ok(resolve(&state, text)?.and_then(|id| state.images.get(&id).cloned()))
@@ -417,8 +412,7 @@ impl Catalog {
     fn lost_image(&self, digest: &Digest) -> Option<Known> {
         let data = self.layout.read_blob(digest, self.bounds.max_manifest_bytes).ok()?;
         let Document::Manifest(_) = manifest::parse(&data, "").ok()? else { return None };
-        let media_type = serde_json::from_slice::<serde_json::Value>(&data).ok()?["mediaType"].as_str().unwrap_or(OCI_MANIFEST).to_owned();
-        let manifest = Descriptor::new(&media_type, digest.clone(), data.len() as u64);
+        let manifest = Descriptor::new(&manifest::media_type(&data, ""), digest.clone(), data.len() as u64);
         let (id, _) = self.read(&manifest).ok()?;
         Some(Known { record: Record { name: None, manifest }, id })
     }
@@ -449,12 +443,7 @@ fn resolve(state: &State, text: &str) -> Result<Option<Digest>> {
         return Ok(Some(id).filter(|id| state.bodies.contains_key(id)));
     }
     let prefixed = hex.len() >= PREFIX_MIN && is_hex(hex, hex.len());
-    let reference = match Reference::parse(text) {
-        Ok(reference) => Some(reference),
-        Err(_) if prefixed => None,
-        Err(e) => return Err(e),
-    };
-    if let Some(reference) = reference {
+    if let Ok(reference) = Reference::parse(text) {
         if let Some(id) = state.names.get(&reference.to_string()) {
             return Ok(Some(id.clone()));
         }

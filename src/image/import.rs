@@ -2,11 +2,12 @@
 
 use std::collections::HashMap;
 use std::fs::File;
-use std::io::{BufReader, Read, Seek, SeekFrom};
+use std::io::{BufReader, Seek, SeekFrom};
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use oci_spec::image::ImageConfiguration;
 use serde::Deserialize;
 
 use super::assemble::{assemble, Parts};
@@ -14,19 +15,19 @@ use super::catalog::Image;
 use super::decompress::Decompress;
 use super::digest::Digest;
 use super::layers::Stream;
-use super::manifest::{self, Descriptor, Document, Platform, OCI_CONFIG, OCI_LAYER, OCI_MANIFEST};
+use super::manifest::{self, Descriptor, OCI_CONFIG, OCI_LAYER, OCI_MANIFEST};
 use super::metadata::NAME;
+use super::platform::Platform;
 use super::reference::{Reference, Version};
+use super::select::{select, Documents, Read, Selected};
 use super::tarball::{Kind, Tarball};
 use super::Inner;
-use crate::error::{Context, Error, Result};
+use crate::error::{Code, Context, Error, Result};
 use crate::sys::cancel::Cancel;
 use crate::sys::rooted::{self, Rooted};
 
 /// containerd's annotation with the full name; the standard one often has the tag alone.
 const CONTAINERD_NAME: &str = "io.containerd.image.name";
-/// Indexes inside of indexes.
-const DEPTH: usize = 4;
 const ARCHIVE_ENTRIES: usize = 100_000;
 
 /// Where the files of an archive are read from; several threads may read at once.
@@ -44,7 +45,7 @@ struct Part {
     end: u64,
 }
 
-impl Read for Part {
+impl std::io::Read for Part {
     fn read(&mut self, buffer: &mut [u8]) -> std::io::Result<usize> {
         let want = buffer.len().min(usize::try_from(self.end - self.at).unwrap_or(usize::MAX));
         let n = self.file.read_at(&mut buffer[..want], self.at)?;
@@ -55,7 +56,7 @@ impl Read for Part {
 
 impl Source {
     /// Opens a file with its size.
-    fn open(&self, name: &str) -> Result<(Box<dyn Read + Send>, u64)> {
+    fn open(&self, name: &str) -> Result<(Box<dyn std::io::Read + Send>, u64)> {
         let path = rooted::normalise(name.as_bytes())?;
         match self {
             Source::Dir(dir) => {
@@ -80,7 +81,7 @@ impl Source {
             return Err(Error::precondition(format!("{name}: more than {limit} bytes")));
         }
         let mut data = Vec::new();
-        reader.take(limit).read_to_end(&mut data).context(|| format!("read {name}"))?;
+        std::io::Read::read_to_end(&mut std::io::Read::take(reader, limit), &mut data).context(|| format!("read {name}"))?;
         Ok(data)
     }
 
@@ -146,7 +147,7 @@ fn inflate(file: &File, scratch: &Path, cancel: &Cancel) -> Result<File> {
     let mut buffer = vec![0u8; 256 << 10];
     loop {
         cancel.check()?;
-        let n = stream.read(&mut buffer).context(|| "decompress")?;
+        let n = std::io::Read::read(&mut stream, &mut buffer).context(|| "decompress")?;
         if n == 0 {
             return Ok(plain);
         }
@@ -187,29 +188,63 @@ fn index(file: &File) -> Result<HashMap<PathBuf, (u64, u64)>> {
 
 #[derive(Deserialize)]
 struct LayoutIndex {
-    manifests: Vec<Descriptor>,
+    #[serde(deserialize_with = "manifest::usable")]
+    manifests: Option<Vec<Descriptor>>,
+}
+
+impl Documents for (&Inner, &Source) {
+    fn document(&self, descriptor: &Descriptor) -> Result<Read> {
+        let data = self.1.blob(descriptor, self.0.bounds.max_manifest_bytes)?;
+        Ok(Read { data, digest: descriptor.digest.clone(), media_type: descriptor.media_type.clone() })
+    }
+
+    fn config(&self, descriptor: &Descriptor) -> Result<Vec<u8>> {
+        self.1.blob(descriptor, self.0.bounds.max_config_bytes)
+    }
+}
+
+/// Of several images those that run here; all of them when none does, as with a single one.
+fn that_run<T>(inner: &Inner, images: Vec<T>, config: impl Fn(&T) -> Result<ImageConfiguration>) -> Result<Vec<T>> {
+    let runs = images.iter().map(|image| Ok(inner.platform.runs(&config(image)?))).collect::<Result<Vec<bool>>>()?;
+    let some = runs.contains(&true);
+    Ok(images.into_iter().zip(runs).filter(|(_, runs)| *runs || !some).map(|(image, _)| image).collect())
 }
 
 fn import_layout(inner: &Arc<Inner>, source: &Source, name: Option<&Reference>, cancel: &Cancel) -> Result<Vec<Arc<Image>>> {
     let data = source.read("index.json", inner.bounds.max_manifest_bytes)?;
     let index: LayoutIndex = serde_json::from_slice(&data).context(|| "parse index.json")?;
-    let tops = for_this_host(&index.manifests, &inner.platform)?;
+    let tops = for_this_host(index.manifests.as_deref().unwrap_or_default(), &inner.platform)?;
     if name.is_some() && tops.len() > 1 {
         return Err(Error::invalid("a name was given, but the archive has several images"));
     }
-    let mut images = Vec::new();
+    let from = (&**inner, source);
+    let (mut found, mut left_out) = (Vec::new(), None);
     for top in tops {
+        let read = from.document(top)?;
+        let is_artifact = manifest::is_artifact(&read.data);
+        match select(&from, read, &inner.platform) {
+            Ok(selected) => found.push((top, from.config(&selected.manifest.config)?, selected)),
+            // Signatures and the like stand beside images, and images for other hosts.
+            Err(e) if is_artifact || e.code() == Code::NotFound => {
+                log::info!("image: import: {} is left out: {e}", top.digest);
+                left_out.get_or_insert(e);
+            }
+            Err(e) => return Err(e),
+        }
+    }
+    let found = that_run(inner, found, |(_, data, selected)| Ok(manifest::parse_config(data, selected.manifest.layers.len())?.0))?;
+    let mut images = Vec::new();
+    for (top, config_data, Selected { read, manifest }) in found {
         let names = match name {
             Some(name) => vec![name.clone()],
             None => annotated_name(top).into_iter().collect(),
         };
-        let (descriptor, manifest_data, manifest) = resolve(inner, source, top)?;
-        let config_data = source.blob(&manifest.config, inner.bounds.max_config_bytes)?;
         let digest_names = names.iter().map(|n| n.with_digest(&top.digest).to_string());
+        let media_type = manifest::media_type(&read.data, &read.media_type);
         let parts = Parts {
             names: names.iter().map(|n| n.to_string()).chain(digest_names).collect(),
-            manifest: Descriptor::new(&descriptor.media_type, descriptor.digest.clone(), manifest_data.len() as u64),
-            manifest_data,
+            manifest: Descriptor::new(&media_type, read.digest, read.data.len() as u64),
+            manifest_data: read.data,
             config_data,
             layers: manifest.layers,
             layers_have_digests: true,
@@ -218,7 +253,10 @@ fn import_layout(inner: &Arc<Inner>, source: &Source, name: Option<&Reference>, 
         let open = move |layer: &Descriptor| from.open(&blob_name(&layer.digest)).map(|(reader, _)| Stream::new(reader));
         images.push(assemble(inner, parts, Arc::new(open), &cancel.part(), None)?);
     }
-    Ok(images)
+    match left_out {
+        Some(e) if images.is_empty() => Err(e),
+        _ => Ok(images),
+    }
 }
 
 /// The images of a layout, of those that stand there once per platform the best one. What is for other platforms alone is
@@ -234,8 +272,8 @@ fn for_this_host<'a>(entries: &'a [Descriptor], platform: &Platform) -> Result<V
         let name = annotated_name(entry).map(|n| n.to_string());
         let same = |other: &&Descriptor| other.platform.is_some() && annotated_name(other).map(|n| n.to_string()) == name;
         let rivals: Vec<Descriptor> = entries.iter().filter(same).cloned().collect();
-        match manifest::choose(&rivals, platform) {
-            Ok(best) if best == entry && !chosen.contains(&entry) => chosen.push(entry),
+        match manifest::candidates(&rivals, platform) {
+            Ok(best) if best[0] == entry && !chosen.contains(&entry) => chosen.push(entry),
             Ok(_) => {}
             Err(e) => {
                 log::debug!("image: import: {} of {} is not for this host", entry.digest, for_platform);
@@ -247,23 +285,6 @@ fn for_this_host<'a>(entries: &'a [Descriptor], platform: &Platform) -> Result<V
         Some(e) if chosen.is_empty() => Err(e),
         _ => Ok(chosen),
     }
-}
-
-fn resolve(inner: &Inner, source: &Source, top: &Descriptor) -> Result<(Descriptor, Vec<u8>, manifest::Manifest)> {
-    let mut descriptor = top.clone();
-    for _ in 0..DEPTH {
-        let data = source.blob(&descriptor, inner.bounds.max_manifest_bytes)?;
-        match manifest::parse(&data, &descriptor.media_type)? {
-            Document::Manifest(manifest) => {
-                if descriptor.media_type.is_empty() {
-                    descriptor.media_type = OCI_MANIFEST.to_owned();
-                }
-                return Ok((descriptor, data, manifest));
-            }
-            Document::Index(entries) => descriptor = manifest::choose(&entries, &inner.platform)?.clone(),
-        }
-    }
-    Err(Error::precondition("indexes nested too deep"))
 }
 
 /// The name in a descriptor's annotations. A bare tag (`latest`), as some tools write it, is no name.
@@ -288,8 +309,14 @@ fn import_docker(inner: &Arc<Inner>, source: &Source, name: Option<&Reference>, 
     if name.is_some() && list.len() > 1 {
         return Err(Error::invalid("a name was given, but the archive has several images"));
     }
+    let found = list.into_iter().map(|image| {
+        let config_data = source.read(&image.config, inner.bounds.max_config_bytes)?;
+        let (parsed, diff_ids) = manifest::parse_config(&config_data, image.layers.len())?;
+        Ok((image, config_data, parsed, diff_ids))
+    });
+    let found = that_run(inner, found.collect::<Result<Vec<_>>>()?, |(_, _, parsed, _)| Ok(parsed.clone()))?;
     let mut images = Vec::new();
-    for image in list {
+    for (image, config_data, _, diff_ids) in found {
         let names = match name {
             Some(name) => vec![name.to_string()],
             None => image
@@ -300,9 +327,7 @@ fn import_docker(inner: &Arc<Inner>, source: &Source, name: Option<&Reference>, 
                 .collect::<Result<_>>()
                 .context(|| "parse manifest.json")?,
         };
-        let config_data = source.read(&image.config, inner.bounds.max_config_bytes)?;
         let config = Descriptor::new(OCI_CONFIG, Digest::of(&config_data), config_data.len() as u64);
-        let (_, diff_ids) = manifest::parse_config(&config_data, image.layers.len(), &inner.platform)?;
         // The archive names files, not digests: a layer is known by its diff ID, which is checked in any case.
         let mut files = HashMap::new();
         let mut layers = Vec::new();

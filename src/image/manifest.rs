@@ -7,6 +7,7 @@ use oci_spec::image::ImageConfiguration;
 use serde::{Deserialize, Serialize};
 
 use super::digest::Digest;
+use super::platform::Platform;
 use crate::error::{Context, Error, Result};
 
 pub const OCI_INDEX: &str = "application/vnd.oci.image.index.v1+json";
@@ -44,94 +45,16 @@ impl Descriptor {
     }
 }
 
-fn null_is_empty<'de, T: Deserialize<'de> + Default, D: serde::Deserializer<'de>>(d: D) -> std::result::Result<T, D::Error> {
+pub(super) fn null_is_empty<'de, T: Deserialize<'de> + Default, D: serde::Deserializer<'de>>(d: D) -> std::result::Result<T, D::Error> {
     Ok(Option::deserialize(d)?.unwrap_or_default())
 }
 
-/// What an image was built for, in Go's words (`amd64`, `arm64`).
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Platform {
-    #[serde(default)]
-    pub os: String,
-    #[serde(default)]
-    pub architecture: String,
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub variant: Option<String>,
-}
-
-impl Platform {
-    /// This host's.
-    pub fn host() -> Platform {
-        let (architecture, variant) = match std::env::consts::ARCH {
-            "x86_64" => ("amd64", x86_level()),
-            "aarch64" => ("arm64", Some("v8")),
-            "arm" => ("arm", Some("v7")),
-            "x86" => ("386", None),
-            "powerpc64" => ("ppc64le", None),
-            "loongarch64" => ("loong64", None),
-            other => (other, None),
-        };
-        Platform { os: "linux".to_owned(), architecture: architecture.to_owned(), variant: variant.map(str::to_owned) }
-    }
-
-    /// How well an image for `other` runs here: lower is better, None not at all. As containerd has it, a 64-bit host takes an
-    /// image for its 32-bit ancestor when there is no other.
-    fn rank(&self, other: &Platform) -> Option<u32> {
-        if other.os != self.os {
-            return None;
-        }
-        let level = |v: &Option<String>, default: u32| match v.as_deref() {
-            None | Some("") => Some(default),
-            Some(v) => v.strip_prefix('v').and_then(|v| v.parse::<u32>().ok()),
-        };
-        // No variant means the base level: x86-64-v1, armv8, armv7.
-        let base = match other.architecture.as_str() {
-            "arm64" => 8,
-            "arm" => 7,
-            _ => 1,
-        };
-        let theirs = level(&other.variant, base)?;
-        match (self.architecture.as_str(), other.architecture.as_str()) {
-            // Plain amd64 is what everybody tests; a higher level is for want of it.
-            ("amd64", "amd64") if theirs == base => Some(0),
-            ("amd64", "amd64") => level(&self.variant, base)?.checked_sub(theirs).map(|rank| rank + 1),
-            ("amd64", "386") => Some(200),
-            ("arm64", "arm") => 208_u32.checked_sub(theirs).filter(|rank| *rank >= 200),
-            (ours, theirs_too) if ours == theirs_too => level(&self.variant, base)?.checked_sub(theirs),
-            _ => None,
-        }
-    }
-}
-
-/// The level of the x86-64 psABI that this processor has; None: the first.
-#[cfg(target_arch = "x86_64")]
-fn x86_level() -> Option<&'static str> {
-    use std::arch::is_x86_feature_detected as has;
-    let second = has!("cmpxchg16b") && has!("popcnt") && has!("sse3") && has!("sse4.1") && has!("sse4.2") && has!("ssse3");
-    let third =
-        has!("avx") && has!("avx2") && has!("bmi1") && has!("bmi2") && has!("f16c") && has!("fma") && has!("lzcnt") && has!("movbe");
-    let fourth = has!("avx512f") && has!("avx512bw") && has!("avx512cd") && has!("avx512dq") && has!("avx512vl");
-    match (second, third, fourth) {
-        (true, true, true) => Some("v4"),
-        (true, true, false) => Some("v3"),
-        (true, false, _) => Some("v2"),
-        _ => None,
-    }
-}
-
-#[cfg(not(target_arch = "x86_64"))]
-fn x86_level() -> Option<&'static str> {
-    None
-}
-
-impl std::fmt::Display for Platform {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "{}/{}", self.os, self.architecture)?;
-        match &self.variant {
-            Some(variant) => write!(f, "/{variant}"),
-            None => Ok(()),
-        }
-    }
+/// The entries of an index that can be read: one that cannot (a digest of another kind, say) is not for us, and no reason to
+/// refuse the others.
+pub fn usable<'de, D: serde::Deserializer<'de>>(d: D) -> std::result::Result<Option<Vec<Descriptor>>, D::Error> {
+    let entries: Option<Vec<serde_json::Value>> = Option::deserialize(d)?;
+    let read = |entry| serde_json::from_value(entry).inspect_err(|e| log::debug!("image: an entry of an index is left out: {e}")).ok();
+    Ok(entries.map(|entries| entries.into_iter().filter_map(read).collect()))
 }
 
 /// Bytes that a descriptor may announce: sums of them stay numbers of 64 bits with a sign, as CRI has them.
@@ -164,7 +87,7 @@ struct Raw {
     config: Option<Descriptor>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     layers: Option<Vec<Descriptor>>,
-    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[serde(default, skip_serializing_if = "Option::is_none", deserialize_with = "usable")]
     manifests: Option<Vec<Descriptor>>,
     #[serde(default, skip_serializing)]
     fs_layers: Option<serde_json::Value>,
@@ -211,7 +134,10 @@ pub fn parse(data: &[u8], media_type: &str) -> Result<Document> {
     };
     // Tools in Go write a list without members as null.
     let layers = raw.layers.unwrap_or_default();
-    if !matches!(config.media_type.as_str(), OCI_CONFIG | DOCKER_CONFIG) {
+    let is_artifact = raw.artifact_type.as_deref().is_some_and(|t| !t.is_empty());
+    // Docker once pushed configs without a type of their own.
+    let untyped = config.media_type == "application/octet-stream" && !is_artifact;
+    if !matches!(config.media_type.as_str(), OCI_CONFIG | DOCKER_CONFIG) && !untyped {
         let kind = raw.artifact_type.filter(|t| !t.is_empty()).unwrap_or(config.media_type);
         return Err(wrong(format!("this is an artifact of type {kind:?}, not an image")));
     }
@@ -219,6 +145,35 @@ pub fn parse(data: &[u8], media_type: &str) -> Result<Document> {
         check_layer(layer)?;
     }
     Ok(Document::Manifest(Manifest { config, layers }))
+}
+
+/// The media type of a document that has been parsed: the one that was announced if it is one of ours, else what the document
+/// says of itself, else what it looks like.
+pub fn media_type(data: &[u8], announced: &str) -> String {
+    #[derive(Default, Deserialize)]
+    #[serde(rename_all = "camelCase", default)]
+    struct Looks {
+        media_type: Option<String>,
+        manifests: Option<serde::de::IgnoredAny>,
+    }
+    let looks: Looks = serde_json::from_slice(data).unwrap_or_default();
+    let said = [Some(announced), looks.media_type.as_deref()].into_iter().flatten().find(|said| known(said).is_some());
+    said.unwrap_or(if looks.manifests.is_some() { OCI_INDEX } else { OCI_MANIFEST }).to_owned()
+}
+
+/// Whether a document that `parse` refuses is a manifest of something else than an image: a signature, a chart.
+pub fn is_artifact(data: &[u8]) -> bool {
+    #[derive(Deserialize)]
+    #[serde(rename_all = "camelCase")]
+    struct Looks {
+        artifact_type: Option<String>,
+        config: Option<Descriptor>,
+        blobs: Option<serde::de::IgnoredAny>,
+    }
+    serde_json::from_slice(data).is_ok_and(|looks: Looks| {
+        let odd = looks.config.is_some_and(|config| !matches!(config.media_type.as_str(), OCI_CONFIG | DOCKER_CONFIG));
+        odd || looks.blobs.is_some() || looks.artifact_type.is_some_and(|t| !t.is_empty())
+    })
 }
 
 fn known(media_type: &str) -> Option<bool> {
@@ -268,20 +223,19 @@ pub fn compose(config: &Descriptor, layers: &[Descriptor]) -> Result<Vec<u8>> {
     serde_json::to_vec(&raw).context(|| "write manifest")
 }
 
-/// The index's entry for a platform: the best variant, the first of equals. An index of one entry without a platform
-/// is that entry.
-pub fn choose<'a>(entries: &'a [Descriptor], platform: &Platform) -> Result<&'a Descriptor> {
+/// The index's entries that may be for a platform: the best variant, the first of equals; if no entry says that it is for the
+/// platform, those that say nothing, whose configs tell.
+pub fn candidates<'a>(entries: &'a [Descriptor], platform: &Platform) -> Result<Vec<&'a Descriptor>> {
     let best = entries
         .iter()
         .filter_map(|d| d.platform.as_ref().and_then(|p| platform.rank(p)).map(|rank| (rank, d)))
         .min_by_key(|(rank, _)| *rank);
     if let Some((_, entry)) = best {
-        return Ok(entry);
+        return Ok(vec![entry]);
     }
-    if let [only] = entries {
-        if only.platform.is_none() {
-            return Ok(only);
-        }
+    let silent: Vec<&Descriptor> = entries.iter().filter(|d| d.platform.is_none()).collect();
+    if !silent.is_empty() {
+        return Ok(silent);
     }
     let mut offered: Vec<String> = entries.iter().filter_map(|d| d.platform.as_ref()).map(|p| p.to_string()).collect();
     offered.retain(|p| !p.starts_with("unknown/"));
@@ -291,29 +245,38 @@ pub fn choose<'a>(entries: &'a [Descriptor], platform: &Platform) -> Result<&'a 
     )))
 }
 
-/// A config whose list of diff IDs is null, as tools in Go write one without members.
-fn without_layers(data: &[u8]) -> Option<ImageConfiguration> {
-    let mut value: serde_json::Value = serde_json::from_slice(data).ok()?;
-    let ids = value.pointer_mut("/rootfs/diff_ids").filter(|ids| ids.is_null())?;
-    *ids = serde_json::Value::Array(Vec::new());
+/// A config with what tools in Go write and read, and the types here do not: null for lists and maps without members and for
+/// empty values, no word about the platform.
+fn as_go_reads(data: &[u8]) -> Option<ImageConfiguration> {
+    use serde_json::{json, Value};
+    let mut value: Value = serde_json::from_slice(data).ok()?;
+    let config = value.as_object_mut()?;
+    for field in ["os", "architecture"] {
+        let said = config.entry(field).or_insert(Value::Null);
+        if said.is_null() {
+            *said = json!("");
+        }
+    }
+    if let Some(ids) = value.pointer_mut("/rootfs/diff_ids").filter(|ids| ids.is_null()) {
+        *ids = json!([]);
+    }
+    for (field, empty) in [("Labels", json!("")), ("Volumes", json!({})), ("ExposedPorts", json!({}))] {
+        let Some(Value::Object(members)) = value.pointer_mut(&format!("/config/{field}")) else { continue };
+        members.values_mut().filter(|value| value.is_null()).for_each(|value| *value = empty.clone());
+    }
     serde_json::from_value(value).ok()
 }
 
-/// A parsed config with its diff IDs, as many as the manifest has layers.
-pub fn parse_config(data: &[u8], layers: usize, platform: &Platform) -> Result<(ImageConfiguration, Vec<Digest>)> {
+/// A parsed config with its diff IDs, as many as the manifest has layers. What platform it is for is another matter
+/// (`Platform::runs`).
+pub fn parse_config(data: &[u8], layers: usize) -> Result<(ImageConfiguration, Vec<Digest>)> {
     let failed = |e: Error| e.with_code(crate::error::Code::FailedPrecondition);
     let mut config: ImageConfiguration =
-        serde_json::from_slice(data).or_else(|e| without_layers(data).ok_or(e)).context(|| "parse image config").map_err(failed)?;
+        serde_json::from_slice(data).or_else(|e| as_go_reads(data).ok_or(e)).context(|| "parse image config").map_err(failed)?;
     let diff_ids: Vec<Digest> =
         config.rootfs().diff_ids().iter().map(|d| Digest::parse(d)).collect::<Result<_>>().context(|| "image config").map_err(failed)?;
     if diff_ids.len() != layers {
         return Err(Error::precondition(format!("image config names {} layers, the manifest {layers}", diff_ids.len())));
-    }
-    let (os, architecture) = (config.os().to_string(), config.architecture().to_string());
-    let or = |said: &str, ours: &str| if said.is_empty() { ours.to_owned() } else { said.to_owned() };
-    let built_for = Platform { os: or(&os, &platform.os), architecture: or(&architecture, &platform.architecture), variant: None };
-    if platform.rank(&built_for).is_none() {
-        return Err(Error::precondition(format!("the image is for {os}/{architecture}, this host is {platform}")));
     }
     // Sets in JSON, lists in the type: sorted, so that equal images compare equal.
     if let Some(mut inside) = config.config().clone() {
@@ -344,6 +307,10 @@ mod tests {
         d
     }
 
+    fn choose<'a>(entries: &'a [Descriptor], platform: &Platform) -> Result<&'a Descriptor> {
+        candidates(entries, platform).map(|found| found[0])
+    }
+
     fn refused(json: &str, words: &str) {
         let e = parse(json.as_bytes(), "").unwrap_err();
         assert!(e.message().contains(words), "{e}");
@@ -365,37 +332,6 @@ mod tests {
         let entries = [descriptor("", Some(("linux", "arm", Some("v6")))), descriptor("", Some(("linux", "arm", Some("v7"))))];
         assert_eq!(choose(&entries, &arm).unwrap(), &entries[1]);
         assert_eq!(choose(&entries[..1], &arm).unwrap(), &entries[0]);
-    }
-
-    #[test]
-    fn levels_and_ancestors() {
-        let host = |architecture: &str, variant: Option<&str>| Platform {
-            os: "linux".into(),
-            architecture: architecture.into(),
-            variant: variant.map(str::to_owned),
-        };
-        let entries: Vec<_> = [("amd64", Some("v4")), ("386", None), ("amd64", Some("v2")), ("amd64", Some("v3")), ("amd64", Some("v1"))]
-            .into_iter()
-            .map(|(architecture, variant)| descriptor(OCI_MANIFEST, Some(("linux", architecture, variant))))
-            .collect();
-        let v3 = host("amd64", Some("v3"));
-        assert_eq!(choose(&entries, &v3).unwrap(), &entries[4], "plain first");
-        assert_eq!(choose(&entries[..4], &v3).unwrap(), &entries[3]);
-        assert_eq!(choose(&entries[..3], &v3).unwrap(), &entries[2]);
-        assert_eq!(choose(&entries[..2], &v3).unwrap(), &entries[1]);
-        assert!(choose(&entries[..1], &v3).is_err());
-        let entries: Vec<_> = [("arm", Some("v6")), ("arm", Some("v7")), ("arm64", Some("v9")), ("arm64", Some("v8"))]
-            .into_iter()
-            .map(|(architecture, variant)| descriptor(OCI_MANIFEST, Some(("linux", architecture, variant))))
-            .collect();
-        let arm = host("arm64", Some("v8"));
-        assert_eq!(choose(&entries, &arm).unwrap(), &entries[3]);
-        assert_eq!(choose(&entries[..3], &arm).unwrap(), &entries[1]);
-        let odd =
-            [descriptor(OCI_MANIFEST, Some(("linux", "arm", Some("v99")))), descriptor(OCI_MANIFEST, Some(("linux", "arm", Some("x"))))];
-        assert!(choose(&odd, &arm).is_err());
-        assert!(choose(&entries, &host("arm", Some("v5"))).is_err());
-        assert!(Platform::host().rank(&Platform { variant: None, ..Platform::host() }).is_some());
     }
 
     #[test]
@@ -437,26 +373,72 @@ mod tests {
     /// As Go writes a list that was never made.
     #[test]
     fn images_without_layers_have_null_for_a_list() {
-        let host = Platform { os: "linux".into(), architecture: "amd64".into(), variant: None };
         let d = serde_json::to_string(&descriptor(OCI_CONFIG, None)).unwrap();
         for layers in ["null", "[]"] {
             let text = format!(r#"{{"schemaVersion":2,"config":{d},"layers":{layers}}}"#);
             let Document::Manifest(manifest) = parse(text.as_bytes(), OCI_MANIFEST).unwrap() else { panic!("a manifest") };
             assert_eq!(manifest.layers, []);
             let config = format!(r#"{{"os":"linux","architecture":"amd64","rootfs":{{"type":"layers","diff_ids":{layers}}}}}"#);
-            assert_eq!(parse_config(config.as_bytes(), 0, &host).unwrap().1, []);
-            assert!(parse_config(config.as_bytes(), 1, &host).is_err());
+            assert_eq!(parse_config(config.as_bytes(), 0).unwrap().1, []);
+            assert!(parse_config(config.as_bytes(), 1).is_err());
         }
     }
 
     #[test]
     fn config_must_agree() {
-        let host = Platform { os: "linux".into(), architecture: "amd64".into(), variant: None };
         let json = format!(r#"{{"os":"linux","architecture":"amd64","rootfs":{{"type":"layers","diff_ids":["{}"]}}}}"#, Digest::of(b""));
-        assert!(parse_config(json.as_bytes(), 1, &host).is_ok());
-        assert!(parse_config(json.as_bytes(), 2, &host).unwrap_err().message().contains("names 1"));
-        assert!(parse_config(json.replace("amd64", "s390x").as_bytes(), 1, &host).unwrap_err().message().contains("s390x"));
-        assert!(parse_config(json.replace("amd64", "386").as_bytes(), 1, &host).is_ok());
+        assert!(parse_config(json.as_bytes(), 1).is_ok());
+        assert!(parse_config(json.as_bytes(), 2).unwrap_err().message().contains("names 1"));
+    }
+
+    /// As image tools in Go take them.
+    #[test]
+    fn configs_may_be_brief() {
+        let host = Platform { os: "linux".into(), architecture: "amd64".into(), variant: None };
+        let read = |head: &str| {
+            let json = format!(r#"{{{head}"rootfs":{{"type":"layers","diff_ids":[]}}}}"#);
+            parse_config(json.as_bytes(), 0).map(|(config, _)| config)
+        };
+        for (head, runs) in [
+            (r#""os":"linux","architecture":"amd64","#, true),
+            (r#""os":"Linux","architecture":"x86_64","#, true),
+            (r#""os":"linux","architecture":"386","#, true),
+            (r#""os":"linux","#, true),
+            (r#""architecture":null,"#, true),
+            ("", true),
+            (r#""os":"linux","architecture":"s390x","#, false),
+            (r#""os":"windows","architecture":"amd64","#, false),
+        ] {
+            assert_eq!(host.runs(&read(head).unwrap()), runs, "{head}");
+        }
+        let config =
+            read(r#""config":{"Labels":{"a":null,"b":"c"},"Volumes":{"/v":null},"ExposedPorts":{"80/tcp":null},"Env":null},"#).unwrap();
+        let config = config.config().as_ref().unwrap();
+        assert_eq!(config.labels().as_ref().unwrap()["a"], "");
+        assert_eq!(config.volumes().as_ref().unwrap(), &["/v"]);
+        assert!(read(r#""config":{"Env":"PATH"},"#).is_err());
+    }
+
+    #[test]
+    fn an_entry_that_cannot_be_read_hides_no_other() {
+        let good = serde_json::to_string(&descriptor(OCI_MANIFEST, Some(("linux", "amd64", None)))).unwrap();
+        let sha512 = format!(r#"{{"digest":"sha512:{}","size":1,"platform":{{"os":"linux","architecture":"s390x"}}}}"#, "0".repeat(128));
+        let text = format!(r#"{{"schemaVersion":2,"manifests":[{sha512},7,{good},{{"digest":"x"}}]}}"#);
+        let Document::Index(entries) = parse(text.as_bytes(), OCI_INDEX).unwrap() else { panic!("an index") };
+        assert_eq!(entries.len(), 1);
+    }
+
+    #[test]
+    fn what_a_document_is() {
+        for (text, announced, is) in [
+            ("{}", OCI_INDEX, OCI_INDEX),
+            ("{}", "text/html", OCI_MANIFEST),
+            ("{}", "", OCI_MANIFEST),
+            (r#"{"manifests":[]}"#, "application/json", OCI_INDEX),
+            (r#"{"mediaType":"application/vnd.docker.distribution.manifest.v2+json"}"#, "application/json", DOCKER_MANIFEST),
+        ] {
+            assert_eq!(media_type(text.as_bytes(), announced), is, "{text} {announced}");
+        }
     }
 
     proptest::proptest! {

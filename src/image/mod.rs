@@ -21,11 +21,13 @@ mod manifest;
 mod metadata;
 mod pins;
 mod pipe;
+mod platform;
 mod preload;
 mod pull;
 mod reference;
 mod registry;
 mod room;
+mod select;
 mod slots;
 mod tape;
 pub(crate) mod tarball;
@@ -38,10 +40,10 @@ use std::sync::atomic::AtomicU64;
 use std::sync::Arc;
 
 pub use auth::{Auth, Sources};
-pub use catalog::{Image, Incomplete};
+pub use catalog::{Image, Incomplete, PREFIX_MIN};
 pub use digest::Digest;
 pub use fsck::{Check, Checked, Problem};
-pub use manifest::Platform;
+pub use platform::Platform;
 pub use reference::{Reference, Version};
 pub use registry::{Proxies, RegistrySettings, Retries};
 pub use verify::Verifiers;
@@ -64,7 +66,7 @@ use crate::telemetry;
 pub(crate) mod parsers {
     pub use super::auth::docker::Config as DockerConfig;
     pub use super::auth::{parse_challenges, Challenge};
-    pub use super::manifest::{choose, compose, parse as manifest, parse_config, Document};
+    pub use super::manifest::{candidates, compose, parse as manifest, parse_config, Document};
     pub use super::registry::{content_range, hosts, retry_after};
 }
 
@@ -245,15 +247,9 @@ impl Images {
         let dir = root.join("layers");
         let (room, slots) = (Room::new(&dir, settings.bounds.keep_free), Slots::new(settings.bounds.all_layers));
         let layers = Layers::open(&dir, limits, room, slots)?;
-        let (catalog, trusted) = Catalog::open(
-            &root.join("images"),
-            &root.join("quarantine"),
-            settings.bounds.clone(),
-            settings.platform.clone(),
-            &settings.pinned,
-            &layers,
-        )
-        .context(|| "open the image store")?;
+        let (catalog, trusted) =
+            Catalog::open(&root.join("images"), &root.join("quarantine"), settings.bounds.clone(), &settings.pinned, &layers)
+                .context(|| "open the image store")?;
         let spared = if trusted { HashSet::new() } else { layers.all().into_iter().collect() };
         Ok(Images {
             inner: Arc::new(Inner {
@@ -359,7 +355,7 @@ impl Images {
         let parse = |chain: &&[String]| chain.iter().map(|c| Digest::parse(c)).collect::<Result<Vec<Digest>>>();
         let ids: Vec<Vec<Digest>> = chains.iter().map(parse).collect::<Result<_>>()?;
         self.inner.layers.hold_ready(&format!("container/{holder}"), &ids.concat()).context(|| format!("hold layers for {holder}"))?;
-        let directories = |ids: &[Digest]| ids.iter().rev().map(|c| self.inner.layers.diff_dir(c)).collect();
+        let directories = |ids: &[Digest]| seen(ids.iter().rev().map(|c| self.inner.layers.diff_dir(c)));
         Ok(ids.iter().zip(chains).map(|(ids, chain)| Held { layers: directories(ids), chain: chain.to_vec() }).collect())
     }
 
@@ -416,6 +412,19 @@ fn ending(result: &Result<Arc<Image>>) -> &'static str {
         Code::FailedPrecondition | Code::InvalidArgument => "invalid",
         _ => "internal",
     }
+}
+
+/// The layers, top first, down to one whose root is opaque: overlayfs merges roots whatever marks they have.
+fn seen(layers: impl Iterator<Item = PathBuf>) -> Vec<PathBuf> {
+    let mut seen = Vec::new();
+    for layer in layers {
+        let opaque = crate::sys::rooted::is_opaque(&layer);
+        seen.push(layer);
+        if opaque {
+            break;
+        }
+    }
+    seen
 }
 
 #[cfg(test)]

@@ -96,7 +96,12 @@ fn one_image_under_all_its_names() {
     for name in ["q.io/x/y", "y", &id[7..11], &"0".repeat(64), &format!("q.io/x@{id}"), &format!("q.io/x/yy@{id}")] {
         assert_eq!(images.status(name).unwrap(), None, "{name}");
     }
-    assert_eq!(images.status("A B").unwrap_err().code(), Code::InvalidArgument);
+    // What is no name at all is the name of nothing; only a pull says so.
+    for name in ["A B", "x:y:z", "busybox@sha256:1", ""] {
+        assert_eq!(images.status(name).unwrap(), None, "{name}");
+        images.remove(name).unwrap();
+        assert_eq!(images.pull(name, None, &Cancel::never(), None).unwrap_err().code(), Code::InvalidArgument);
+    }
     let again = Images::open(Settings::new(&dir.path().join("root"))).unwrap();
     assert_eq!(again.list(), images.list());
     assert_eq!(again.fs_info((1, 2)), images.fs_info((1, 2)));
@@ -232,6 +237,20 @@ fn pinned_by_reference() {
     assert!(import(&images, dir.path(), &archive).unwrap()[0].pinned);
 }
 
+/// overlayfs merges the roots of its layers, marked opaque or not.
+#[test]
+fn an_opaque_root_hides_all_that_is_below() {
+    let (dir, images) = store();
+    let path = dir.path().join("image.tar");
+    let layers = [tar(&[("old", b"1")]), tar(&[(".wh..wh..opq", b""), ("new", b"2")]), tar(&[("top", b"3")])];
+    let (archive, id, _) = oci_archive(Some("x:1"), "", &layers.each_ref().map(Vec::as_slice));
+    std::fs::write(&path, archive).unwrap();
+    images.import(&path, None, &Cancel::never()).unwrap();
+    let held = images.hold(&id, "c").unwrap();
+    assert_eq!((held.layers.len(), held.chain.len()), (2, 3));
+    assert!(held.layers[0].join("top").exists() && held.layers[1].join("new").exists());
+}
+
 #[test]
 fn a_layout_with_an_image_per_platform() {
     let (dir, images) = store();
@@ -261,6 +280,20 @@ fn a_layout_with_an_image_per_platform() {
     write(&others);
     let e = images.import(&layout, None, &Cancel::never()).unwrap_err();
     assert!(e.code() == Code::NotFound && e.message().contains("linux/s390x"), "{e}");
+    // A signature beside an image, first too, hides nothing.
+    let mut plain = index["manifests"][0].clone();
+    plain.as_object_mut().unwrap().remove("platform");
+    let signature =
+        br#"{"schemaVersion":2,"config":{"mediaType":"application/vnd.oci.empty.v1+json","digest":"DIGEST","size":2},"layers":[]}"#;
+    let signature = String::from_utf8_lossy(signature).replace("DIGEST", Digest::of(b"{}").as_str());
+    let digest = Digest::of(signature.as_bytes());
+    std::fs::write(layout.join("blobs/sha256").join(digest.hex()), &signature).unwrap();
+    let beside = serde_json::json!({"digest": digest.to_string(), "size": signature.len()});
+    write(&[beside.clone(), plain]);
+    assert_eq!(images.import(&layout, None, &Cancel::never()).unwrap()[0].id, id);
+    write(&[beside]);
+    let e = images.import(&layout, None, &Cancel::never()).unwrap_err();
+    assert!(e.message().contains("artifact"), "{e}");
 
     // A layout is preloaded like an archive, once.
     let preload = dir.path().join("preload");

@@ -73,7 +73,7 @@ fn one_that_never_gets_further_is_given_up() {
 }
 
 #[test]
-fn wrong_ranges_are_refused() {
+fn wrong_ranges_are_not_taken() {
     let c = content(&[large_layer(300_000)]);
     let total = c.answers[&c.blobs[0]].body.len();
     let last = total - 1;
@@ -83,17 +83,24 @@ fn wrong_ranges_are_refused() {
         format!("bytes 999-{last}/{total}"),
         "junk".to_owned(),
     ] {
-        let fake = breaking(&c, move |n, r, reply| match n {
-            0 => Reply { cut: 1000, ..reply },
-            _ => Reply { status: 206, body: reply.body[r.offset().unwrap()..].to_vec(), ..reply }.header("Content-Range", range.clone()),
+        // Who cannot send a part well sends it all.
+        let fake = breaking(&c, move |n, r, reply| match (n, r.offset()) {
+            (0, _) => Reply { cut: 1000, ..reply },
+            (_, Some(offset)) => Reply { status: 206, body: reply.body[offset..].to_vec(), ..reply }.header("Content-Range", range.clone()),
+            (_, None) => reply,
         });
-        let site = site(&[&fake]);
-        let e = site.pull(&fake, ":v1", None).unwrap_err();
-        assert!(
-            e.code() == Code::FailedPrecondition && (e.message().contains("asked for 1000-") || e.message().contains("without saying")),
-            "{e}"
-        );
-        assert!(site.images.list().is_empty() && site.layers() == 0);
+        assert_eq!(site(&[&fake]).pull(&fake, ":v1", None).unwrap().id, c.id);
+        assert_eq!(offsets(&fake, &c.blobs[0]), [None, Some(1000), None]);
+    }
+    // One that has no parts at all; then one that refuses for a moment what it has begun.
+    for status in [416, 403, 404] {
+        let fake = breaking(&c, move |n, r, reply| match (n, r.offset()) {
+            (0, _) => Reply { cut: 1000, ..reply },
+            (1, Some(_)) => Reply::new(status, "{}"),
+            _ => reply.ranged(r),
+        });
+        assert_eq!(site(&[&fake]).pull(&fake, ":v1", None).unwrap().id, c.id, "{status}");
+        assert_eq!(fake.count(&c.blobs[0]), 3, "{status}");
     }
     // A part that nobody asked for.
     let fake = breaking(&c, move |_, _, reply| Reply { status: 206, ..reply });
@@ -331,7 +338,119 @@ fn a_redirect_cannot_ask_for_credentials() {
         assert!(fake.requests("/stolen").iter().all(|r| r.authorization().is_none()), "{way}");
     }
     let seen = evil.seen.lock().unwrap();
-    assert!(seen.len() >= 3 && seen.iter().all(|r| r.authorization().is_none() && r.path() != "/token"), "{seen:?}");
+    // A token may be had by anybody: it says who we are not.
+    assert!(seen.len() >= 3 && seen.iter().all(|r| matches!(r.authorization(), None | Some("Bearer t"))), "{seen:?}");
+    assert!(seen.iter().filter(|r| r.path() == "/token").all(|r| r.authorization().is_none() && !r.target.contains("account")), "{seen:?}");
+}
+
+/// A name in front of another registry: all it does is to send everybody there.
+#[test]
+fn a_registry_elsewhere_gives_tokens_to_anybody() {
+    let (registry, tokens) = bearer("Bearer t", |_| Reply::new(200, r#"{"token":"t"}"#));
+    let address = registry.address.clone();
+    let front = Fake::start(move |r| Some(Reply::new(307, "").header("Location", format!("http://{address}{}", r.target))));
+    site(&[&front]).pull(&front, ":v1", login()).unwrap();
+    assert!(tokens.seen.lock().unwrap().iter().all(|r| r.authorization().is_none()));
+    assert!(registry.seen.lock().unwrap().iter().all(|r| matches!(r.authorization(), None | Some("Bearer t"))));
+}
+
+#[test]
+fn token_servers_may_have_moved() {
+    let passwords = |fake: &Fake| fake.seen.lock().unwrap().iter().filter(|r| r.authorization() == Some(BASIC)).count();
+    let (registry, tokens) = bearer("Bearer t", |r| match (r.path(), r.authorization()) {
+        ("/token", _) => Reply::new(307, "").header("Location", "/moved?again"),
+        ("/moved", Some(BASIC)) => Reply::new(200, r#"{"token":"t"}"#),
+        _ => Reply::new(401, "{}"),
+    });
+    site(&[&registry]).pull(&registry, ":v1", login()).unwrap();
+    assert!(passwords(&tokens) >= 2);
+    // To another host without the password, which here is not missed.
+    let other = Fake::start(|_| Some(Reply::new(200, r#"{"token":"t"}"#)));
+    let address = other.address.clone();
+    let (registry, tokens) = bearer("Bearer t", move |_| Reply::new(302, "").header("Location", format!("http://{address}/")));
+    site(&[&registry]).pull(&registry, ":v1", login()).unwrap();
+    assert!(passwords(&tokens) >= 1 && passwords(&other) == 0 && other.count("/") >= 1);
+    let (registry, tokens) = bearer("Bearer t", |_| Reply::new(302, "").header("Location", "/token"));
+    let e = site(&[&registry]).pull(&registry, ":v1", login()).unwrap_err();
+    assert!(e.message().contains("redirects") && tokens.count("/token") < 20, "{e}");
+}
+
+/// The first challenge leads to a token server that is not there.
+#[test]
+fn a_dead_token_server_is_not_the_only_way() {
+    let dead = { TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap() };
+    let answers = content(&[layer_tar("a")]).answers;
+    let fake = Fake::start(move |r| match r.authorization() {
+        Some(BASIC) => answers.get(r.path()).cloned(),
+        _ => Some(
+            Reply::new(401, "{}")
+                .header("WWW-Authenticate", format!("Bearer realm=\"http://{dead}/token\""))
+                .header("WWW-Authenticate", "Basic realm=\"x\""),
+        ),
+    });
+    site(&[&fake]).pull(&fake, ":v1", login()).unwrap();
+    let e = site(&[&fake]).pull(&fake, ":v1", None).unwrap_err();
+    assert!(e.message().contains(&dead.to_string()), "{e}");
+}
+
+/// Descriptors with addresses, or of foreign types, whose blobs the registry has all the same.
+#[test]
+fn foreign_layers_that_are_here() {
+    for media_type in ["application/vnd.oci.image.layer.v1.tar+gzip", "application/vnd.oci.image.layer.nondistributable.v1.tar+gzip"] {
+        let c = content_with(&[layer_tar("a")], |layer| {
+            layer.media_type = media_type.to_owned();
+            if !media_type.contains("nondistributable") {
+                layer.urls = vec!["http://127.0.0.1:1/absent".to_owned()];
+            }
+        });
+        let fake = Fake::honest(&c.answers);
+        assert_eq!(site(&[&fake]).pull(&fake, ":v1", None).unwrap().id, c.id);
+    }
+}
+
+/// Indexes that leave the platform to the configs of their images.
+#[test]
+fn indexes_without_platforms() {
+    let ours = content(&[layer_tar("a")]);
+    let theirs = content(&[layer_tar("b")]);
+    let foreign = {
+        let mut config = super::tests::config(&[&layer_tar("c")], "");
+        let arch = Platform::host().architecture;
+        config = String::from_utf8(config).unwrap().replace(&format!("\"{arch}\""), "\"s390x\"").into_bytes();
+        let layer = manifest::Descriptor::new(manifest::OCI_LAYER, Digest::of(b"c"), 1);
+        let manifest =
+            manifest::compose(&manifest::Descriptor::new(manifest::OCI_CONFIG, Digest::of(&config), config.len() as u64), &[layer])
+                .unwrap();
+        (manifest, config)
+    };
+    let index = |entries: &[&[u8]]| {
+        let entry = |data: &&[u8]| serde_json::json!({"mediaType": "", "digest": Digest::of(data).to_string(), "size": data.len()});
+        let attested = serde_json::json!({"digest": Digest::of(b"x").to_string(), "size": 1, "platform": {"os": "unknown", "architecture": "unknown"}});
+        let entries: Vec<_> = entries.iter().map(entry).chain([attested]).collect();
+        serde_json::json!({"schemaVersion": 2, "manifests": entries}).to_string().into_bytes()
+    };
+    let of = |c: &super::tests_fake::Content| c.answers["/v2/a/b/manifests/v1"].body.clone();
+    let inner = index(&[&foreign.0, &of(&ours), &of(&theirs)]);
+    let foreign_index = index(&[&foreign.0]);
+    let mut answers = ours.answers.clone();
+    answers.extend(theirs.answers.clone());
+    for document in [&foreign.0, &inner, &foreign_index] {
+        answers.insert(format!("/v2/a/b/manifests/{}", Digest::of(document)), Reply::new(200, document.clone()));
+    }
+    answers.insert(format!("/v2/a/b/blobs/{}", Digest::of(&foreign.1)), Reply::new(200, foreign.1.clone()));
+    let mut tag = |name: &str, document: Vec<u8>| answers.insert(format!("/v2/a/b/manifests/{name}"), Reply::new(200, document));
+    tag("one", index(&[&of(&ours)]));
+    tag("several", index(&[&foreign.0, &of(&ours)]));
+    tag("nested", index(&[&foreign_index, &inner]));
+    tag("none", index(&[&foreign.0, &foreign.0]));
+    let fake = Fake::honest(&answers);
+    let site = site(&[&fake]);
+    for name in ["one", "several", "nested"] {
+        // An index within that is the only one of its kind is believed; with another beside it, its config was asked.
+        assert_eq!(site.pull(&fake, &format!(":{name}"), None).unwrap().id, ours.id, "{name}");
+    }
+    let e = site.pull(&fake, ":none", None).unwrap_err();
+    assert!(e.code() == Code::NotFound && e.message().contains("s390x"), "{e}");
 }
 
 #[test]

@@ -325,16 +325,15 @@ impl Unpacker<'_> {
         Ok(())
     }
 
-    /// The target is a file of this layer, named without links on the way.
+    /// The target is a file of this layer. Links on the way to it are followed inside the layer, as they are for entries.
     fn hardlink(&mut self, parent: &Parent, name: &Path, entry: &Entry) -> Result<()> {
         let target = rooted::normalise(&entry.link)?;
         let what = || format!("link to {}", target.display());
         let (above, base) = (target.parent().unwrap_or(Path::new("")), target.file_name().unwrap_or_default());
         let missing = || Error::precondition(format!("{}: no such file in this layer", what()));
-        let from = match self.rooted.plain_dir(above) {
+        let from = match self.rooted.dir(above) {
             Ok(dir) => dir,
-            Err(Errno::NOENT | Errno::NOTDIR) => return Err(missing()),
-            Err(Errno::LOOP) => return Err(Error::precondition(format!("{}: it leads through a symbolic link", what()))),
+            Err(Errno::NOENT | Errno::NOTDIR | Errno::LOOP) => return Err(missing()),
             Err(e) => return Err(e).context(what),
         };
         let stat = match rustix::fs::statat(&from, base, AtFlags::SYMLINK_NOFOLLOW) {

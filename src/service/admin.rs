@@ -140,5 +140,5 @@ fn progress(step: crate::image::Check) -> CheckProgress {
 }
 
 fn incomplete(image: crate::image::Incomplete) -> IncompleteImage {
-    IncompleteImage { id: image.id, names: image.names, reason: image.reason, ..Default::default() }
+    IncompleteImage { id: image.id, names: image.names, reason: image.reason, pinned: image.pinned, ..Default::default() }
 }

@@ -1,5 +1,5 @@
 //! One host that is asked for a repository: requests, redirects, and the answers to its challenges. Credentials and
-//! configured headers go to the host itself; whoever it redirects to gets none, and cannot ask for any.
+//! configured headers go to the host itself; whoever it redirects to gets none, and may ask for an anonymous token at most.
 
 use std::collections::HashMap;
 use std::io::Read;
@@ -14,7 +14,7 @@ use super::hosts::{self, Secret, TlsFiles};
 use super::retry::{again, next, retry_after, stop, unavailable, Attempt, Failure, Pace, Verdict};
 use super::token::{Granted, Session};
 use super::transport::{agent, Link};
-use super::url::{origin, redirect};
+use super::url::{location, origin, redirects};
 use super::Site;
 use crate::error::{Code, Context, Error, Result};
 use crate::image::auth::{basic, parse_challenges, Challenge, Credentials};
@@ -46,10 +46,12 @@ pub struct Endpoint {
     tls: TlsFiles,
     /// None: an address of a foreign layer, which gets no credentials whatever it asks.
     pub(super) session: Option<Session>,
+    /// Somewhere that another host redirected to.
+    is_guest: bool,
     /// It has answered in this pull: a failure to connect is passing.
     reached: AtomicBool,
-    /// Of hosts that it redirected to.
-    elsewhere: Lock<HashMap<String, Agent>>,
+    /// The hosts that it redirected to, by origin.
+    elsewhere: Lock<HashMap<String, Arc<Endpoint>>>,
 }
 
 /// What to ask for.
@@ -58,6 +60,8 @@ pub struct Ask<'a> {
     pub accept: &'a str,
     /// From this byte on.
     pub offset: u64,
+    /// A digest that is known says whether the answer is right: a redirect may lead to plain http.
+    pub has_digest: bool,
     /// For messages.
     pub what: &'a str,
 }
@@ -82,6 +86,7 @@ impl Endpoint {
             agent,
             tls: host.tls.clone(),
             session: Some(Session::default()),
+            is_guest: false,
             reached: AtomicBool::new(false),
             elsewhere: Lock::new(Rank::Leaf, HashMap::new()),
         })
@@ -101,24 +106,24 @@ impl Endpoint {
         self.reached.load(Ordering::Relaxed)
     }
 
-    /// GET, authenticated when asked to. The answer is 200, or 206 if an offset was given.
+    /// GET, authenticated when asked to. The answer is 200; if an offset was given also 206, or 416.
     pub fn get(&self, ask: &Ask) -> Attempt<Response<Body>> {
         let before = self.authorization()?;
-        let (mut response, mut home) = self.send(ask, before.as_deref())?;
+        let (mut response, mut away) = self.send(ask, before.as_deref())?;
         let mut refused = None;
-        if response.status() == StatusCode::UNAUTHORIZED && home {
+        if response.status() == StatusCode::UNAUTHORIZED && away.is_none() {
             for challenge in challenges(&response).iter().take(CHALLENGES) {
                 let granted = match self.grant(challenge, before.as_deref()) {
                     Ok(Some(granted)) if Some(granted.header.as_str()) != before.as_deref() => granted,
                     Ok(_) => continue,
-                    Err(f) if f.verdict == Verdict::Next => {
+                    Err(f) if f.verdict == Verdict::Stop => return Err(f),
+                    Err(f) => {
                         refused.get_or_insert(f);
                         continue;
                     }
-                    Err(f) => return Err(f),
                 };
-                (response, home) = self.send(ask, Some(&granted.header))?;
-                if response.status() != StatusCode::UNAUTHORIZED || !home {
+                (response, away) = self.send(ask, Some(&granted.header))?;
+                if response.status() != StatusCode::UNAUTHORIZED || away.is_some() {
                     self.keep(granted);
                     refused = None;
                     break;
@@ -127,22 +132,27 @@ impl Endpoint {
         }
         match response.status() {
             StatusCode::OK => Ok(response),
-            StatusCode::PARTIAL_CONTENT if ask.offset > 0 => Ok(response),
-            // Why there was nothing to answer a challenge with says more than the challenge.
-            StatusCode::UNAUTHORIZED if home && refused.is_some() => Err(refused.unwrap_or_else(|| self.refusal(response, ask.what))),
+            StatusCode::PARTIAL_CONTENT | StatusCode::RANGE_NOT_SATISFIABLE if ask.offset > 0 => Ok(response),
+            StatusCode::UNAUTHORIZED => match (away, refused) {
+                // A name in front of another registry: that one may want a token of its own.
+                (Some(url), _) if !self.is_guest => self.elsewhere(&url).map_err(next)?.get(&Ask { url: &url.to_string(), ..*ask }),
+                // Why there was nothing to answer a challenge with says more than the challenge.
+                (None, Some(refused)) => Err(refused),
+                _ => Err(self.refusal(response, ask.what)),
+            },
             _ => Err(self.refusal(response, ask.what)),
         }
     }
 
-    /// One GET, redirects followed; and whether the answer is the host's own.
-    fn send(&self, ask: &Ask, authorization: Option<&str>) -> Attempt<(Response<Body>, bool)> {
+    /// One GET, redirects followed; and where the answer is from, if not from the host itself.
+    fn send(&self, ask: &Ask, authorization: Option<&str>) -> Attempt<(Response<Body>, Option<Uri>)> {
         let mut url: Uri = ask.url.parse().map_err(|_| next(Error::invalid(format!("{}: no address", ask.what))))?;
         // Once away, it stays away: who sent us back may have chosen the path.
         let mut home = true;
         for _ in 0..=REDIRECTS {
             self.site.cancel.check().map_err(stop)?;
             home = home && origin(&url).as_deref() == Some(self.origin.as_str());
-            let agent = if home { self.agent.clone() } else { self.agent_elsewhere(&url).map_err(next)? };
+            let agent = if home { self.agent.clone() } else { self.elsewhere(&url).map_err(next)?.agent.clone() };
             let mut request = agent.get(url.clone()).header("accept", ask.accept);
             if ask.offset > 0 {
                 request = request.header("range", format!("bytes={}-", ask.offset));
@@ -157,13 +167,12 @@ impl Endpoint {
             }
             let response = request.call().map_err(|e| self.unreached(url.authority().map_or("", |a| a.as_str()), e))?;
             self.reached.store(true, Ordering::Relaxed);
-            if !matches!(response.status().as_u16(), 301 | 302 | 303 | 307 | 308) {
-                return Ok((response, home));
+            if !redirects(response.status()) {
+                return Ok((response, (!home).then_some(url)));
             }
-            let location = response.headers().get("location").and_then(|v| v.to_str().ok()).unwrap_or_default();
-            let to = redirect(&url, location).filter(|to| origin(to).is_some());
+            let to = location(&url, &response).filter(|to| origin(to).is_some());
             let to = to.ok_or_else(|| next(Error::precondition(format!("{}: {} redirects to nowhere", ask.what, self.authority))))?;
-            if url.scheme_str() == Some("https") && to.scheme_str() != Some("https") {
+            if url.scheme_str() == Some("https") && to.scheme_str() != Some("https") && !ask.has_digest {
                 let words = format!("{}: {} redirects from https to http, which is not followed", ask.what, self.authority);
                 return Err(next(Error::precondition(words)));
             }
@@ -172,24 +181,26 @@ impl Endpoint {
         Err(next(Error::precondition(format!("{}: {}: more than {REDIRECTS} redirects", ask.what, self.authority))))
     }
 
-    /// For a host that we were redirected to: the authorities of this one and its own. What it brings is checked by digest.
-    fn agent_elsewhere(&self, url: &Uri) -> Result<Agent> {
+    /// A host that we were redirected to: the authorities of this one and its own, nobody's credentials. What it brings is
+    /// checked by digest.
+    fn elsewhere(&self, url: &Uri) -> Result<Arc<Endpoint>> {
         let authority = url.authority().map(|a| a.as_str().to_owned()).unwrap_or_default();
         let scheme = url.scheme_str().unwrap_or("https");
-        let key = format!("{scheme}://{authority}");
-        if let Some(agent) = self.elsewhere.lock().get(&key) {
-            return Ok(agent.clone());
+        let at = origin(url).ok_or_else(|| Error::invalid(format!("registry {authority}: no address")))?;
+        if let Some(known) = self.elsewhere.lock().get(&at) {
+            return Ok(known.clone());
         }
         let mut tls = self.site.tls_of(&authority)?;
         tls.ca.extend(self.tls.ca.iter().cloned());
         tls.skip_verify = tls.skip_verify.or(self.tls.skip_verify);
-        let agent = self.site.agent(scheme, &authority, &tls, None)?;
+        let host = hosts::Host { tls, ..hosts::Host::default() };
+        let guest = Endpoint::new(&self.site, &host, scheme, &authority, "", false)?;
+        let guest = Arc::new(Endpoint { session: Some(Session::anonymous()), is_guest: true, ..guest });
         let mut known = self.elsewhere.lock();
         if known.len() >= 16 {
             known.clear();
         }
-        known.insert(key, agent.clone());
-        Ok(agent)
+        Ok(known.entry(at).or_insert(guest).clone())
     }
 
     /// For the token server it names. Unlike a redirect's target it gets credentials: its certificate must be good.

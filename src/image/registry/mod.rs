@@ -22,7 +22,7 @@ use super::digest::Digest;
 use super::layers::Stream;
 use super::manifest::{Descriptor, DOCKER_LIST, DOCKER_MANIFEST, OCI_INDEX, OCI_MANIFEST};
 use super::reference::Reference;
-use crate::error::{Error, Result};
+use crate::error::{Code, Error, Result};
 use crate::sys::cancel::Cancel;
 
 use endpoint::{Ask, Endpoint};
@@ -113,7 +113,7 @@ impl Client {
     }
 
     /// Whether layers may come from the addresses in their descriptors.
-    pub fn foreign_layers(&self) -> bool {
+    fn foreign_layers(&self) -> bool {
         self.settings.foreign_layers
     }
 
@@ -184,7 +184,8 @@ impl Remote {
         let what = format!("manifest {}{}{version}", self.site.repository, if by_digest { "@" } else { ":" });
         let sources = self.sources(&format!("manifests/{version}"), |e| if by_digest { e.pull } else { e.resolve });
         self.rounds(&sources, 0, |_, source| {
-            let response = source.endpoint.get(&Ask { url: &source.url, accept: &accept, offset: 0, what: &what })?;
+            let response =
+                source.endpoint.get(&Ask { url: &source.url, accept: &accept, offset: 0, has_digest: by_digest, what: &what })?;
             let header = |name: &str| response.headers().get(name).and_then(|v| v.to_str().ok()).unwrap_or_default().trim().to_owned();
             let media_type = header("content-type").split(';').next().unwrap_or_default().trim().to_owned();
             let announced = header("docker-content-digest");
@@ -218,7 +219,7 @@ impl Remote {
         let what = format!("blob {}", descriptor.digest);
         let sources = self.sources(&format!("blobs/{}", descriptor.digest), |e| e.pull);
         self.rounds(&sources, 0, |_, source| {
-            let response = source.endpoint.get(&Ask { url: &source.url, accept: "*/*", offset: 0, what: &what })?;
+            let response = source.endpoint.get(&Ask { url: &source.url, accept: "*/*", offset: 0, has_digest: true, what: &what })?;
             let data = source.endpoint.read(response, descriptor.size, &what)?;
             if Digest::of(&data) != descriptor.digest || data.len() as u64 != descriptor.size {
                 let words = format!("{what}: received {} ({} bytes) from {}", Digest::of(&data), data.len(), source.endpoint.authority);
@@ -237,7 +238,13 @@ impl Remote {
                 sources.push(Source { endpoint: Arc::new(Endpoint::foreign(&self.site, url)?), url: url.clone() });
             }
         }
-        resume::open(self, sources, descriptor)
+        resume::open(self, sources, descriptor).map_err(|e| match e.code() {
+            Code::NotFound if descriptor.is_foreign() && !self.site.client.foreign_layers() => {
+                let words = "it is foreign: it may be had at other addresses, which images.foreign_layers allows";
+                Error::precondition(format!("layer {}: {words} ({e})", descriptor.digest))
+            }
+            _ => e,
+        })
     }
 
     /// The hosts that may be asked for `rest` below the repository, with its address there. A host that stands in for the

@@ -5,11 +5,11 @@ use std::io::Read;
 use std::sync::Arc;
 use std::time::Instant;
 
-use ureq::http::StatusCode;
-use ureq::BodyReader;
+use ureq::http::{Response, StatusCode};
+use ureq::{Body, BodyReader};
 
 use super::endpoint::Ask;
-use super::retry::{next, unavailable, Attempt, Pace};
+use super::retry::{again, next, unavailable, Attempt, Pace, Verdict};
 use super::{Remote, Source};
 use crate::error::{Error, Result};
 use crate::image::layers::{Breaks, Fault, Stream};
@@ -81,7 +81,12 @@ impl Download {
     /// Opens an answer that has the byte `done`, from source `start` on.
     fn connect(&mut self, start: usize) -> Result<()> {
         let (remote, what, done, size) = (&self.remote, self.what.as_str(), self.done, self.size);
-        let (at, opened) = remote.rounds(&self.sources, start, |i, source| open_at(source, done, size, what).map(|opened| (i, opened)))?;
+        let (at, opened) = remote.rounds(&self.sources, start, |i, source| match open_at(source, done, size, what) {
+            Ok(opened) => Ok((i, opened)),
+            // Somebody had it a moment ago.
+            Err(failure) if done > 0 && failure.verdict == Verdict::Next => Err(again(failure.error)),
+            Err(failure) => Err(failure),
+        })?;
         (self.at, self.body, self.skip, self.exact) = (at, Some(opened.body), opened.skip, opened.exact);
         self.pace = Pace::new(self.remote.site.stall);
         Ok(())
@@ -169,28 +174,40 @@ impl Read for Download {
 
 fn open_at(source: &Source, done: u64, size: u64, what: &str) -> Attempt<Opened> {
     let endpoint = &source.endpoint;
-    let response = endpoint.get(&Ask { url: &source.url, accept: "*/*", offset: done, what })?;
-    let length = response.body().content_length();
+    let ask = |offset| endpoint.get(&Ask { url: &source.url, accept: "*/*", offset, has_digest: true, what });
+    let response = ask(done)?;
     let wrong = |why: String| next(Error::precondition(format!("{what}: {} {why}", endpoint.authority)));
-    let (skip, expected) = if response.status() == StatusCode::PARTIAL_CONTENT {
-        let range = response.headers().get("content-range").and_then(|v| v.to_str().ok()).and_then(content_range);
-        let Some((first, last, total)) = range else { return Err(wrong("sends a part without saying which".to_owned())) };
-        if first != done || total.is_some_and(|total| total != size) || last >= size {
-            let total = total.map_or("*".to_owned(), |t| t.to_string());
-            return Err(wrong(format!("sends bytes {first}-{last} of {total}, asked for {done}- of {size}")));
+    let length = response.body().content_length();
+    if response.status() != StatusCode::OK {
+        match part(&response, done, size) {
+            Ok(expected) if length.is_none_or(|length| length == expected) => {
+                return Ok(Opened { body: response.into_body().into_reader(), skip: 0, exact: length.is_some() });
+            }
+            Ok(expected) => log::debug!("image: {}", wrong(format!("sends {} bytes of a range of {expected}", length.unwrap_or(0))).error),
+            Err(why) => log::debug!("image: {}", wrong(why).error),
         }
-        (0, last + 1 - first)
-    } else {
-        // It does not know ranges.
-        (done, size)
-    };
-    if let Some(length) = length.filter(|l| *l != expected) {
-        return Err(match skip == done && expected == size {
-            true => wrong(format!("sends {length} bytes, the manifest says {size}")),
-            false => wrong(format!("sends {length} bytes of a range of {expected}")),
-        });
     }
-    Ok(Opened { body: response.into_body().into_reader(), skip, exact: length.is_some() })
+    // It does not know ranges, or does not know them well: all of it again.
+    let response = if response.status() == StatusCode::OK { response } else { ask(0)? };
+    let length = response.body().content_length();
+    if let Some(length) = length.filter(|l| *l != size) {
+        return Err(wrong(format!("sends {length} bytes, the manifest says {size}")));
+    }
+    Ok(Opened { body: response.into_body().into_reader(), skip: done, exact: length.is_some() })
+}
+
+/// The length of a partial answer that begins at `done`; else what is wrong with it.
+fn part(response: &Response<Body>, done: u64, size: u64) -> std::result::Result<u64, String> {
+    if response.status() != StatusCode::PARTIAL_CONTENT {
+        return Err(format!("answers {} to a range", response.status().as_u16()));
+    }
+    let range = response.headers().get("content-range").and_then(|v| v.to_str().ok()).and_then(content_range);
+    let Some((first, last, total)) = range else { return Err("sends a part without saying which".to_owned()) };
+    if first != done || total.is_some_and(|total| total != size) || last >= size {
+        let total = total.map_or("*".to_owned(), |t| t.to_string());
+        return Err(format!("sends bytes {first}-{last} of {total}, asked for {done}- of {size}"));
+    }
+    Ok(last + 1 - first)
 }
 
 /// First and last byte and the whole length (None: `*`) of a Content-Range (RFC 9110, 14.4).

@@ -4,12 +4,12 @@
 use std::collections::HashMap;
 use std::time::{Duration, Instant};
 
-use ureq::http::{StatusCode, Uri};
+use ureq::http::{Response, StatusCode, Uri};
 use ureq::{Agent, Body};
 
 use super::endpoint::Endpoint;
 use super::retry::{next, stop, Attempt};
-use super::url::{escape, origin};
+use super::url::{escape, location, origin, redirects};
 use crate::error::{Code, Error, Result};
 use crate::image::auth::{basic, Challenge, Credentials};
 use crate::image::digest::Digest;
@@ -17,6 +17,8 @@ use crate::sys::lock::{Lock, Rank};
 
 /// Bytes of a token server's answer.
 const ANSWER_LIMIT: u64 = 1 << 20;
+/// Addresses of one request for a token.
+const REDIRECTS: usize = 5;
 /// Tokens kept at a time.
 const KEPT: usize = 256;
 /// A token that says nothing lasts so long (distribution's token protocol).
@@ -53,6 +55,11 @@ impl Default for Session {
 }
 
 impl Session {
+    /// One that has nothing to answer challenges with.
+    pub fn anonymous() -> Session {
+        Session { credentials: Lock::new(Rank::Leaf, Some(Credentials::Anonymous)), ..Session::default() }
+    }
+
     pub fn current(&self) -> Option<Granted> {
         self.current.lock().clone()
     }
@@ -122,19 +129,19 @@ struct Answer {
 
 /// One request to a token server.
 struct Wish<'a> {
-    agent: Agent,
-    realm: String,
+    endpoint: &'a Endpoint,
+    realm: &'a Uri,
     service: &'a str,
     scopes: Vec<&'a str>,
     /// Configured headers, if the realm is the registry itself.
     headers: Vec<(&'a str, &'a str)>,
 }
 
-type Sent = std::result::Result<ureq::http::Response<Body>, ureq::Error>;
+type Sent = Attempt<Response<Body>>;
 
 impl Wish<'_> {
     fn get(&self, login: Option<(&str, &str)>) -> Sent {
-        let mut url = self.realm.clone();
+        let mut url = self.realm.to_string();
         let mut add = |key: &str, value: &str| {
             let mark = if url.contains('?') { '&' } else { '?' };
             url.push_str(&format!("{mark}{key}={}", escape(value)));
@@ -146,25 +153,56 @@ impl Wish<'_> {
         if let Some((username, _)) = login.filter(|(username, _)| !username.is_empty()) {
             add("account", username);
         }
-        let mut request = self.agent.get(url).header("accept", "application/json");
-        for (name, value) in &self.headers {
-            request = request.header(*name, *value);
-        }
-        if let Some((username, password)) = login {
-            request = request.header("authorization", basic(username, password));
-        }
-        request.call()
+        let url = url.parse().map_err(|_| next(Error::precondition(format!("token server {}: no address", self.realm))))?;
+        self.follow(url, |agent, url, at_home| {
+            let mut request = agent.get(url.clone()).header("accept", "application/json");
+            for (name, value) in self.headers.iter().filter(|_| at_home) {
+                request = request.header(*name, *value);
+            }
+            if let Some((username, password)) = login.filter(|_| at_home) {
+                request = request.header("authorization", basic(username, password));
+            }
+            Some(request.call())
+        })
     }
 
     fn post(&self, grant: &[(&str, &str)]) -> Sent {
         let scope = self.scopes.join(" ");
         let mut form = grant.to_vec();
         form.extend([("client_id", "crisp"), ("service", self.service), ("scope", scope.as_str())]);
-        let mut request = self.agent.post(&self.realm).header("accept", "application/json");
-        for (name, value) in &self.headers {
-            request = request.header(*name, *value);
+        self.follow(self.realm.clone(), |agent, url, at_home| {
+            let mut request = agent.post(url.clone()).header("accept", "application/json");
+            for (name, value) in &self.headers {
+                request = request.header(*name, *value);
+            }
+            // The form is a secret.
+            at_home.then(|| request.send_form(form.iter().copied()))
+        })
+    }
+
+    /// Asks at `url` and wherever that redirects to, but never from https to http. `send` learns whether it still talks to
+    /// the realm's host; None: it may not talk to that one.
+    fn follow(&self, mut url: Uri, send: impl Fn(&Agent, &Uri, bool) -> Option<std::result::Result<Response<Body>, ureq::Error>>) -> Sent {
+        let home = origin(self.realm);
+        let mut at_home = true;
+        let host = |url: &Uri| url.authority().map(|a| a.to_string()).unwrap_or_default();
+        let wrong = |why: &str| next(Error::precondition(format!("token from {}: {why}", host(self.realm))));
+        for _ in 0..REDIRECTS {
+            self.endpoint.site.cancel.check().map_err(stop)?;
+            at_home = at_home && origin(&url) == home;
+            let agent = self.endpoint.agent_for_tokens(&url).map_err(next)?;
+            let Some(sent) = send(&agent, &url, at_home) else { return Err(wrong("redirects a login to another host")) };
+            let response = sent.map_err(|e| self.endpoint.unreached(&host(&url), e))?;
+            if !redirects(response.status()) {
+                return Ok(response);
+            }
+            let to = location(&url, &response).filter(|to| origin(to).is_some()).ok_or_else(|| wrong("redirects to nowhere"))?;
+            if url.scheme_str() == Some("https") && to.scheme_str() != Some("https") {
+                return Err(wrong("redirects from https to http, which is not followed"));
+            }
+            url = to;
         }
-        request.send_form(form)
+        Err(wrong("too many redirects"))
     }
 }
 
@@ -202,8 +240,8 @@ impl Endpoint {
         }
         let headers = self.headers.iter().filter(|_| at == self.origin).filter(|(name, _)| name != "authorization");
         let wish = Wish {
-            agent: self.agent_for_tokens(&realm).map_err(next)?,
-            realm: realm.to_string(),
+            endpoint: self,
+            realm: &realm,
             service: parameter("service"),
             scopes: scope.split(' ').filter(|s| !s.is_empty()).collect(),
             headers: headers.map(|(name, value)| (name.as_str(), value.0.as_str())).collect(),
@@ -228,7 +266,7 @@ impl Endpoint {
             }
             Credentials::Anonymous | Credentials::Registry(_) => wish.get(None),
         };
-        let response = sent.map_err(|e| self.unreached(&host, e))?;
+        let response = sent?;
         if response.status() != StatusCode::OK {
             return Err(self.refusal(response, &format!("token from {host}")));
         }

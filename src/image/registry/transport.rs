@@ -13,13 +13,13 @@ use rustix::event::EventfdFlags;
 use rustix::net::{AddressFamily, SocketFlags, SocketType};
 use ureq::config::Config;
 use ureq::http::Uri;
-use ureq::tls::TlsConfig;
 use ureq::unversioned::resolver::{ResolvedSocketAddrs, Resolver};
 use ureq::unversioned::transport::{
-    Buffers, ConnectProxyConnector, ConnectionDetails, Connector, Either, LazyBuffers, NextTimeout, RustlsConnector, Transport,
+    Buffers, ConnectProxyConnector, ConnectionDetails, Connector, Either, LazyBuffers, NextTimeout, Transport,
 };
 use ureq::{Agent, Error, Proxy};
 
+use super::tls::TlsConnector;
 use super::url::split_port;
 use crate::sys::cancel::Cancel;
 use crate::sys::lock::{Lock, Rank};
@@ -34,7 +34,7 @@ const HEAD_START: Duration = Duration::from_millis(250);
 
 /// How one host is reached.
 pub struct Link<'a> {
-    pub tls: TlsConfig,
+    pub tls: Arc<rustls::ClientConfig>,
     pub proxy: Option<Proxy>,
     /// For a name, a connection and its TLS together, each.
     pub connect: Duration,
@@ -51,7 +51,6 @@ pub fn agent(link: Link) -> Agent {
         .max_redirects_will_error(false)
         .user_agent(concat!("crisp/", env!("CARGO_PKG_VERSION")))
         .accept("")
-        .tls_config(link.tls)
         .proxy(link.proxy)
         .max_response_header_size(HEAD_LIMIT)
         .timeout_resolve(Some(link.connect))
@@ -61,7 +60,9 @@ pub fn agent(link: Link) -> Agent {
         .timeout_per_write(Some(link.stall))
         .build();
     let connector =
-        ().chain(ConnectProxyConnector::default()).chain(TcpConnector { cancel: link.cancel.clone() }).chain(RustlsConnector::default());
+        ().chain(ConnectProxyConnector::default())
+            .chain(TcpConnector { cancel: link.cancel.clone() })
+            .chain(TlsConnector { config: link.tls });
     Agent::with_parts(config, connector, Names { cancel: link.cancel.clone() })
 }
 
@@ -289,7 +290,7 @@ mod tests {
     use std::net::TcpListener;
 
     fn link(cancel: &Cancel, stall: Duration) -> Agent {
-        let tls = TlsConfig::builder().root_certs(ureq::tls::RootCerts::new_with_certs(&[])).build();
+        let tls = crate::image::registry::tls::Trust::default().config(&Default::default()).unwrap();
         agent(Link { tls, proxy: None, connect: stall, stall, cancel })
     }
 

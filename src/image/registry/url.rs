@@ -1,6 +1,6 @@
 //! Addresses: origins (what credentials are bound to), redirects, loopback.
 
-use ureq::http::Uri;
+use ureq::http::{Response, StatusCode, Uri};
 
 /// Scheme and authority of a URL, the default port written out. None: no URL that we would send anything to (one with a
 /// user name in it, a scheme other than http and https).
@@ -15,9 +15,28 @@ pub fn origin(uri: &Uri) -> Option<String> {
     Some(format!("{scheme}://{}:{port}", authority.host().to_ascii_lowercase()))
 }
 
-/// Where a Location header leads from `from`.
-pub fn redirect(from: &Uri, location: &str) -> Option<Uri> {
-    if location.contains("://") && !location.starts_with('/') {
+/// Whether an answer sends us on to its Location.
+pub fn redirects(status: StatusCode) -> bool {
+    matches!(status.as_u16(), 301 | 302 | 303 | 307 | 308)
+}
+
+/// Where the Location of an answer from `from` leads.
+pub fn location<T>(from: &Uri, response: &Response<T>) -> Option<Uri> {
+    redirect(from, response.headers().get("location")?.as_bytes())
+}
+
+/// RFC 3986, 5.2, but for dots in paths. Bytes that no address has are escaped, as browsers do.
+fn redirect(from: &Uri, location: &[u8]) -> Option<Uri> {
+    let mut text = String::with_capacity(location.len());
+    for byte in location.trim_ascii() {
+        match byte {
+            b'#' => break,
+            0..=b' ' | 0x7f.. | b'"' | b'<' | b'>' | b'\\' | b'^' | b'`' | b'{' | b'|' | b'}' => text.push_str(&format!("%{byte:02X}")),
+            _ => text.push(*byte as char),
+        }
+    }
+    let location = text.as_str();
+    if location.contains("://") && !location.starts_with(['/', '?']) {
         return location.parse().ok();
     }
     let scheme = from.scheme_str()?;
@@ -25,11 +44,10 @@ pub fn redirect(from: &Uri, location: &str) -> Option<Uri> {
         return format!("{scheme}:{location}").parse().ok();
     }
     let authority = from.authority()?;
-    let path = if location.starts_with('/') {
-        location.to_owned()
-    } else {
-        let base = from.path().rsplit_once('/').map_or("", |(dir, _)| dir);
-        format!("{base}/{location}")
+    let path = match location.as_bytes().first()? {
+        b'/' => location.to_owned(),
+        b'?' => format!("{}{location}", from.path()),
+        _ => format!("{}/{location}", from.path().rsplit_once('/').map_or("", |(dir, _)| dir)),
     };
     format!("{scheme}://{authority}{path}").parse().ok()
 }
@@ -79,12 +97,16 @@ mod tests {
         assert_eq!(origin(&uri("https://user@a.io/x")), None);
         assert_eq!(origin(&uri("ftp://a.io/x")), None);
         let from = uri("https://a.io/v2/x/blobs/y?q=1");
-        assert_eq!(redirect(&from, "https://b.io/z").unwrap(), "https://b.io/z");
-        assert_eq!(redirect(&from, "//b.io/z").unwrap(), "https://b.io/z");
-        assert_eq!(redirect(&from, "/z?a=b").unwrap(), "https://a.io/z?a=b");
-        assert_eq!(redirect(&from, "/z?back=http://b.io").unwrap(), "https://a.io/z?back=http://b.io");
-        assert_eq!(redirect(&from, "z").unwrap(), "https://a.io/v2/x/blobs/z");
-        assert_eq!(redirect(&from, "https://"), None);
+        assert_eq!(redirect(&from, b"https://b.io/z").unwrap(), "https://b.io/z");
+        assert_eq!(redirect(&from, b"//b.io/z").unwrap(), "https://b.io/z");
+        assert_eq!(redirect(&from, b"/z?a=b").unwrap(), "https://a.io/z?a=b");
+        assert_eq!(redirect(&from, b"/z?back=http://b.io").unwrap(), "https://a.io/z?back=http://b.io");
+        assert_eq!(redirect(&from, b"z").unwrap(), "https://a.io/v2/x/blobs/z");
+        assert_eq!(redirect(&from, b"?sig=1").unwrap(), "https://a.io/v2/x/blobs/y?sig=1");
+        assert_eq!(redirect(&from, b" https://b.io/z?name=a b#part").unwrap(), "https://b.io/z?name=a%20b");
+        assert_eq!(redirect(&from, "/ü".as_bytes()).unwrap(), "https://a.io/%C3%BC");
+        assert_eq!(redirect(&from, b"https://"), None);
+        assert_eq!(redirect(&from, b""), None);
     }
 
     #[test]
