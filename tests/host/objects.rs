@@ -1,5 +1,7 @@
 //! Configurations as a kubelet would send them. The benchmark uses them too.
 
+use std::sync::atomic::{AtomicU32, Ordering};
+
 use crisp::api::runtime::{
     ContainerConfig, ContainerMetadata, CreateContainerRequest, ExecSyncRequest, ImageSpec, LinuxContainerConfig, LinuxPodSandboxConfig,
     NamespaceMode, NamespaceOption, PodSandboxConfig, PodSandboxMetadata, RunPodSandboxRequest,
@@ -7,13 +9,16 @@ use crisp::api::runtime::{
 
 use crate::daemon::{Layout, BUSYBOX};
 
-/// A sandbox with a network of its own, or the host's; its processes share no pid namespace, as kubelet asks.
+/// A sandbox with a network of its own, or the host's; its processes share no pid namespace, as kubelet asks. Its logs have a
+/// directory of their own: of a sandbox of the same name before it, the lines would still be there.
 pub fn sandbox_config(layout: &Layout, name: &str, host_network: bool) -> PodSandboxConfig {
+    static COUNT: AtomicU32 = AtomicU32::new(0);
+    let logs = format!("{name}-{}", COUNT.fetch_add(1, Ordering::Relaxed));
     let metadata = PodSandboxMetadata { name: name.into(), uid: format!("uid-{name}"), namespace: "test".into(), ..Default::default() };
     PodSandboxConfig {
         metadata: Some(metadata).into(),
         hostname: if host_network { String::new() } else { name.into() },
-        log_directory: layout.path("logs").join(name).display().to_string(),
+        log_directory: layout.path("logs").join(logs).display().to_string(),
         labels: [("app".to_owned(), name.to_owned())].into(),
         annotations: [("note".to_owned(), "kept as it is".to_owned())].into(),
         linux: Some(LinuxPodSandboxConfig {
