@@ -256,7 +256,7 @@ impl Containers {
         };
         let container = Container::new(meta, inputs.config.clone(), Status::default());
         if let Err(error) = self.build(&container, &image, &inputs, &mut mounts, config_bytes) {
-            if let Err(undo) = self.release(&container).and_then(|()| self.records.remove(container.id())) {
+            if let Err(undo) = self.release(&container).and_then(|()| self.unrecord(&container)) {
                 // The record stays and says "making": the next start of the daemon tries again.
                 log::error!("container {}: undo of a failed create: {undo}", container.id());
             }
@@ -372,6 +372,13 @@ impl Containers {
 
     fn change(&self, container: &Arc<Container>, change: impl FnOnce(&mut Status), happened: bool) -> Result<()> {
         let mut status = container.status.lock();
+        if status.gone {
+            // What is still told of it is nobody's concern; the record would come back.
+            return match happened {
+                true => Ok(()),
+                false => Err(Error::precondition(format!("container {} is removed", container.id()))),
+            };
+        }
         let mut next = status.clone();
         change(&mut next);
         let saved = self.records.save(&container.meta.id, &RecordOut { metadata: &container.meta, status: &next });
@@ -413,11 +420,18 @@ impl Containers {
         self.settings.layers.disappears(&container.meta.id);
         self.release(container).context(what)?;
         crash::step("remove:3-files");
-        self.records.remove(&container.meta.id).context(what)?;
+        self.unrecord(container).context(what)?;
         let status = container.status();
         self.index.remove_and(&container.meta.id, || self.tell(container, event::Kind::Deleted, Some(&status), None));
         self.names.release(&container.meta.name, &container.meta.id);
         Ok(())
+    }
+
+    /// Removes the record. The exits thread, or whoever cleans up after a shim, may still hold the container: none of them writes it again.
+    pub(super) fn unrecord(&self, container: &Container) -> Result<()> {
+        container.status.lock().gone = true;
+        // A record that stays is still kept up to date.
+        self.records.remove(&container.meta.id).inspect_err(|_| container.status.lock().gone = false)
     }
 
     /// Undoes everything a container without processes may have, but its record.

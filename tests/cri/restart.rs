@@ -93,6 +93,56 @@ fn a_shim_that_dies_takes_its_container_along() {
     node.remove(&id).expect("remove");
 }
 
+/// A shim that could not write its exit record has told the end all the same: nothing about it changes when the shim goes.
+#[test]
+fn an_end_that_was_told_stays_without_a_record() {
+    let node = Node::start();
+    let sandbox = node.sandbox("web");
+    let script = format!("while [ ! -f {}/go ]; do sleep 0.02; done", node.path("").display());
+    let id = node.launch(&sandbox, "app", &script);
+    // Nothing can be renamed over it.
+    fs::create_dir(node.path("run/containers").join(&id).join("exit")).expect("make a directory");
+    fs::write(node.path("go"), "").expect("write");
+    let told = node.wait_exit(&id);
+    assert_eq!((told.exit_code, told.reason.as_str()), (0, "Completed"));
+    // Its shim has deleted it, and then the daemon, which found no record.
+    let deletes = || node.runtime_calls().iter().filter(|call| call.id == id && call.verb == "delete").count();
+    eventually("the daemon cleans up", || (deletes() == 2).then_some(()));
+    // The removal waits for whoever cleans up.
+    let watched = std::thread::scope(|scope| {
+        let removal = scope.spawn(|| node.remove(&id));
+        let mut seen = Vec::new();
+        while let Ok(status) = node.status(&id) {
+            seen.push(status);
+        }
+        removal.join().expect("no panic").expect("remove");
+        seen
+    });
+    assert!(watched.iter().all(|status| *status == told), "{told} became {watched:?}");
+}
+
+/// A stop finds the shim gone while the exits thread has found that too: one of them cleans up, and nobody tells of a container that is removed.
+#[test]
+fn a_shim_that_died_is_buried_once() {
+    let node = Node::start();
+    let sandbox = node.sandbox("web");
+    let id = node.launch(&sandbox, "app", "exec sleep 1000");
+    let deletes = || node.runtime_calls().iter().filter(|call| call.id == id && call.verb == "delete").count();
+    node.switch("delete", "slow 2");
+    let (shim, _) = node.processes().into_iter().find(|(_, args)| args.contains(" container ")).expect("a shim");
+    nix::sys::signal::kill(nix::unistd::Pid::from_raw(shim), nix::sys::signal::Signal::SIGKILL).expect("kill the shim");
+    eventually("the daemon cleans up", || (deletes() == 1).then_some(()));
+    std::thread::scope(|scope| {
+        let stop = scope.spawn(|| node.stop(&id, 0));
+        let status = node.wait_exit(&id);
+        assert_eq!((status.exit_code, status.reason.as_str()), (137, "ShimDied"));
+        node.remove(&id).expect("remove");
+        stop.join().expect("no panic").expect("stop");
+    });
+    assert_eq!(deletes(), 1);
+    assert_eq!(fs::read_dir(node.path("root/containers")).expect("list").count(), 0, "a record came back");
+}
+
 #[test]
 fn what_was_half_made_is_undone() {
     let mut node = Node::start();
