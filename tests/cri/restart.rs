@@ -62,6 +62,27 @@ fn exits_meanwhile_are_told_with_their_time() {
     assert!(status.finished_at <= ended + 100_000_000, "its own time, not that of the daemon's start");
 }
 
+/// The shim has told the end before anybody watched; the OCI runtime's delete, with hooks in it, may take long.
+#[test]
+fn an_end_before_the_watch_is_told_at_once() {
+    let mut node = Node::start();
+    let sandbox = node.sandbox("web");
+    let script = format!("while [ ! -f {}/go ]; do sleep 0.02; done; exit 9", node.path("").display());
+    let mut config = node.container_config("app", &script);
+    config.envs.push(KeyValue { key: "FAKE_DELETE".into(), value: "slow 8".into(), ..Default::default() });
+    let id = node.create(&sandbox, &config).expect("create");
+    node.start_container(&id).expect("start");
+    let dir = node.path("run/containers").join(&id);
+    node.stop_daemon();
+    fs::write(node.path("go"), "").expect("write");
+    eventually("it ends", || dir.join("exit").exists().then_some(()));
+    node.start_daemon();
+    let status = node.wait_exit(&id);
+    assert_eq!((status.exit_code, status.reason.as_str()), (9, "Error"));
+    assert!(dir.join("shim.sock").exists(), "told only by the end of the shim");
+    node.remove(&id).expect("remove, once the shim is done");
+}
+
 #[test]
 fn a_shim_that_died_meanwhile() {
     let mut node = Node::start();
