@@ -11,7 +11,7 @@ use crate::api::runtime::ContainerConfig;
 use crate::cgroup::{Cgroup, Layout};
 use crate::error::{Code, Context, Error, ErrorList, Result};
 use crate::shim::client::{self, Client};
-use crate::shim::protocol::{ExitRecord, Phase, ShimConfig, CONFIG_FILE, VERSION};
+use crate::shim::protocol::{Phase, ShimConfig, CONFIG_FILE};
 use crate::shim::record;
 use crate::store::record::Restored;
 use crate::sys::cancel::Cancel;
@@ -108,7 +108,7 @@ impl Containers {
             (Ok(Some(_)), _) => self.follow(container),
             (_, true) => {
                 // The record first: a shim that is only now starting finds it and gives up.
-                if let Err(e) = self.refuse_start(container).and_then(|()| client::kill_shim(&meta.dir)) {
+                if let Err(e) = record::refuse(&meta.dir).and_then(|()| client::kill_shim(&meta.dir)) {
                     log::error!("container {}: {e}", meta.id);
                 }
                 let why = "the daemon ended while it was being started";
@@ -118,12 +118,6 @@ impl Containers {
             }
             (_, false) => self.bury(container, 255, "Unknown", "its shim is gone, and left no exit record"),
         }
-    }
-
-    /// Writes the exit record of a container that must not start any more.
-    fn refuse_start(&self, container: &Container) -> Result<()> {
-        let finished_at = crate::store::now_ns();
-        record::write(&container.meta.dir, &ExitRecord { version: VERSION, exit_code: 128, signal: None, oom: false, finished_at })
     }
 
     /// Follows a shim that is there, or takes the exit record of one that is not.
