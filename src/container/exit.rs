@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use super::manager::{Container, Containers};
-use super::status::State;
+use super::status::{State, Status};
 use crate::error::Context;
 use crate::shim::client::{self, Client, Watch};
 use crate::shim::protocol::{Event, ExitRecord, UNDELETED_FILE};
@@ -16,13 +16,16 @@ use crate::sys::watch::Keep;
 
 /// For killing what is left of a container, and for the OCI runtime's delete.
 pub(super) const CLEANUP_LIMIT: Duration = Duration::from_secs(20);
+/// For both, one after the other.
+pub(super) const BURY_LIMIT: Duration = Duration::from_secs(45);
 
 impl Containers {
     /// Follows the container's shim from now on. A shim that is already gone is treated as one that goes now.
     pub(super) fn watch(self: &Arc<Self>, container: &Arc<Container>) {
         let watched = Client::new(&container.meta.dir).watch().and_then(|watch| {
             let fd = rustix::io::fcntl_dupfd_cloexec(watch.as_fd(), 3);
-            self.watcher.add(fd.context(|| "duplicate the shim's socket")?, self.on_event(container, watch))
+            let fd = fd.context(|| "duplicate the shim's socket")?;
+            self.watcher.add(format!("shim of container {}", container.id()), fd, self.on_event(container, watch))
         });
         if let Err(e) = watched {
             log::debug!("container {}: watch its shim: {e}", container.id());
@@ -52,11 +55,26 @@ impl Containers {
 
     /// The container has ended by itself or was killed.
     pub(super) fn ended(&self, container: &Arc<Container>, record: &ExitRecord) {
-        if container.status.lock().state == State::Exited {
-            return;
+        if self.note_end(container, |s| s.end(record.exit_code, record.oom, record.finished_at)) {
+            log::info!("container {} exited: code {}{}", container.id(), record.exit_code, if record.oom { ", out of memory" } else { "" });
         }
-        log::info!("container {} exited: code {}{}", container.id(), record.exit_code, if record.oom { ", out of memory" } else { "" });
-        self.note(container, |s| s.end(record.exit_code, record.oom, record.finished_at));
+    }
+
+    /// Notes how a container ended, and whether this was the first to say so. Its event, its record and whoever cleans up after its shim may
+    /// all tell of one end: what clients have seen of it stays.
+    fn note_end(&self, container: &Arc<Container>, end: impl FnOnce(&mut Status)) -> bool {
+        if container.status.lock().state == State::Exited {
+            return false;
+        }
+        let mut first = false;
+        self.note(container, |s| {
+            // Another may have been here since we looked.
+            first = s.state != State::Exited;
+            if first {
+                end(s);
+            }
+        });
+        first
     }
 
     /// The shim has closed its socket: after its work, or because it died.
@@ -64,7 +82,12 @@ impl Containers {
         match client::exit_record(&container.meta.dir) {
             Ok(Some(record)) => {
                 self.ended(container, &record);
-                container.status.lock().shim_alive = false;
+                let mut status = container.status.lock();
+                // Whoever killed it is still cleaning up, and says when that is done.
+                if !status.buried {
+                    status.shim_alive = false;
+                }
+                drop(status);
                 container.changed.notify_all();
             }
             found => {
@@ -75,6 +98,9 @@ impl Containers {
                 let started = thread::spawn("shim-died", move || manager.bury(&theirs, 137, "ShimDied", "its shim died, so it was killed"));
                 if let Err(e) = started {
                     log::error!("container {}: {e}", container.id());
+                    // A stop finds one that runs on; one that has ended is not to wait for a shim that is not there.
+                    container.status.lock().shim_alive = false;
+                    container.changed.notify_all();
                 }
             }
         }
@@ -94,11 +120,23 @@ impl Containers {
         }
     }
 
-    /// Kills what is left of a container whose shim is not there, deletes the runtime's state, and says how it ended.
+    /// Kills what is left of a container whose shim is not there, deletes the runtime's state, and says how it ended, unless that is known.
+    /// Once: whoever comes while another is at it, or later, leaves it to the first, who notifies `changed`.
     pub(super) fn bury(&self, container: &Arc<Container>, exit_code: i32, reason: &str, message: &str) {
         let (id, meta) = (container.id(), &container.meta);
-        log::warn!("container {id}: {message}");
-        if reason == "ShimDied" {
+        let ended = {
+            let mut status = container.status.lock();
+            if std::mem::replace(&mut status.buried, true) {
+                return;
+            }
+            status.state == State::Exited
+        };
+        match ended {
+            // Known before: its shim has told it but could not write it down, nor what it left undone; or it never ran.
+            true => log::debug!("container {id}: cleaned up after its end"),
+            false => log::warn!("container {id}: {message}"),
+        }
+        if !ended && reason == "ShimDied" {
             crate::telemetry::shim_died();
         }
         let cleaned =
@@ -109,7 +147,9 @@ impl Containers {
         // What was written between our look and the kill is the truth.
         match client::exit_record(&meta.dir) {
             Ok(Some(record)) => self.ended(container, &record),
-            _ => self.note(container, |s| s.end_because(exit_code, reason, message.to_owned(), now_ns())),
+            _ => {
+                self.note_end(container, |s| s.end_because(exit_code, reason, message.to_owned(), now_ns()));
+            }
         }
         container.status.lock().shim_alive = false;
         container.changed.notify_all();

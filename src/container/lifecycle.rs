@@ -151,7 +151,14 @@ impl Containers {
         self.wait_until(container, limit, cancel, |s| s.state != State::Running)
     }
 
-    fn wait_until(&self, container: &Container, limit: Duration, cancel: &Cancel, done: impl Fn(&super::Status) -> bool) -> Result<bool> {
+    /// Waits until its status is as wanted; false when `limit` passed.
+    pub(super) fn wait_until(
+        &self,
+        container: &Container,
+        limit: Duration,
+        cancel: &Cancel,
+        done: impl Fn(&super::Status) -> bool,
+    ) -> Result<bool> {
         let end = Instant::now() + limit;
         let mut status = container.status.lock();
         loop {

@@ -256,7 +256,7 @@ impl Containers {
         };
         let container = Container::new(meta, inputs.config.clone(), Status::default());
         if let Err(error) = self.build(&container, &image, &inputs, &mut mounts, config_bytes) {
-            if let Err(undo) = self.release(&container).and_then(|()| self.records.remove(container.id())) {
+            if let Err(undo) = self.release(&container).and_then(|()| self.unrecord(&container)) {
                 // The record stays and says "making": the next start of the daemon tries again.
                 log::error!("container {}: undo of a failed create: {undo}", container.id());
             }
@@ -372,6 +372,13 @@ impl Containers {
 
     fn change(&self, container: &Arc<Container>, change: impl FnOnce(&mut Status), happened: bool) -> Result<()> {
         let mut status = container.status.lock();
+        if status.gone {
+            // What is still told of it is nobody's concern; the record would come back.
+            return match happened {
+                true => Ok(()),
+                false => Err(Error::precondition(format!("container {} is removed", container.id()))),
+            };
+        }
         let mut next = status.clone();
         change(&mut next);
         let saved = self.records.save(&container.meta.id, &RecordOut { metadata: &container.meta, status: &next });
@@ -413,11 +420,18 @@ impl Containers {
         self.settings.layers.disappears(&container.meta.id);
         self.release(container).context(what)?;
         crash::step("remove:3-files");
-        self.records.remove(&container.meta.id).context(what)?;
+        self.unrecord(container).context(what)?;
         let status = container.status();
         self.index.remove_and(&container.meta.id, || self.tell(container, event::Kind::Deleted, Some(&status), None));
         self.names.release(&container.meta.name, &container.meta.id);
         Ok(())
+    }
+
+    /// Removes the record. The exits thread, or whoever cleans up after a shim, may still hold the container: none of them writes it again.
+    pub(super) fn unrecord(&self, container: &Container) -> Result<()> {
+        container.status.lock().gone = true;
+        // A record that stays is still kept up to date.
+        self.records.remove(&container.meta.id).inspect_err(|_| container.status.lock().gone = false)
     }
 
     /// Undoes everything a container without processes may have, but its record.
@@ -469,6 +483,12 @@ fn write_json(path: &Path, value: &impl Serialize) -> Result<()> {
 fn log_path(directory: &str, path: &str) -> Result<Option<PathBuf>> {
     if directory.is_empty() || path.is_empty() {
         return Ok(None);
+    }
+    // The shim could not open it, which would be told only at the start.
+    for (field, text) in [("log_directory", directory), ("config.log_path", path)] {
+        if text.contains('\0') {
+            return Err(Error::invalid(format!("{field}: a NUL byte in {text:?}")));
+        }
     }
     let (dir, relative) = (Path::new(directory), Path::new(path));
     if !dir.is_absolute() {
@@ -526,5 +546,10 @@ mod tests {
             assert!(log_path(d, bad).is_err(), "{bad}");
         }
         assert!(log_path("relative", "x").is_err());
+        for (directory, path, field) in [(d, "a\0b", "config.log_path"), (d, "a\0/b", "config.log_path"), ("/a\0b", "c", "log_directory")] {
+            let error = log_path(directory, path).unwrap_err();
+            assert!(error.code() == Code::InvalidArgument && error.message().starts_with(field), "{error}");
+        }
+        assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 3, "c and the two links");
     }
 }

@@ -4,16 +4,17 @@
 use std::path::Path;
 use std::sync::Arc;
 
-use super::exit::CLEANUP_LIMIT;
+use super::exit::{BURY_LIMIT, CLEANUP_LIMIT};
 use super::manager::{Container, Containers, RecordIn};
 use super::status::State;
 use crate::api::runtime::ContainerConfig;
 use crate::cgroup::{Cgroup, Layout};
 use crate::error::{Code, Context, Error, ErrorList, Result};
 use crate::shim::client::{self, Client};
-use crate::shim::protocol::{ExitRecord, Phase, ShimConfig, CONFIG_FILE, VERSION};
+use crate::shim::protocol::{Phase, ShimConfig, CONFIG_FILE};
 use crate::shim::record;
 use crate::store::record::Restored;
+use crate::sys::cancel::Cancel;
 use crate::sys::file;
 
 impl Containers {
@@ -49,7 +50,7 @@ impl Containers {
             (State::Making, _) => {
                 log::info!("container {}: half made by a daemon that ended, undone", meta.id);
                 self.release(&container)?;
-                return self.records.remove(&meta.id);
+                return self.unrecord(&container);
             }
             (State::Running, _) | (State::Created, true) => self.reconnect(&container),
             (State::Exited, _) if meta.dir.join(crate::shim::protocol::SOCKET_FILE).exists() => self.follow(&container),
@@ -61,8 +62,10 @@ impl Containers {
         if !sandbox_exists(&meta.sandbox_id) {
             log::warn!("container {}: its sandbox {} is gone, removed", meta.id, meta.sandbox_id);
             self.bury(&container, 137, "ContainerStatusUnknown", "its sandbox is gone");
+            // Another may be at it already.
+            self.wait_until(&container, BURY_LIMIT, &Cancel::never(), |s| !s.shim_alive)?;
             self.release(&container)?;
-            return self.records.remove(&meta.id);
+            return self.unrecord(&container);
         }
         if let Err(e) = self.images.hold_restored(&meta.id, &meta.chains().concat()) {
             // It may run on: its layers are mounted. But it cannot be trusted to start.
@@ -105,21 +108,16 @@ impl Containers {
             (Ok(Some(_)), _) => self.follow(container),
             (_, true) => {
                 // The record first: a shim that is only now starting finds it and gives up.
-                if let Err(e) = self.refuse_start(container).and_then(|()| client::kill_shim(&meta.dir)) {
+                if let Err(e) = record::refuse(&meta.dir).and_then(|()| client::kill_shim(&meta.dir)) {
                     log::error!("container {}: {e}", meta.id);
                 }
                 let why = "the daemon ended while it was being started";
+                log::warn!("container {}: {why}", meta.id);
                 self.note(container, |s| s.end_because(128, "StartError", why.to_owned(), crate::store::now_ns()));
                 self.bury(container, 128, "StartError", why);
             }
             (_, false) => self.bury(container, 255, "Unknown", "its shim is gone, and left no exit record"),
         }
-    }
-
-    /// Writes the exit record of a container that must not start any more.
-    fn refuse_start(&self, container: &Container) -> Result<()> {
-        let finished_at = crate::store::now_ns();
-        record::write(&container.meta.dir, &ExitRecord { version: VERSION, exit_code: 128, signal: None, oom: false, finished_at })
     }
 
     /// Follows a shim that is there, or takes the exit record of one that is not.

@@ -46,6 +46,12 @@ pub struct Status {
     /// Whether its shim still has work to do; not kept on disk.
     #[serde(skip)]
     pub shim_alive: bool,
+    /// Somebody cleans up, or has cleaned up, after a shim that could not; not kept on disk.
+    #[serde(skip)]
+    pub buried: bool,
+    /// Its record is removed, and must not come back; not kept on disk.
+    #[serde(skip)]
+    pub gone: bool,
 }
 
 impl Default for Status {
@@ -63,6 +69,8 @@ impl Default for Status {
             message: String::new(),
             resources: Vec::new(),
             shim_alive: false,
+            buried: false,
+            gone: false,
         }
     }
 }

@@ -86,6 +86,9 @@ pub struct Network {
     plugins: Plugins,
     cache: Cache,
     loaded: SharedLock<Loaded>,
+    /// Held from the stamp to the store of what was read: of two readings the younger is the one that stays. A file that is written in
+    /// place changes no stamp: half of it, stored late, would stay until the next change.
+    reading: Lock<()>,
     status: Lock<Option<Verdict>>,
     gate: Gate,
     /// Ends the watch thread.
@@ -124,6 +127,7 @@ impl Network {
             plugins: Plugins::new(settings.bin_dirs.clone(), settings.plugin_timeout),
             cache: Cache::new(&settings.cache_dir),
             loaded: SharedLock::new(Rank::Leaf, Loaded::default()),
+            reading: Lock::new(Rank::Status, ()),
             status: Lock::new(Rank::Leaf, None),
             gate: Gate::default(),
             stop: stop.clone(),
@@ -137,9 +141,14 @@ impl Network {
 
     /// Reads the conf directory again. A directory that cannot be read is an error and counts as empty.
     pub fn reload(&self) -> Result<()> {
+        self.reload_by(Directory::load)
+    }
+
+    pub(super) fn reload_by(&self, load: impl FnOnce(&Path) -> Result<Directory>) -> Result<()> {
+        let _alone = self.reading.lock();
         // Taken before the files are read: what changes meanwhile is seen as a change.
         let stamp = stamp(&self.settings.conf_dir);
-        let (mut directory, result) = match Directory::load(&self.settings.conf_dir) {
+        let (mut directory, result) = match load(&self.settings.conf_dir) {
             Ok(directory) => (directory, Ok(())),
             Err(e) => (Directory { networks: Vec::new(), problems: vec![e.to_string()] }, Err(e)),
         };

@@ -362,3 +362,36 @@ fn the_watch_thread_ends_with_the_network() {
     drop(network);
     eventually("the last reference is gone", || weak.strong_count() == 0);
 }
+
+/// A reading that finds half of a file is overtaken by one that finds all of it.
+#[test]
+fn of_two_readings_the_younger_stays() {
+    let host = Host::new();
+    let network = host.network();
+    let file = host.path("conf/10-a.conflist");
+    host.conf("10-a.conflist", "1.0.0", "whole", &["a"]);
+    let whole = std::fs::read(&file).unwrap();
+    let (half_read, go) = std::sync::mpsc::channel::<()>();
+    let (overtaken, done) = std::sync::mpsc::channel::<()>();
+    std::thread::scope(|scope| {
+        let (network, file, whole) = (&network, &file, &whole);
+        scope.spawn(move || {
+            let slow = |dir: &std::path::Path| {
+                std::fs::write(file, &whole[..whole.len() / 2]).unwrap();
+                let half = Directory::load(dir);
+                std::fs::write(file, whole).unwrap();
+                half_read.send(()).unwrap();
+                // Preempted here, for as long as a reading takes that does not wait for us.
+                let _ = done.recv_timeout(Duration::from_millis(500));
+                half
+            };
+            network.reload_by(slow).unwrap();
+        });
+        scope.spawn(move || {
+            go.recv().unwrap();
+            network.reload().unwrap();
+            let _ = overtaken.send(());
+        });
+    });
+    assert!(network.status().ready, "{:?}", network.status());
+}

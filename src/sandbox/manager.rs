@@ -210,7 +210,7 @@ impl Sandboxes {
         if announced {
             self.note(&sandbox, |s| s.phase = Phase::NotReady);
         }
-        let keep = match self.release(&sandbox).and_then(|()| self.records.remove(&id)) {
+        let keep = match self.release(&sandbox).and_then(|()| self.unrecord(&sandbox)) {
             Ok(()) => {
                 if announced {
                     let status = sandbox.status.lock();
@@ -375,6 +375,13 @@ impl Sandboxes {
 
     fn change(&self, sandbox: &Arc<Sandbox>, change: impl FnOnce(&mut Status), happened: bool) -> Result<()> {
         let mut status = sandbox.status.lock();
+        if status.gone {
+            // What is still told of it is nobody's concern; the record would come back.
+            return match happened {
+                true => Ok(()),
+                false => Err(Error::precondition(format!("sandbox {} is removed", sandbox.id()))),
+            };
+        }
         let mut next = status.clone();
         change(&mut next);
         let saved = self.records.save(&sandbox.meta.id, &RecordOut { metadata: &sandbox.meta, status: &next });
@@ -458,11 +465,17 @@ impl Sandboxes {
         }
         self.release(sandbox).context(what)?;
         crash::step("remove-sandbox:2-files");
-        self.records.remove(&sandbox.meta.id).context(what)?;
+        self.unrecord(sandbox).context(what)?;
         let status = sandbox.status.lock().clone();
         self.index.remove_and(&sandbox.meta.id, || self.tell(sandbox, Kind::Deleted, Some(&status), None));
         self.names.release(&sandbox.meta.name, &sandbox.meta.id);
         Ok(())
+    }
+
+    /// Removes the record. The exits thread may still hold the sandbox: it does not write it again.
+    fn unrecord(&self, sandbox: &Sandbox) -> Result<()> {
+        sandbox.status.lock().gone = true;
+        self.records.remove(&sandbox.meta.id).inspect_err(|_| sandbox.status.lock().gone = false)
     }
 
     /// Undoes everything a sandbox may have but its record.
@@ -507,15 +520,22 @@ impl Sandboxes {
                 process.reap();
             }
             if sandbox.status.lock().is_ready() {
-                log::warn!("sandbox {}: its init {} has died", sandbox.meta.id, init.pid);
-                manager.note(&sandbox, |s| {
-                    s.phase = Phase::NotReady;
-                    s.reason = "its init has died".to_owned();
-                });
+                manager.init_died(&sandbox, init);
             }
             Keep::No
         };
-        self.watcher.add(process.into_fd(), Box::new(on_exit))
+        self.watcher.add(format!("init of sandbox {}", sandbox.id()), process.into_fd(), Box::new(on_exit))
+    }
+
+    fn init_died(&self, sandbox: &Arc<Sandbox>, init: Process) {
+        log::warn!("sandbox {}: its init {} has died", sandbox.meta.id, init.pid);
+        self.note(sandbox, |s| {
+            // It may have been stopped since we looked.
+            if s.is_ready() {
+                s.phase = Phase::NotReady;
+                s.reason = "its init has died".to_owned();
+            }
+        });
     }
 
     /// Reads the records at start: half-made sandboxes are undone, the others come back as they are found.
@@ -547,7 +567,7 @@ impl Sandboxes {
         let meta = &sandbox.meta;
         if status.phase == Phase::Making {
             log::info!("sandbox {}: half made by a daemon that ended, undone", meta.id);
-            match self.release(&sandbox).and_then(|()| self.records.remove(&meta.id)) {
+            match self.release(&sandbox).and_then(|()| self.unrecord(&sandbox)) {
                 Ok(()) => return Ok(()),
                 Err(undo) => self.note(&sandbox, |s| {
                     s.phase = Phase::NotReady;
@@ -603,5 +623,79 @@ impl Sandboxes {
             log::error!("remove what no sandbox needs: {e}");
         }
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Hears what is told.
+    #[derive(Default)]
+    struct Heard(parking_lot::Mutex<Vec<Kind>>);
+
+    impl Listener<Change> for Heard {
+        fn is_listening(&self) -> bool {
+            true
+        }
+
+        fn hear(&self, change: Change) {
+            self.0.lock().push(change.kind);
+        }
+    }
+
+    /// A manager of sandboxes without namespaces of their own, and what it tells.
+    fn manager(dir: &Path) -> (Arc<Sandboxes>, Arc<Heard>) {
+        let heard = Arc::new(Heard::default());
+        let settings = Settings {
+            root: dir.join("root"),
+            run: dir.join("run"),
+            netns_dir: dir.join("netns"),
+            shim: PathBuf::new(),
+            systemd_cgroup: false,
+            sysctls: BTreeMap::new(),
+            extra_networks: false,
+            selinux: None,
+            events: heard.clone(),
+        };
+        let network = crate::network::Settings {
+            conf_dir: dir.join("conf"),
+            bin_dirs: Vec::new(),
+            cache_dir: dir.join("cache"),
+            plugin_timeout: std::time::Duration::from_secs(1),
+            template: None,
+            max_networks: 1,
+        };
+        let manager = Sandboxes::open(settings, Network::start(network).unwrap(), Watcher::start("test").unwrap());
+        (Arc::new(manager.unwrap()), heard)
+    }
+
+    fn ready(manager: &Sandboxes, id: &str) -> Arc<Sandbox> {
+        let meta = Metadata::orphan(id, &manager.settings.run.join("sandboxes"), Path::new(""));
+        let meta = Metadata { netns: None, ipc: false, own_cgroup_parent: false, ..meta };
+        let sandbox = Arc::new(Sandbox::new(meta, PodSandboxConfig::new(), Status::new(), None));
+        manager.update(&sandbox, |s| s.phase = Phase::Ready).unwrap();
+        manager.index.insert(id, sandbox.clone());
+        sandbox
+    }
+
+    /// The exits thread looks, and is preempted before it notes.
+    #[test]
+    fn an_init_that_is_late_to_die_brings_nothing_back() {
+        let dir = tempfile::tempdir().unwrap();
+        let (manager, heard) = manager(dir.path());
+        let init = Process { pid: 1, start_time: 1 };
+        let record = |id: &str| dir.path().join("root/sandboxes").join(format!("{id}.json"));
+        let (stopped, removed) = (ready(&manager, "stopped"), ready(&manager, "removed"));
+        manager.begin_stop(&stopped);
+        manager.init_died(&stopped, init);
+        assert_eq!(stopped.status().reason, "", "it was asked to stop");
+        assert!(record("stopped").exists() && record("removed").exists());
+        manager.remove(&removed).unwrap();
+        heard.0.lock().clear();
+        manager.init_died(&removed, init);
+        assert!(!record("removed").exists());
+        assert!(manager.update(&removed, |_| {}).is_err());
+        assert_eq!(*heard.0.lock(), []);
     }
 }

@@ -43,6 +43,9 @@ pub struct Status {
     /// The same, the sum of its containers.
     #[serde(default)]
     pub resources: Option<Vec<u8>>,
+    /// Its record is removed, and must not come back; not kept on disk.
+    #[serde(skip)]
+    pub gone: bool,
 }
 
 impl Status {
@@ -55,6 +58,7 @@ impl Status {
             reason: String::new(),
             overhead: None,
             resources: None,
+            gone: false,
         }
     }
 

@@ -5,7 +5,7 @@ use std::io::Read;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use nix::poll::PollFlags;
 
@@ -24,6 +24,8 @@ use crate::sys::{file, monitor, socket};
 const ANSWER_LIMIT: Duration = Duration::from_secs(10);
 /// How long it may take to undo a start that we have given up.
 const UNDO_LIMIT: Duration = Duration::from_secs(15);
+/// How often it is told to.
+const KILL_PERIOD: Duration = Duration::from_millis(50);
 
 /// A container that runs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -48,13 +50,8 @@ pub fn start(shim: &Path, dir: &Path, config: &ShimConfig, cancel: &Cancel, time
     let mut answer = File::from(answer);
     let mut waited = read_answer(&mut answer, &cancel.within(timeout));
     if let Err(error) = &waited {
-        // Killing while it starts undoes the start. If it won the race it is killed all the same, and its exit record tells.
-        let _ = Client::new(dir).kill(libc::SIGKILL, true);
-        if read_answer(&mut answer, &Cancel::never().within(UNDO_LIMIT)).is_err() {
-            // It has died, or cannot even do that: what it had begun with is undone without it.
-            if let Err(undo) = bury(config, dir) {
-                waited = Err(Error::new(error.code(), format!("{} (and not undone: {undo})", error.message())));
-            }
+        if let Err(undo) = give_up(&mut answer, config, dir) {
+            waited = Err(Error::new(error.code(), format!("{} (and not undone: {undo})", error.message())));
         }
     }
     // It forks and ends at once: this waits for nothing.
@@ -65,14 +62,36 @@ pub fn start(shim: &Path, dir: &Path, config: &ShimConfig, cancel: &Cancel, time
     }
 }
 
-/// Undoes a start of which no shim, or none that answers, is left.
-fn bury(config: &ShimConfig, dir: &Path) -> Result<()> {
-    kill_shim(dir)?;
-    let cgroup = Cgroup::at(Layout::host()?, &config.cgroup)?;
-    cleanup_dead(&config.handler, &config.id, dir, Some(&cgroup), UNDO_LIMIT)
+/// Undoes a start for which nobody waits any more; nothing of it runs when this returns.
+fn give_up(answer: &mut File, config: &ShimConfig, dir: &Path) -> Result<()> {
+    let end = Instant::now() + UNDO_LIMIT;
+    let left = || end.saturating_duration_since(Instant::now());
+    loop {
+        // Killing while it starts undoes the start. A shim that does not listen yet has not heard the last one.
+        let _ = Client::new(dir).order(Request::Kill { signal: libc::SIGKILL, all: true }, left().max(KILL_PERIOD));
+        match read_answer(answer, &Cancel::never().within(left().clamp(Duration::from_millis(1), KILL_PERIOD))) {
+            Ok(Answer::Failed { .. }) => return Ok(()),
+            // The start was faster, and may have been faster than the kill.
+            Ok(Answer::Started { .. }) if abandon(dir).is_ok() => return Ok(()),
+            Err(e) if e.code() == Code::DeadlineExceeded && !left().is_zero() => {}
+            // It has died, or cannot even do that: what it had begun with is undone without it.
+            _ => return bury(config, dir),
+        }
+    }
 }
 
-/// Has a shim that is still starting its container give that up, and waits until it has ended.
+/// Undoes a start of which no shim, or none that answers, is left.
+fn bury(config: &ShimConfig, dir: &Path) -> Result<()> {
+    let mut errors = ErrorList::default();
+    // A shim that only now gets so far finds it and gives up.
+    errors.keep(record::refuse(dir));
+    errors.keep(kill_shim(dir));
+    let cgroup = errors.keep(Layout::host().and_then(|layout| Cgroup::at(layout, &config.cgroup)));
+    errors.keep(cleanup_dead(&config.handler, &config.id, dir, cgroup.as_ref(), UNDO_LIMIT));
+    errors.finish()
+}
+
+/// Has a shim that is still starting its container give that up, and waits until it has ended. One that was faster kills its container.
 pub fn abandon(dir: &Path) -> Result<()> {
     let watch = Client::new(dir).watch()?;
     watch.stream.set_read_timeout(Some(UNDO_LIMIT)).context(|| "set a timeout on the shim's socket")?;

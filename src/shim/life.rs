@@ -3,14 +3,14 @@
 //! hears of an exit finds its record, and whoever finds a shim gone without a record knows that it died.
 
 use std::path::Path;
-use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant};
 
 use serde::de::IgnoredAny;
 use serde::Deserialize;
 
 use super::exec::read_pid;
 use super::protocol::{Answer, Event, ExitRecord, Fault, Phase, VERSION};
-use super::record;
+use super::record::{self, now};
 use super::server::{say, Ending, Shim};
 use super::stdio::Stdio;
 use super::task::{Purpose, Task};
@@ -286,11 +286,6 @@ fn has_poststop(bundle: &Path) -> bool {
     let read = file::read(&bundle.join("config.json"), SPEC_LIMIT).ok();
     let spec = read.and_then(|bytes| serde_json::from_slice::<Spec>(&bytes).ok());
     spec.is_none_or(|spec| spec.hooks.and_then(|hooks| hooks.poststop).is_some_and(|list| !list.is_empty()))
-}
-
-/// Nanoseconds since the epoch.
-fn now() -> i64 {
-    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_nanos() as i64)
 }
 
 #[cfg(test)]

@@ -7,7 +7,7 @@
 //! | `exec` | `started`, and `exited` when the process has ended; hanging up before kills it and all it started |
 //! | `exec_stream` | the same; hanging up may leave it alone, and it may have a terminal |
 //! | `attach` | `attached`, and `exit` when the container has ended and its output was taken; hanging up detaches. `resize` may follow |
-//! | `watch` | events for as long as the shim lives: `state` first, then `oom`, `exit` |
+//! | `watch` | events for as long as the shim lives: `state` first, then `oom`, `exit`; an `exit` from before is told again |
 //!
 //! Any of them may be answered by `error`. A message of another version is refused, so that a daemon that is newer than a
 //! running shim gets words and not a misunderstanding. New requests get names of their own for the same reason: a shim that

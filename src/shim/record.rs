@@ -1,6 +1,7 @@
 //! The exit record: the last word on a container, on disk before anybody is told.
 
 use std::path::Path;
+use std::time::{SystemTime, UNIX_EPOCH};
 
 use super::protocol::{ExitRecord, EXIT_FILE, VERSION};
 use crate::error::{Context, Error, Result};
@@ -10,6 +11,16 @@ use crate::sys::file;
 pub fn write(dir: &Path, record: &ExitRecord) -> Result<()> {
     let text = serde_json::to_vec(record).context(|| "write exit record")?;
     file::write(&dir.join(EXIT_FILE), &text, 0o600, file::Durability::Atomic)
+}
+
+/// Writes that the container could not be started: a shim that finds a record starts nothing.
+pub fn refuse(dir: &Path) -> Result<()> {
+    write(dir, &ExitRecord { version: VERSION, exit_code: 128, signal: None, oom: false, finished_at: now() })
+}
+
+/// Nanoseconds since the epoch.
+pub fn now() -> i64 {
+    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_nanos() as i64)
 }
 
 /// Reads it; None when there is none.

@@ -6,7 +6,7 @@ use std::os::unix::net::UnixStream;
 use nix::poll::PollFlags;
 
 use super::protocol::{Envelope, Event, Fault, Phase, Request, State, VERSION};
-use super::server::Shim;
+use super::server::{Ending, Shim};
 use super::task::{Purpose, Task};
 use crate::error::{Context, Error, Result};
 use crate::runtime::oci;
@@ -114,6 +114,11 @@ impl Shim {
                 }
                 let state = Event::State(self.state());
                 self.answer(number, &state, false);
+                // Told before this one watched; the OCI runtime's delete may take long. To the daemon a shim that only delivers is gone.
+                let gone = matches!(self.ending, Some(Ending::Delivering));
+                if let Some(record) = self.ended.clone() {
+                    self.answer(number, &Event::Exit(record), gone);
+                }
                 Ok(())
             }
             Request::Exec(request) | Request::ExecStream(request) => self.exec(number, request, fds),

@@ -28,6 +28,8 @@ mod fields;
 mod image;
 /// Status, RuntimeConfig, UpdateRuntimeConfig.
 mod info;
+/// Shims that are late: a start that was given up before they listen.
+mod late;
 /// Lists and their filters.
 mod list;
 /// Networks whose plugins fail.

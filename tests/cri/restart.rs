@@ -62,6 +62,27 @@ fn exits_meanwhile_are_told_with_their_time() {
     assert!(status.finished_at <= ended + 100_000_000, "its own time, not that of the daemon's start");
 }
 
+/// The shim has told the end before anybody watched; the OCI runtime's delete, with hooks in it, may take long.
+#[test]
+fn an_end_before_the_watch_is_told_at_once() {
+    let mut node = Node::start();
+    let sandbox = node.sandbox("web");
+    let script = format!("while [ ! -f {}/go ]; do sleep 0.02; done; exit 9", node.path("").display());
+    let mut config = node.container_config("app", &script);
+    config.envs.push(KeyValue { key: "FAKE_DELETE".into(), value: "slow 8".into(), ..Default::default() });
+    let id = node.create(&sandbox, &config).expect("create");
+    node.start_container(&id).expect("start");
+    let dir = node.path("run/containers").join(&id);
+    node.stop_daemon();
+    fs::write(node.path("go"), "").expect("write");
+    eventually("it ends", || dir.join("exit").exists().then_some(()));
+    node.start_daemon();
+    let status = node.wait_exit(&id);
+    assert_eq!((status.exit_code, status.reason.as_str()), (9, "Error"));
+    assert!(dir.join("shim.sock").exists(), "told only by the end of the shim");
+    node.remove(&id).expect("remove, once the shim is done");
+}
+
 #[test]
 fn a_shim_that_died_meanwhile() {
     let mut node = Node::start();
@@ -91,6 +112,56 @@ fn a_shim_that_dies_takes_its_container_along() {
     assert!(status.exit_code != 0 && !status.message.is_empty(), "{status}");
     assert!(!alive(pid));
     node.remove(&id).expect("remove");
+}
+
+/// A shim that could not write its exit record has told the end all the same: nothing about it changes when the shim goes.
+#[test]
+fn an_end_that_was_told_stays_without_a_record() {
+    let node = Node::start();
+    let sandbox = node.sandbox("web");
+    let script = format!("while [ ! -f {}/go ]; do sleep 0.02; done", node.path("").display());
+    let id = node.launch(&sandbox, "app", &script);
+    // Nothing can be renamed over it.
+    fs::create_dir(node.path("run/containers").join(&id).join("exit")).expect("make a directory");
+    fs::write(node.path("go"), "").expect("write");
+    let told = node.wait_exit(&id);
+    assert_eq!((told.exit_code, told.reason.as_str()), (0, "Completed"));
+    // Its shim has deleted it, and then the daemon, which found no record.
+    let deletes = || node.runtime_calls().iter().filter(|call| call.id == id && call.verb == "delete").count();
+    eventually("the daemon cleans up", || (deletes() == 2).then_some(()));
+    // The removal waits for whoever cleans up.
+    let watched = std::thread::scope(|scope| {
+        let removal = scope.spawn(|| node.remove(&id));
+        let mut seen = Vec::new();
+        while let Ok(status) = node.status(&id) {
+            seen.push(status);
+        }
+        removal.join().expect("no panic").expect("remove");
+        seen
+    });
+    assert!(watched.iter().all(|status| *status == told), "{told} became {watched:?}");
+}
+
+/// A stop finds the shim gone while the exits thread has found that too: one of them cleans up, and nobody tells of a container that is removed.
+#[test]
+fn a_shim_that_died_is_buried_once() {
+    let node = Node::start();
+    let sandbox = node.sandbox("web");
+    let id = node.launch(&sandbox, "app", "exec sleep 1000");
+    let deletes = || node.runtime_calls().iter().filter(|call| call.id == id && call.verb == "delete").count();
+    node.switch("delete", "slow 2");
+    let (shim, _) = node.processes().into_iter().find(|(_, args)| args.contains(" container ")).expect("a shim");
+    nix::sys::signal::kill(nix::unistd::Pid::from_raw(shim), nix::sys::signal::Signal::SIGKILL).expect("kill the shim");
+    eventually("the daemon cleans up", || (deletes() == 1).then_some(()));
+    std::thread::scope(|scope| {
+        let stop = scope.spawn(|| node.stop(&id, 0));
+        let status = node.wait_exit(&id);
+        assert_eq!((status.exit_code, status.reason.as_str()), (137, "ShimDied"));
+        node.remove(&id).expect("remove");
+        stop.join().expect("no panic").expect("stop");
+    });
+    assert_eq!(deletes(), 1);
+    assert_eq!(fs::read_dir(node.path("root/containers")).expect("list").count(), 0, "a record came back");
 }
 
 #[test]

@@ -198,8 +198,16 @@ def kill(id, number):
     os.kill(state["pid"], int(number))
 
 
+def environment_of(id):
+    try:
+        with open(os.path.join(load(id)["bundle"], "config.json")) as file:
+            return json.load(file)["process"].get("env", ())
+    except FileNotFoundError:
+        return ()
+
+
 def delete(id):
-    misbehave()
+    misbehave(environment_of(id))
     try:
         state = load(id)
     except FileNotFoundError:
