@@ -8,6 +8,7 @@ use rustix::fs::FileType;
 use serde::{Deserialize, Serialize};
 
 use super::metadata::Metadata;
+use super::targets::is_kernels;
 use crate::api::runtime::{ImageSpec, Mount};
 use crate::error::{Code, Context, Error, ErrorList, Result};
 use crate::image::{Held, Images};
@@ -15,10 +16,6 @@ use crate::snapshot::{Attributes, Snapshotter};
 use crate::spec::{process, Propagation, ResolvedMount};
 use crate::sys::rooted::Rooted;
 use crate::sys::{inroot, mount};
-
-/// Where the kernel's own file systems are in a container. A directory of an image over one of these would take the masks and
-/// the read-only paths away with it (CVE-2019-16884).
-const KERNEL: [&str; 3] = ["/proc", "/sys", "/dev"];
 
 /// An image that a request mounts.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -143,7 +140,7 @@ pub(super) fn declared(
             continue;
         }
         let real = root.resolve(&place).context(what)?;
-        if real == Path::new("/") || KERNEL.iter().any(|dir| real.starts_with(dir)) {
+        if real == Path::new("/") || is_kernels(&real) {
             log::warn!("container {id}: {} is left out: {} is no place for a volume", what(), real.display());
             continue;
         }

@@ -344,6 +344,7 @@ impl Containers {
             log::warn!("container {}: {warning}", meta.id);
         }
         self.settings.edit(&mut built, config, inputs.sandbox)?;
+        super::targets::prepare(&rootfs, built.mounts().as_deref().unwrap_or_default(), meta.userns.map(|maps| maps.root()))?;
         if inputs.compile_filter {
             self.confiner.precompile(&mut built, &self.settings.host.arch);
         }
