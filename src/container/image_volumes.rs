@@ -28,13 +28,10 @@ pub struct ImageVolume {
     pub chain: Vec<String>,
 }
 
-/// What `spec` calls its image. INVALID_ARGUMENT naming `field` for one that names none, or one of a runtime handler.
+/// What `spec` calls its image. INVALID_ARGUMENT naming `field` for one that names none.
 pub(super) fn wanted<'a>(spec: Option<&'a ImageSpec>, field: &str) -> Result<&'a str> {
     let Some(wanted) = spec.filter(|i| !i.image.is_empty()) else { return Err(Error::invalid(format!("{field}.image is empty"))) };
-    match wanted.runtime_handler.as_str() {
-        "" => Ok(&wanted.image),
-        handler => Err(Error::invalid(format!("{field}.runtime_handler: no images of runtime handler {handler:?}"))),
-    }
+    Ok(&wanted.image)
 }
 
 /// Finds the images of mounts that have been checked. One that is not here is kubelet's ImageVolumeMountFailed, not NOT_FOUND.
