@@ -8,6 +8,7 @@ use rustix::fs::FileType;
 use serde::{Deserialize, Serialize};
 
 use super::metadata::Metadata;
+use super::targets::is_kernels;
 use crate::api::runtime::{ImageSpec, Mount};
 use crate::error::{Code, Context, Error, ErrorList, Result};
 use crate::image::{Held, Images};
@@ -15,10 +16,6 @@ use crate::snapshot::{Attributes, Snapshotter};
 use crate::spec::{process, Propagation, ResolvedMount};
 use crate::sys::rooted::Rooted;
 use crate::sys::{inroot, mount};
-
-/// Where the kernel's own file systems are in a container. A directory of an image over one of these would take the masks and
-/// the read-only paths away with it (CVE-2019-16884).
-const KERNEL: [&str; 3] = ["/proc", "/sys", "/dev"];
 
 /// An image that a request mounts.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -31,13 +28,10 @@ pub struct ImageVolume {
     pub chain: Vec<String>,
 }
 
-/// What `spec` calls its image. INVALID_ARGUMENT naming `field` for one that names none, or one of a runtime handler.
+/// What `spec` calls its image. INVALID_ARGUMENT naming `field` for one that names none.
 pub(super) fn wanted<'a>(spec: Option<&'a ImageSpec>, field: &str) -> Result<&'a str> {
     let Some(wanted) = spec.filter(|i| !i.image.is_empty()) else { return Err(Error::invalid(format!("{field}.image is empty"))) };
-    match wanted.runtime_handler.as_str() {
-        "" => Ok(&wanted.image),
-        handler => Err(Error::invalid(format!("{field}.runtime_handler: no images of runtime handler {handler:?}"))),
-    }
+    Ok(&wanted.image)
 }
 
 /// Finds the images of mounts that have been checked. One that is not here is kubelet's ImageVolumeMountFailed, not NOT_FOUND.
@@ -143,7 +137,7 @@ pub(super) fn declared(
             continue;
         }
         let real = root.resolve(&place).context(what)?;
-        if real == Path::new("/") || KERNEL.iter().any(|dir| real.starts_with(dir)) {
+        if real == Path::new("/") || is_kernels(&real) {
             log::warn!("container {id}: {} is left out: {} is no place for a volume", what(), real.display());
             continue;
         }

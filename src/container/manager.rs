@@ -344,14 +344,18 @@ impl Containers {
             log::warn!("container {}: {warning}", meta.id);
         }
         self.settings.edit(&mut built, config, inputs.sandbox)?;
+        super::targets::prepare(&rootfs, built.mounts().as_deref().unwrap_or_default(), meta.userns.map(|maps| maps.root()))?;
         if inputs.compile_filter {
             self.confiner.precompile(&mut built, &self.settings.host.arch);
         }
         write_json(&meta.spec_path(), &built)?;
         crash::step("create:4-spec");
+        // As the process will have it: devices bring groups.
+        let user = built.process().as_ref().map(|process| process.user().clone()).unwrap_or_default();
+        let groups = user.additional_gids().clone().unwrap_or_default();
         self.update(container, |s| {
             s.state = State::Created;
-            s.user = User { uid: user.uid, gid: user.gid, groups: user.additional_gids.clone() };
+            s.user = User { uid: user.uid(), gid: user.gid(), groups };
         })?;
         crash::step("create:5-created");
         Ok(())

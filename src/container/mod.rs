@@ -42,6 +42,8 @@ pub mod signal;
 pub mod status;
 /// Exec with streams, attach.
 pub mod stream;
+/// Where mounts go in the root filesystem, before they are made.
+mod targets;
 /// UpdateContainerResources.
 pub mod update;
 /// The user of a container, from its rootfs.

@@ -51,14 +51,25 @@ impl Handlers {
     /// FAILED_PRECONDITION with the reason.
     pub fn get(&self, name: &str) -> Result<&Handler> {
         let name = if name.is_empty() { &self.default } else { name };
-        let Some(entry) = self.entries.get(name) else {
-            let known = self.entries.keys().cloned().collect::<Vec<_>>().join(", ");
-            return Err(Error::invalid(format!("runtime_handler: no handler {name:?}; configured: {known}")));
-        };
+        let Some(entry) = self.entries.get(name) else { return Err(self.unknown(name)) };
         match &entry.state {
             Ok(_) => Ok(&entry.handler),
             Err(e) => Err(Error::precondition(format!("runtime_handler: {name} cannot be used on this host: {e}"))),
         }
+    }
+
+    /// Whether it is the name of a handler, "" for the default, that works or does not: what an image may be asked for by, since all
+    /// handlers have the same images. INVALID_ARGUMENT for others.
+    pub fn check_name(&self, name: &str) -> Result<()> {
+        match name.is_empty() || self.entries.contains_key(name) {
+            true => Ok(()),
+            false => Err(self.unknown(name)),
+        }
+    }
+
+    fn unknown(&self, name: &str) -> Error {
+        let known = self.entries.keys().cloned().collect::<Vec<_>>().join(", ");
+        Error::invalid(format!("runtime_handler: no handler {name:?}; configured: {known}"))
     }
 
     /// Whether the handler's OCI runtime compiles a seccomp profile at each start, and takes a compiled one: crun before 1.14, which

@@ -26,6 +26,7 @@ impl Service {
             return Err(Error::invalid(format!("{}: config.linux.security_context.privileged: the sandbox is not privileged", what())));
         }
         same_user_namespace(&sandbox, &config).context(what)?;
+        self.image_handlers(&config).context(what)?;
         let user = sandbox.meta.user_pin().zip(sandbox.meta.userns).map(|(path, maps)| UserNamespace { path, maps });
         let (pid, target) = self.pid_namespace(&sandbox, &config).context(what)?;
         let inputs = CreateInputs {
@@ -58,6 +59,14 @@ impl Service {
         }
         call.about(&id);
         Ok(CreateContainerResponse { container_id: id, ..Default::default() })
+    }
+
+    /// Any handler's name will do for an image, since all have the same.
+    fn image_handlers(&self, config: &ContainerConfig) -> Result<()> {
+        self.handlers.check_name(&config.image.runtime_handler).context(|| "config.image")?;
+        config.mounts.iter().try_for_each(|mount| {
+            self.handlers.check_name(&mount.image.runtime_handler).context(|| format!("mount {}: image", mount.container_path))
+        })
     }
 
     /// The PID namespace of a container, and whose it is with mode TARGET. Network, IPC and UTS are the sandbox's whatever the

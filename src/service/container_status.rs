@@ -21,14 +21,14 @@ fn state(status: &Status) -> runtime::ContainerState {
     }
 }
 
-/// What the user called the image, never empty, also after the image is removed.
+/// What the user called the image, never empty, also after the image is removed. Without a runtime handler, as in the lists of images:
+/// kubelet compares the two, and would take an image of a handler for unused.
 fn image(container: &Container) -> ImageSpec {
     let given = &container.config.image;
     ImageSpec {
         image: container.meta.image.clone(),
         annotations: given.annotations.clone(),
         user_specified_image: given.user_specified_image.clone(),
-        runtime_handler: given.runtime_handler.clone(),
         ..Default::default()
     }
 }
@@ -49,6 +49,7 @@ fn mounts(container: &Container) -> Vec<Mount> {
     for volume in &container.meta.image_volumes {
         if let Some(image) = mounts.get_mut(volume.mount).and_then(|m| m.image.as_mut()) {
             image.image_ref = volume.image_id.clone();
+            image.runtime_handler.clear();
         }
     }
     mounts

@@ -14,6 +14,7 @@ use crate::image::{Auth, FsUsage, Image};
 use crate::store::now_ns;
 use protobuf::MessageField;
 
+/// Without a runtime handler, for it is the same for all: kubelet keeps images apart by it.
 fn message(image: &Image) -> runtime::Image {
     let uid = image.uid();
     runtime::Image {
@@ -42,17 +43,6 @@ pub(super) fn auth(given: &AuthConfig) -> Option<Auth> {
     (auth != Auth::default()).then_some(auth)
 }
 
-fn wanted(spec: &MessageField<ImageSpec>) -> Result<&str> {
-    let Some(spec) = spec.as_ref().filter(|s| !s.image.is_empty()) else { return Err(Error::invalid("image.image is empty")) };
-    if !spec.runtime_handler.is_empty() {
-        return Err(Error::invalid(format!(
-            "image.runtime_handler: images are not kept per runtime handler, found {:?}",
-            spec.runtime_handler
-        )));
-    }
-    Ok(&spec.image)
-}
-
 fn usage(fs: &FsUsage) -> FilesystemUsage {
     let id = FilesystemIdentifier { mountpoint: fs.mountpoint.to_string_lossy().into_owned(), ..Default::default() };
     FilesystemUsage {
@@ -65,23 +55,30 @@ fn usage(fs: &FsUsage) -> FilesystemUsage {
 }
 
 impl Service {
-    pub(super) fn images_list(&self, request: &ListImagesRequest) -> Result<ListImagesResponse> {
-        Ok(ListImagesResponse { images: self.selected_images(&request.filter).collect(), ..Default::default() })
+    fn wanted<'a>(&self, spec: &'a MessageField<ImageSpec>) -> Result<&'a str> {
+        let Some(spec) = spec.as_ref().filter(|s| !s.image.is_empty()) else { return Err(Error::invalid("image.image is empty")) };
+        self.handlers.check_name(&spec.runtime_handler).context(|| "image")?;
+        Ok(&spec.image)
     }
 
-    /// The images of this moment that match; each message is made when it is asked for.
-    pub(super) fn selected_images(&self, filter: &ImageFilter) -> impl Iterator<Item = runtime::Image> {
+    pub(super) fn images_list(&self, request: &ListImagesRequest) -> Result<ListImagesResponse> {
+        Ok(ListImagesResponse { images: self.selected_images(&request.filter)?.collect(), ..Default::default() })
+    }
+
+    /// The images of this moment that match; each message is made when it is asked for. All handlers have the same images.
+    pub(super) fn selected_images(&self, filter: &ImageFilter) -> Result<impl Iterator<Item = runtime::Image>> {
+        self.handlers.check_name(&filter.image.runtime_handler).context(|| "filter.image")?;
         let images = match filter.image.image.as_str() {
             "" => self.images.list(),
             // What is not a reference selects nothing.
             reference => self.images.status(reference).ok().flatten().into_iter().collect(),
         };
-        images.into_iter().map(|image| message(&image))
+        Ok(images.into_iter().map(|image| message(&image)))
     }
 
     /// An absent image is an answer, not an error.
     pub(super) fn image_info(&self, request: &ImageStatusRequest, call: &Call) -> Result<ImageStatusResponse> {
-        let reference = wanted(&request.image)?;
+        let reference = self.wanted(&request.image)?;
         call.about(reference);
         let Some(image) = self.images.status(reference)? else { return Ok(ImageStatusResponse::new()) };
         let mut info = BTreeMap::new();
@@ -94,7 +91,7 @@ impl Service {
 
     /// `sandbox_config` does not apply: images are not pulled for one sandbox.
     pub(super) fn pull(&self, request: &PullImageRequest, call: &Call) -> Result<PullImageResponse> {
-        let reference = wanted(&request.image)?;
+        let reference = self.wanted(&request.image)?;
         call.about(reference);
         let auth = request.auth.as_ref().and_then(auth);
         let image = self.images.pull(reference, auth, &call.cancel, None).context(|| format!("pull {reference}")).map_err(lead)?;
@@ -103,7 +100,7 @@ impl Service {
 
     /// Unknown is success.
     pub(super) fn image_remove(&self, request: &RemoveImageRequest, call: &Call) -> Result<RemoveImageResponse> {
-        let reference = wanted(&request.image)?;
+        let reference = self.wanted(&request.image)?;
         call.about(reference);
         self.images.remove(reference).context(|| format!("remove image {reference}"))?;
         Ok(RemoveImageResponse::new())

@@ -80,6 +80,22 @@ fn said(resources: &Option<Vec<u8>>) -> serde_json::Value {
     })
 }
 
+/// As of an OCI runtime spec what a sandbox has of one: tools look here for its network namespace. No process, for there is none.
+fn runtime_spec(sandbox: &Sandbox) -> serde_json::Value {
+    let meta = &sandbox.meta;
+    let pins = [("user", meta.user_pin()), ("network", meta.netns.clone()), ("ipc", meta.ipc_pin()), ("uts", meta.uts_pin())];
+    let namespaces: Vec<_> =
+        pins.iter().filter_map(|(kind, path)| path.as_ref().map(|path| serde_json::json!({"type": kind, "path": path}))).collect();
+    let mut annotations = sandbox.config.annotations.clone();
+    annotations.extend(crate::spec::sandbox_annotations(&meta.id, &sandbox.config));
+    serde_json::json!({
+        "ociVersion": crate::spec::OCI_VERSION,
+        "hostname": meta.hostname,
+        "annotations": annotations,
+        "linux": {"namespaces": namespaces, "cgroupsPath": meta.cgroup_parent},
+    })
+}
+
 /// What `crictl inspectp` shows beside the status.
 fn verbose(sandbox: &Sandbox, status: &Status) -> BTreeMap<String, String> {
     let meta = &sandbox.meta;
@@ -97,6 +113,7 @@ fn verbose(sandbox: &Sandbox, status: &Status) -> BTreeMap<String, String> {
         "resources": said(&status.resources),
         "dir": meta.dir,
         "reason": status.reason,
+        "runtimeSpec": runtime_spec(sandbox),
     });
     BTreeMap::from([("info".to_owned(), info.to_string())])
 }

@@ -129,7 +129,7 @@ impl Service {
     ) -> Result<()> {
         let _seat = self.lists.take()?;
         let wrap = |images| StreamImagesResponse { images, ..Default::default() };
-        in_pieces(self.selected_images(filter), call, wrap, send)
+        in_pieces(self.selected_images(filter)?, call, wrap, send)
     }
 }
 

@@ -39,7 +39,10 @@ pub use resources::{Classes, ResolvedDevice};
 pub use userns::UserNamespace;
 
 /// crun 1.8.1 refuses 1.2.0; nothing here needs more.
-const OCI_VERSION: &str = "1.0.2";
+pub const OCI_VERSION: &str = "1.0.2";
+
+/// What the names of our annotations begin with.
+const ANNOTATIONS: &str = "io.kubernetes.cri";
 
 /// All a spec is made of.
 pub struct Inputs<'a> {
@@ -221,21 +224,26 @@ fn annotations(inputs: &Inputs) -> HashMap<String, String> {
         "" => &config.image.image,
         reference => reference,
     };
-    let ours = [
-        ("container-type", "container"),
-        ("sandbox-id", inputs.sandbox_id),
-        ("container-name", &config.metadata.name),
-        ("sandbox-name", &sandbox.metadata.name),
-        ("sandbox-namespace", &sandbox.metadata.namespace),
-        ("sandbox-uid", &sandbox.metadata.uid),
-        ("image-name", image),
-    ];
-    all.extend(ours.map(|(key, value)| (format!("io.kubernetes.cri.{key}"), value.to_owned())));
+    let ours = [("container-type", "container"), ("container-name", &config.metadata.name), ("image-name", image)];
+    all.extend(sandbox_annotations(inputs.sandbox_id, sandbox));
+    all.extend(ours.map(|(key, value)| (format!("{ANNOTATIONS}.{key}"), value.to_owned())));
     if !inputs.cgroups_path.starts_with('/') {
         // Below systemd's scope crun would make a cgroup of its own, where nobody looks for limits and processes.
         all.insert("run.oci.systemd.subgroup".to_owned(), String::new());
     }
     all
+}
+
+/// Of our annotations those that name the sandbox.
+pub fn sandbox_annotations(id: &str, sandbox: &PodSandboxConfig) -> HashMap<String, String> {
+    let ours = [
+        ("container-type", "sandbox"),
+        ("sandbox-id", id),
+        ("sandbox-name", &sandbox.metadata.name),
+        ("sandbox-namespace", &sandbox.metadata.namespace),
+        ("sandbox-uid", &sandbox.metadata.uid),
+    ];
+    ours.map(|(key, value)| (format!("{ANNOTATIONS}.{key}"), value.to_owned())).into()
 }
 
 #[cfg(test)]

@@ -43,9 +43,10 @@ pub struct Classes {
     pub rdt: Option<String>,
 }
 
-/// Present in each container, whatever was asked: null, zero, full, tty, random, urandom, console's slaves and ptmx.
-const USUAL_DEVICES: [(i64, Option<i64>); 8] =
-    [(1, Some(3)), (1, Some(5)), (1, Some(7)), (1, Some(8)), (1, Some(9)), (5, Some(0)), (5, Some(2)), (136, None)];
+/// May be used by each container, whatever was asked: null, zero, full, tty, random, urandom, console's slaves and ptmx, which are there;
+/// and net/tun, whose node a VPN makes or mounts, and which does nothing without CAP_NET_ADMIN. runc allows that one by itself, crun does not.
+const USUAL_DEVICES: [(i64, Option<i64>); 9] =
+    [(1, Some(3)), (1, Some(5)), (1, Some(7)), (1, Some(8)), (1, Some(9)), (5, Some(0)), (5, Some(2)), (10, Some(200)), (136, None)];
 
 pub(super) fn resources(inputs: &Inputs, warnings: &mut Vec<String>) -> Result<LinuxResources> {
     let asked = &inputs.config.linux.resources;
@@ -206,6 +207,7 @@ mod tests {
         let text: Vec<_> = rules.iter().map(|r| format!("{} {r}", r.allow())).collect();
         assert_eq!(text[0], "false a *:* rwm");
         assert!(text.contains(&"true c 1:3 rwm".to_string()) && text.contains(&"true c 136:* rwm".to_string()));
+        assert!(text.contains(&"true c 10:200 rwm".to_string()), "whichever OCI runtime: {text:?}");
         assert_eq!(text.last().unwrap(), "true b 7:1 r");
         let node = &linux.devices().clone().unwrap()[0];
         assert_eq!((node.path().to_str(), node.typ(), node.file_mode(), node.gid()), (Some("/dev/loop1"), Kind::B, Some(0o660), Some(6)));

@@ -3,7 +3,7 @@
 
 use std::collections::VecDeque;
 use std::ffi::OsString;
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::ffi::OsStringExt;
 use std::path::{Component, Path, PathBuf};
 
@@ -23,16 +23,44 @@ pub struct Root {
     path: PathBuf,
     /// Of directories that are made; None: this process's.
     owner: Option<(Uid, Gid)>,
+    /// What will be mounted over the tree, the latest last: where, and the directory that is seen there; None: nothing to look into.
+    covers: Vec<(PathBuf, Option<Rooted>)>,
 }
 
 impl Root {
     pub fn open(path: &Path) -> Result<Root> {
-        Ok(Root { inside: Rooted::open(path)?, path: path.to_path_buf(), owner: None })
+        Ok(Root { inside: Rooted::open(path)?, path: path.to_path_buf(), owner: None, covers: Vec::new() })
     }
 
     /// Directories that are made belong to this user and group.
     pub fn owned_by(self, owner: Option<(u32, u32)>) -> Root {
         Root { owner: owner.map(|(uid, gid)| (Uid::from_raw(uid), Gid::from_raw(gid))), ..self }
+    }
+
+    /// From now on `at`, a place as `resolve` gives it, shows the directory `source` of the host, whose links lead back to the root of the
+    /// tree; None: something that cannot be looked at, below which paths are taken as written.
+    pub fn cover(&mut self, at: PathBuf, source: Option<&Path>) -> Result<()> {
+        let source = source.map(Rooted::open).transpose()?;
+        self.covers.push((at, source));
+        Ok(())
+    }
+
+    /// Whether a place, as `resolve` gives it, is where or below where something covers the tree.
+    pub fn is_covered(&self, place: &Path) -> bool {
+        self.cover_of(place).is_some()
+    }
+
+    fn cover_of(&self, place: &Path) -> Option<&(PathBuf, Option<Rooted>)> {
+        self.covers.iter().rev().find(|(at, _)| place.starts_with(at))
+    }
+
+    /// Opens a directory of the tree; None when it is out of sight.
+    fn dir(&self, place: &Path) -> rustix::io::Result<Option<OwnedFd>> {
+        match self.cover_of(place) {
+            None => self.inside.dir(place).map(Some),
+            Some((at, Some(source))) => source.dir(place.strip_prefix(at).unwrap_or(place)).map(Some),
+            Some((_, None)) => Ok(None),
+        }
     }
 
     /// Reads a regular file of at most `limit` bytes, links followed inside the tree; None when there is no such file.
@@ -72,7 +100,16 @@ impl Root {
                 done.pop();
                 continue;
             }
-            let parent = self.inside.dir(&done)?;
+            // A mount point need not be in the tree yet.
+            let next = done.join(&name);
+            if self.cover_of(&next).is_some_and(|(at, _)| *at == next) {
+                done = next;
+                continue;
+            }
+            let Some(parent) = self.dir(&done)? else {
+                done.push(name);
+                continue;
+            };
             let kind = match rustix::fs::statat(&parent, &name, AtFlags::SYMLINK_NOFOLLOW) {
                 Ok(stat) => FileType::from_raw_mode(stat.st_mode),
                 Err(Errno::NOENT) if make => {

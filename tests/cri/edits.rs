@@ -20,7 +20,8 @@ fn devices_by_field_and_by_annotation() {
     let sandbox = node.sandbox("web");
     write(&node, "cdi/broken.json", "{");
     let device = |name: &str| json!({"name": name, "containerEdits": {"env": [format!("{name}=given")]}});
-    let spec = json!({"cdiVersion": "0.6.0", "kind": "v.com/c", "devices": [device("A"), device("B")]});
+    let all = json!({"additionalGids": [4242]});
+    let spec = json!({"cdiVersion": "0.7.0", "kind": "v.com/c", "containerEdits": all, "devices": [device("A"), device("B")]});
     write(&node, "cdi/good.json", &spec.to_string());
     let mut config = node.container_config("app", "true");
     config.CDI_devices = vec![CDIDevice { name: "v.com/c=A".into(), ..Default::default() }];
@@ -31,6 +32,9 @@ fn devices_by_field_and_by_annotation() {
     assert_eq!(env.iter().filter(|v| v.ends_with("=given")).collect::<Vec<_>>(), [&"A=given", &"B=given"]);
     let status = node.status(&id).expect("status");
     assert_eq!(status.annotations, config.annotations);
+    let groups = &status.user.linux.supplemental_groups;
+    assert_eq!(json!(groups), spec["process"]["user"]["additionalGids"]);
+    assert!(groups.contains(&4242) && status.user.linux.uid == 0, "the device's group is the process's: {groups:?}");
 
     config.metadata.mut_or_insert_default().name = "other".into();
     config.CDI_devices[0].name = "v.com/c=absent".into();

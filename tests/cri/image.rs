@@ -98,6 +98,53 @@ fn refused_pulls() {
     assert_eq!(list(&node, "").len(), 1);
 }
 
+/// As kubelet asks with RuntimeClassInImageCriApi: the images of one handler are those of all.
+#[test]
+fn any_handlers_name_will_do_for_an_image() {
+    let node = Node::start();
+    let registry = Registry::start();
+    let asked = |handler: &str| {
+        let mut image = spec(&registry.image());
+        image.mut_or_insert_default().runtime_handler = handler.into();
+        image
+    };
+    let filter = |handler: &str| ListImagesRequest {
+        filter: MessageField::some(ImageFilter { image: asked(handler), ..Default::default() }),
+        ..Default::default()
+    };
+    let pull = |handler: &str| node.images().pull_image(&PullImageRequest { image: asked(handler), ..Default::default() }, SHORT);
+    let status = |handler: &str| node.images().image_status(&ImageStatusRequest { image: asked(handler), ..Default::default() }, SHORT);
+    let remove = |handler: &str| node.images().remove_image(&RemoveImageRequest { image: asked(handler), ..Default::default() }, SHORT);
+    pull("second").expect("pull");
+    for handler in ["", "second"] {
+        let shown = status(handler).expect("status").image;
+        assert!(shown.is_some() && shown.spec.runtime_handler.is_empty(), "{handler}: {shown:?}");
+        let listed = node.images().list_images(&filter(handler), SHORT).expect("list").images;
+        assert_eq!(listed.len(), 1, "{handler}");
+        assert_eq!(listed[0].spec.runtime_handler, "", "{handler}");
+    }
+
+    let sandbox = node.run_with(&node.sandbox_config("web"), "second").expect("run");
+    let mut config = node.container_config("app", "true");
+    config.image = asked("second");
+    let mut volume = Mount { container_path: "/data".into(), readonly: true, ..Default::default() };
+    volume.image = asked("second");
+    config.mounts.push(volume);
+    let id = node.create(&sandbox, &config).expect("create");
+    // kubelet finds out by these which images are in use.
+    let shown = node.status(&id).expect("status");
+    assert_eq!((shown.image.runtime_handler.as_str(), shown.mounts[0].image.runtime_handler.as_str()), ("", ""));
+    assert_eq!(shown.mounts[0].image.image_ref, status("").expect("status").image.id);
+
+    let unknown = "runtime_handler: no handler \"kata\"";
+    refused(pull("kata"), Code::INVALID_ARGUMENT, unknown);
+    refused(status("kata"), Code::INVALID_ARGUMENT, unknown);
+    refused(remove("kata"), Code::INVALID_ARGUMENT, unknown);
+    refused(node.images().list_images(&filter("kata"), SHORT), Code::INVALID_ARGUMENT, unknown);
+    remove("second").expect("remove");
+    assert!(status("").expect("status").image.is_none());
+}
+
 #[test]
 fn credentials() {
     let node = Node::start();

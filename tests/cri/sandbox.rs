@@ -69,11 +69,24 @@ fn from_run_to_remove() {
 #[test]
 fn verbose_status_is_json() {
     let node = Node::start();
-    let id = node.sandbox("web");
+    let mut config = node.sandbox_config("web");
+    config.annotations.insert("note".into(), "kept".into());
+    let id = node.run(&config).expect("run");
     let request = PodSandboxStatusRequest { pod_sandbox_id: id.clone(), verbose: true, ..Default::default() };
     let answer = node.runtime().pod_sandbox_status(&request, SHORT).expect("status");
     let info: Value = serde_json::from_str(&answer.info["info"]).expect("info is JSON");
     assert_eq!(info["sandboxID"], id.as_str());
+    let spec = &info["runtimeSpec"];
+    let namespaces = spec["linux"]["namespaces"].as_array().expect("a list");
+    let paths = ["network", "ipc", "uts"].map(|kind| namespaces.iter().find(|n| n["type"] == kind).expect(kind)["path"].clone());
+    let pins = node.path("run/sandboxes").join(&id).join("ns");
+    let expected = [node.path("netns").join(format!("crisp-{id}")), pins.join("ipc"), pins.join("uts")];
+    assert_eq!(paths, expected.map(|path| Value::from(path.to_str().expect("text"))));
+    assert!(namespaces.len() == 3, "{namespaces:?}");
+    assert_eq!(spec["linux"]["cgroupsPath"], info["cgroupParent"]);
+    assert_eq!(spec["annotations"]["io.kubernetes.cri.container-type"], "sandbox");
+    assert_eq!((&spec["annotations"]["note"], &spec["annotations"]["io.kubernetes.cri.sandbox-id"]), (&"kept".into(), &id.as_str().into()));
+    assert!(spec["hostname"].as_str().is_some_and(|name| !name.is_empty()) && spec["ociVersion"].is_string(), "{spec}");
     assert!(answer.containers_statuses.is_empty() && answer.timestamp > 0, "no containers, and a time at which that was so");
 }
 

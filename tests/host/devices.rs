@@ -106,6 +106,33 @@ fn permissions_hold_for_the_node_and_for_any_other_of_its_number() {
     host.finish();
 }
 
+/// As VPNs have it: a hostPath mount and NET_ADMIN, no device asked for.
+#[test]
+fn a_tunnel_device_that_is_mounted_can_be_opened() {
+    let host = Host::start();
+    let dir = host.daemon.layout.path("tunnel");
+    fs::create_dir_all(&dir).expect("make a directory");
+    // Of its own, for a host whose module is not loaded has none.
+    let tun = dir.join("tun");
+    mknod(&tun, SFlag::S_IFCHR, Mode::from_bits_truncate(0o666), makedev(10, 200)).expect("make the node");
+    let driver = fs::OpenOptions::new().read(true).write(true).open(&tun).is_ok();
+    for handler in handlers() {
+        let sandbox = host.sandbox("tunnel", &handler);
+        let container = host.create_with(&sandbox, "main", &SLEEP, |config| {
+            config.mounts = vec![crate::mounts::bind("/dev/net/tun", &tun)];
+            let security = config.linux.mut_or_insert_default().security_context.mut_or_insert_default();
+            security.capabilities.mut_or_insert_default().add_capabilities = vec!["NET_ADMIN".into()];
+        });
+        host.start_container(&container);
+        let (code, _, error) = host.exec(&container, &["sh", "-c", ": <> /dev/net/tun"]);
+        assert!(!error.contains("Operation not permitted"), "{handler}: {error}");
+        assert_eq!(code == 0, driver, "{handler}: {error}");
+        host.remove_all();
+    }
+    fs::remove_dir_all(&dir).expect("remove the directory");
+    host.finish();
+}
+
 #[test]
 fn a_privileged_container_has_all_devices() {
     let spare = spare();

@@ -36,6 +36,7 @@ mod spec;
 mod streaming;
 mod streams;
 mod stats;
+mod targets;
 mod trouble;
 mod unified;
 mod userns;
