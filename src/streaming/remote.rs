@@ -44,6 +44,12 @@ pub(super) struct Remote<'a> {
     pub containers: &'a Containers,
     pub container: &'a Container,
     pub what: What<'a>,
+    pub terms: Terms<'a>,
+}
+
+/// What a session needs to know to move bytes.
+#[derive(Clone, Copy)]
+pub(super) struct Terms<'a> {
     pub wanted: Wanted,
     pub protocol: Protocol,
     /// Zero: never ends for that.
@@ -55,18 +61,19 @@ pub(super) struct Remote<'a> {
 /// Serves the client until the command ends or the client goes. CANCELLED: it went, or the daemon stops. The process, if
 /// it still runs then, has lost its stdin and terminal.
 pub(super) fn run(wire: Box<dyn Wire>, remote: &Remote<'_>) -> Result<()> {
-    let mut session = Session::new(wire, remote);
+    let Terms { wanted, cancel, .. } = &remote.terms;
+    let mut session = Session::new(wire, remote.terms);
     session.wait_for_streams()?;
     let started = match &remote.what {
-        What::Exec(cmd) => remote.containers.exec_stream(remote.container, cmd, &remote.wanted, remote.cancel),
-        What::Attach => remote.containers.attach(remote.container, &remote.wanted, remote.cancel),
+        What::Exec(cmd) => remote.containers.exec_stream(remote.container, cmd, wanted, cancel),
+        What::Attach => remote.containers.attach(remote.container, wanted, cancel),
     };
     let ended = started.and_then(|streams| session.pump(streams));
     let verdict = match ended {
         Ok(ended) => remote.verdict(ended),
         // Nobody is there to be told.
         Err(e) if session.is_gone => return Err(e),
-        Err(_) if remote.cancel.is_cancelled() => remote.failure(&Error::cancelled("the runtime is stopping")),
+        Err(_) if cancel.is_cancelled() => remote.failure(&Error::cancelled("the runtime is stopping")),
         Err(e) => remote.failure(&e),
     };
     session.farewell(&verdict)
@@ -104,7 +111,7 @@ struct Output {
 
 struct Session<'a> {
     wire: Box<dyn Wire>,
-    remote: &'a Remote<'a>,
+    terms: Terms<'a>,
     error: Option<StreamId>,
     stdin: Option<StreamId>,
     stdout: Option<StreamId>,
@@ -123,11 +130,11 @@ struct Session<'a> {
 }
 
 impl<'a> Session<'a> {
-    fn new(wire: Box<dyn Wire>, remote: &'a Remote<'a>) -> Session<'a> {
+    fn new(wire: Box<dyn Wire>, terms: Terms<'a>) -> Session<'a> {
         let now = Instant::now();
         Session {
             wire,
-            remote,
+            terms,
             error: None,
             stdin: None,
             stdout: None,
@@ -146,9 +153,9 @@ impl<'a> Session<'a> {
 
     /// Until the client has opened every stream that was asked for.
     fn wait_for_streams(&mut self) -> Result<()> {
-        let cancel = self.remote.cancel.within(OPEN_TIME);
-        let wanted = self.remote.wanted;
-        let wants_resize = wanted.tty && self.remote.protocol.has_resize();
+        let cancel = self.terms.cancel.within(OPEN_TIME);
+        let wanted = self.terms.wanted;
+        let wants_resize = wanted.tty && self.terms.protocol.has_resize();
         loop {
             self.take_inputs()?;
             let there = |wants: bool, stream: Option<StreamId>| !wants || stream.is_some();
@@ -228,7 +235,7 @@ impl<'a> Session<'a> {
 
     /// A new stream: one of each kind that was asked for.
     fn open(&mut self, stream: StreamId, headers: &[(String, String)]) -> Result<()> {
-        let wanted = self.remote.wanted;
+        let wanted = self.terms.wanted;
         let kind = headers.iter().find(|(name, _)| name.eq_ignore_ascii_case("streamtype")).map(|(_, value)| value.as_str());
         let slot = match kind {
             Some("error") => Some(&mut self.error),
@@ -253,7 +260,7 @@ impl<'a> Session<'a> {
         let mut stdin = stdin.map(File::from);
         let output = |fd: Option<OwnedFd>, stream| fd.map(|fd| Output { file: File::from(fd), stream });
         let mut outputs = [output(stdout, self.stdout), output(stderr, self.stderr)];
-        let quiet = if self.remote.wanted.tty { QUIET_TERMINAL } else { QUIET };
+        let quiet = if self.terms.wanted.tty { QUIET_TERMINAL } else { QUIET };
         let mut buffer = vec![0; READ];
         let mut ended: Option<Ended> = None;
         let mut heard = Instant::now();
@@ -270,24 +277,33 @@ impl<'a> Session<'a> {
                     output.stream = output.stream.and(stream);
                 }
             }
-            if let Some(ended) = ended {
-                let open = outputs.iter().any(Option::is_some);
-                if !open || heard.elapsed() >= quiet {
-                    return Ok(ended);
-                }
+            if let Some(ended) = ended.filter(|_| outputs.iter().all(Option::is_none)) {
+                return Ok(ended);
             }
             let ready = self.wait(&control, stdin.as_ref(), &outputs, ended.is_some().then_some(quiet))?;
             self.wire_ready(ready.wire)?;
-            for (output, flags) in outputs.iter_mut().zip(ready.outputs) {
-                let room = output.as_ref().map_or(0, |o| self.room(o));
-                if room == 0 {
-                    // It waits for the client: that is no quiet.
-                    if output.is_some() {
+            let mut silent = true;
+            for (output, polled) in outputs.iter_mut().zip(ready.outputs) {
+                let Some(open) = output else { continue };
+                let room = self.room(open).min(READ);
+                match polled {
+                    Some(flags) if flags.is_empty() => {}
+                    Some(_) if room > 0 => {
+                        silent = false;
+                        if self.read_output(output, &mut buffer[..room])? {
+                            heard = Instant::now();
+                        }
+                    }
+                    // It waits for the client: nobody has asked whether it has something.
+                    _ => {
+                        silent = false;
                         heard = Instant::now();
                     }
-                } else if !flags.is_empty() && self.read_output(output, &mut buffer[..room.min(READ)])? {
-                    heard = Instant::now();
                 }
+            }
+            // Not by the clock alone: this thread may have been without a processor for so long.
+            if let Some(ended) = ended.filter(|_| silent && heard.elapsed() >= quiet) {
+                return Ok(ended);
             }
             if ended.is_none() && !ready.control.is_empty() {
                 ended = control.outcome()?;
@@ -325,23 +341,23 @@ impl<'a> Session<'a> {
         }
         let paused = !interest.contains(PollFlags::POLLIN);
         let mut limit = KEEP_ALIVE.saturating_sub(self.spoken.max(self.moved).elapsed());
-        if !self.remote.idle.is_zero() {
-            limit = limit.min(self.remote.idle.saturating_sub(self.moved.elapsed()));
+        if !self.terms.idle.is_zero() {
+            limit = limit.min(self.terms.idle.saturating_sub(self.moved.elapsed()));
         }
         if paused {
             limit = limit.min(Duration::from_secs(1));
         }
         limit = limit.min(quiet.unwrap_or(limit));
-        let flags = self.remote.cancel.poll(&fds, Some(limit))?;
-        let of = |n: usize| place[n].map_or(PollFlags::empty(), |at: usize| flags[at]);
-        let ready = Ready { wire: flags[0], control: of(0), outputs: [of(2), of(3)] };
+        let flags = self.terms.cancel.poll(&fds, Some(limit))?;
+        let of = |n: usize| place[n].map(|at: usize| flags[at]);
+        let ready = Ready { wire: flags[0], control: of(0).unwrap_or(PollFlags::empty()), outputs: [of(2), of(3)] };
         self.tick(paused)?;
         Ok(ready)
     }
 
     /// What time brings: the end of an idle session, a sign of life, a client that went while it had to wait.
     fn tick(&mut self, paused: bool) -> Result<()> {
-        let idle = self.remote.idle;
+        let idle = self.terms.idle;
         if !idle.is_zero() && self.moved.elapsed() >= idle {
             return Err(Error::deadline(format!("nothing moved for {} s", idle.as_secs())));
         }
@@ -438,8 +454,8 @@ impl<'a> Session<'a> {
         for stream in [self.stdout, self.stderr].into_iter().flatten() {
             self.wire.finish(stream)?;
         }
-        let mut words = verdict.bytes(self.remote.protocol);
-        let stopping = self.remote.cancel.is_cancelled();
+        let mut words = verdict.bytes(self.terms.protocol);
+        let stopping = self.terms.cancel.is_cancelled();
         let mut end = Instant::now() + if stopping { STOP_LINGER } else { LINGER };
         let mut said = false;
         let patience = Cancel::never();
@@ -487,7 +503,8 @@ impl<'a> Session<'a> {
 struct Ready {
     wire: PollFlags,
     control: PollFlags,
-    outputs: [PollFlags; 2],
+    /// None: it is closed, or was not asked.
+    outputs: [Option<PollFlags>; 2],
 }
 
 /// Whether the peer has closed, also behind bytes that are not read yet.
@@ -498,3 +515,7 @@ fn has_hung_up(wire: &dyn Wire) -> bool {
     let now = Timespec { tv_sec: 0, tv_nsec: 0 };
     poll(&mut set, Some(&now)).is_ok_and(|n| n > 0)
 }
+
+#[cfg(test)]
+#[path = "remote_tests.rs"]
+mod tests;
