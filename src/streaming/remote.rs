@@ -62,7 +62,7 @@ pub(super) struct Terms<'a> {
 /// it still runs then, has lost its stdin and terminal.
 pub(super) fn run(wire: Box<dyn Wire>, remote: &Remote<'_>) -> Result<()> {
     let Terms { wanted, cancel, .. } = &remote.terms;
-    let mut session = Session::new(wire, remote.terms);
+    let mut session = Session::new(wire, remote.terms, remote.input_end());
     session.wait_for_streams()?;
     let started = match &remote.what {
         What::Exec(cmd) => remote.containers.exec_stream(remote.container, cmd, wanted, cancel),
@@ -70,7 +70,8 @@ pub(super) fn run(wire: Box<dyn Wire>, remote: &Remote<'_>) -> Result<()> {
     };
     let ended = started.and_then(|streams| session.pump(streams));
     let verdict = match ended {
-        Ok(ended) => remote.verdict(ended),
+        Ok(Over::Ended(ended)) => remote.verdict(ended),
+        Ok(Over::InputGiven) => Verdict::Success,
         // Nobody is there to be told.
         Err(e) if session.is_gone => return Err(e),
         Err(_) if cancel.is_cancelled() => remote.failure(&Error::cancelled("the runtime is stopping")),
@@ -79,7 +80,32 @@ pub(super) fn run(wire: Box<dyn Wire>, remote: &Remote<'_>) -> Result<()> {
     session.farewell(&verdict)
 }
 
+/// What it means that the client writes no more to stdin. One that has hung up has said nothing of the kind.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum InputEnd {
+    /// The process reads the end too.
+    Close,
+    /// The container keeps its stdin open for others: the session is over. Its peers end an attach then, too.
+    Leave,
+}
+
+/// Why a session has nothing more to move.
+#[derive(Debug, PartialEq, Eq)]
+enum Over {
+    Ended(Ended),
+    /// The container has got all input of a client that has no more, and goes on.
+    InputGiven,
+}
+
 impl Remote<'_> {
+    fn input_end(&self) -> InputEnd {
+        let config = &self.container.config;
+        match self.what {
+            What::Attach if config.stdin && !config.stdin_once && !config.tty => InputEnd::Leave,
+            What::Exec(_) | What::Attach => InputEnd::Close,
+        }
+    }
+
     fn verdict(&self, ended: Ended) -> Verdict {
         match (ended, &self.what) {
             (Ended::Exited(code), What::Exec(cmd)) if code != 0 => Verdict::ExitCode { cmd: cmd.join(" "), code },
@@ -121,6 +147,7 @@ struct Session<'a> {
     input: VecDeque<Vec<u8>>,
     written: usize,
     input_finished: bool,
+    input_end: InputEnd,
     sizes: Sizes,
     size: Option<Size>,
     /// When the last byte moved, and when the client last heard of us.
@@ -130,7 +157,7 @@ struct Session<'a> {
 }
 
 impl<'a> Session<'a> {
-    fn new(wire: Box<dyn Wire>, terms: Terms<'a>) -> Session<'a> {
+    fn new(wire: Box<dyn Wire>, terms: Terms<'a>, input_end: InputEnd) -> Session<'a> {
         let now = Instant::now();
         Session {
             wire,
@@ -143,6 +170,7 @@ impl<'a> Session<'a> {
             input: VecDeque::new(),
             written: 0,
             input_finished: false,
+            input_end,
             sizes: Sizes::default(),
             size: None,
             moved: now,
@@ -254,8 +282,8 @@ impl<'a> Session<'a> {
         }
     }
 
-    /// Moves bytes until the process has ended and its output was sent.
-    fn pump(&mut self, streams: Streams) -> Result<Ended> {
+    /// Moves bytes until the process has ended and its output was sent, or nothing is left to do for an attacher.
+    fn pump(&mut self, streams: Streams) -> Result<Over> {
         let Streams { stdin, stdout, stderr, mut control } = streams;
         let mut stdin = stdin.map(File::from);
         let output = |fd: Option<OwnedFd>, stream| fd.map(|fd| Output { file: File::from(fd), stream });
@@ -263,6 +291,7 @@ impl<'a> Session<'a> {
         let quiet = if self.terms.wanted.tty { QUIET_TERMINAL } else { QUIET };
         let mut buffer = vec![0; READ];
         let mut ended: Option<Ended> = None;
+        let mut given: Option<Instant> = None;
         let mut heard = Instant::now();
         self.moved = heard;
         loop {
@@ -278,9 +307,13 @@ impl<'a> Session<'a> {
                 }
             }
             if let Some(ended) = ended.filter(|_| outputs.iter().all(Option::is_none)) {
-                return Ok(ended);
+                return Ok(Over::Ended(ended));
             }
-            let ready = self.wait(&control, stdin.as_ref(), &outputs, ended.is_some().then_some(quiet))?;
+            if given.is_none() && self.is_given(stdin.as_ref()) {
+                given = Some(Instant::now());
+            }
+            let limit = if ended.is_some() { Some(quiet) } else { given.map(|then| QUIET.saturating_sub(then.elapsed())) };
+            let ready = self.wait((ended.is_none()).then_some(&control), stdin.as_ref(), &outputs, limit)?;
             self.wire_ready(ready.wire)?;
             let mut silent = true;
             for (output, polled) in outputs.iter_mut().zip(ready.outputs) {
@@ -303,7 +336,11 @@ impl<'a> Session<'a> {
             }
             // Not by the clock alone: this thread may have been without a processor for so long.
             if let Some(ended) = ended.filter(|_| silent && heard.elapsed() >= quiet) {
-                return Ok(ended);
+                return Ok(Over::Ended(ended));
+            }
+            // What there was of output has gone along; of a container that always talks, what it said until then.
+            if ended.is_none() && given.is_some_and(|then| then.elapsed() >= QUIET) {
+                return Ok(Over::InputGiven);
             }
             if ended.is_none() && !ready.control.is_empty() {
                 ended = control.outcome()?;
@@ -319,12 +356,24 @@ impl<'a> Session<'a> {
         output.stream.map_or(READ, |stream| self.wire.room(stream))
     }
 
-    /// Waits until something can move.
-    fn wait(&mut self, control: &Control, stdin: Option<&File>, outputs: &[Option<Output>; 2], quiet: Option<Duration>) -> Result<Ready> {
+    /// Whether a session that ends with the client's input is over: the shim has taken the last of it.
+    fn is_given(&self, stdin: Option<&File>) -> bool {
+        let all = self.input_end == InputEnd::Leave && self.input_finished && self.input.is_empty();
+        all && stdin.is_none_or(|pipe| !matches!(rustix::io::ioctl_fionread(pipe), Ok(n) if n > 0) || has_no_reader(pipe))
+    }
+
+    /// Waits until something can move, for `within` at most.
+    fn wait(
+        &mut self,
+        control: Option<&Control>,
+        stdin: Option<&File>,
+        outputs: &[Option<Output>; 2],
+        within: Option<Duration>,
+    ) -> Result<Ready> {
         let interest = self.wire.interest();
         let mut fds = vec![(self.wire.socket(), interest)];
         let mut place = [None; 4];
-        if quiet.is_none() {
+        if let Some(control) = control {
             place[0] = Some(fds.len());
             fds.push((control.as_fd(), PollFlags::POLLIN));
         }
@@ -347,7 +396,11 @@ impl<'a> Session<'a> {
         if paused {
             limit = limit.min(Duration::from_secs(1));
         }
-        limit = limit.min(quiet.unwrap_or(limit));
+        limit = limit.min(within.unwrap_or(limit));
+        if self.input_finished && self.input_end == InputEnd::Leave {
+            // No poll tells that the shim has emptied the pipe.
+            limit = limit.min(QUIET);
+        }
         let flags = self.terms.cancel.poll(&fds, Some(limit))?;
         let of = |n: usize| place[n].map(|at: usize| flags[at]);
         let ready = Ready { wire: flags[0], control: of(0).unwrap_or(PollFlags::empty()), outputs: [of(2), of(3)] };
@@ -378,7 +431,7 @@ impl<'a> Session<'a> {
         let Some(stream) = self.stdin else {
             // Its client has reset it.
             if self.input_finished {
-                *stdin = None;
+                self.end_input(stdin);
             }
             return Ok(false);
         };
@@ -404,7 +457,7 @@ impl<'a> Session<'a> {
             }
         }
         if self.input.is_empty() && self.input_finished {
-            *stdin = None;
+            self.end_input(stdin);
         }
         if used > 0 {
             self.moved = Instant::now();
@@ -412,6 +465,13 @@ impl<'a> Session<'a> {
             self.note(result)?;
         }
         Ok(used > 0)
+    }
+
+    /// Everything is written that the client ever writes.
+    fn end_input(&mut self, stdin: &mut Option<File>) {
+        if self.input_end == InputEnd::Close {
+            *stdin = None;
+        }
     }
 
     fn pop_input(&mut self) {
@@ -505,6 +565,14 @@ struct Ready {
     control: PollFlags,
     /// None: it is closed, or was not asked.
     outputs: [Option<PollFlags>; 2],
+}
+
+/// Whether what is in a pipe is lost.
+fn has_no_reader(pipe: &File) -> bool {
+    use rustix::event::{poll, PollFd, PollFlags, Timespec};
+    let mut set = [PollFd::new(pipe, PollFlags::empty())];
+    let now = Timespec { tv_sec: 0, tv_nsec: 0 };
+    poll(&mut set, Some(&now)).is_ok_and(|n| n > 0)
 }
 
 /// Whether the peer has closed, also behind bytes that are not read yet.

@@ -55,7 +55,10 @@ impl Wire for Client {
         PollFlags::POLLIN | if unsent { PollFlags::POLLOUT } else { PollFlags::empty() }
     }
 
-    fn ready(&mut self, _: PollFlags) -> Result<()> {
+    fn ready(&mut self, flags: PollFlags) -> Result<()> {
+        if flags.contains(PollFlags::POLLHUP) {
+            return Err(Error::cancelled("the client has hung up"));
+        }
         self.state.lock().unwrap().open();
         Ok(())
     }
@@ -112,46 +115,88 @@ impl Wire for Client {
 
 /// The other ends of what a session has.
 struct Peers {
-    _client: UnixStream,
+    client: UnixStream,
     shim: UnixStream,
-    /// Kept open: somebody has the output beyond the end of the process.
+    stdin: File,
     stdout: File,
 }
 
-/// Pumps for a client in `state`. `begin` plays the process before.
-fn pump(state: State, begin: impl FnOnce(&mut Peers)) -> (Result<Ended>, State) {
+impl Peers {
+    /// The process ends.
+    fn end(&mut self) {
+        let record = ExitRecord { version: VERSION, exit_code: 3, signal: None, oom: false, finished_at: 0 };
+        socket::send(&self.shim, &serde_json::to_vec(&Event::Exit(record)).unwrap(), &[]).unwrap();
+    }
+
+    /// What the process gets, until the end.
+    fn input(&mut self) -> String {
+        let mut text = String::new();
+        self.stdin.read_to_string(&mut text).unwrap();
+        text
+    }
+}
+
+const ENDED: Over = Over::Ended(Ended::ContainerEnded(Some(3)));
+
+/// Pumps for a client in `state`, while `play` is everybody else. Whatever it gives back stays open until the session is over.
+fn pump<T: Send>(state: State, input_end: InputEnd, play: impl FnOnce(Peers) -> T + Send) -> (Result<Over>, State) {
     let cancel = Cancel::never();
     let wanted = Wanted { stdin: true, stdout: true, ..Wanted::default() };
     let terms = Terms { wanted, protocol: Protocol::V4, idle: Duration::ZERO, cancel: &cancel };
     let (client, socket) = UnixStream::pair().unwrap();
     let (shim, attached) = UnixStream::pair().unwrap();
-    let (stdout, theirs) = monitor::pipe().unwrap();
+    let ((read, stdin), (stdout, write)) = (monitor::pipe().unwrap(), monitor::pipe().unwrap());
     process::set_nonblocking(&stdout).unwrap();
-    let mut peers = Peers { _client: client, shim, stdout: theirs.into() };
-    begin(&mut peers);
+    process::set_nonblocking(&stdin).unwrap();
+    let peers = Peers { client, shim, stdin: read.into(), stdout: write.into() };
     let state = Arc::new(Mutex::new(state));
-    let mut session = Session::new(Box::new(Client { socket, state: state.clone() }), terms);
+    let mut session = Session::new(Box::new(Client { socket, state: state.clone() }), terms, input_end);
     (session.stdin, session.stdout) = (Some(STDIN), Some(STDOUT));
     let control = Control::attached(Attachment::over(attached));
-    let ended = session.pump(Streams { stdin: None, stdout: Some(stdout), stderr: None, control });
-    drop((session, peers));
-    (ended, Arc::into_inner(state).unwrap().into_inner().unwrap())
-}
-
-/// The process writes `output` and ends.
-fn ends(peers: &mut Peers, output: &[u8]) {
-    peers.stdout.write_all(output).unwrap();
-    let record = ExitRecord { version: VERSION, exit_code: 3, signal: None, oom: false, finished_at: 0 };
-    socket::send(&peers.shim, &serde_json::to_vec(&Event::Exit(record)).unwrap(), &[]).unwrap();
+    let over = std::thread::scope(|scope| {
+        let played = scope.spawn(|| play(peers));
+        let over = session.pump(Streams { stdin: Some(stdin), stdout: Some(stdout), stderr: None, control });
+        drop(played.join().unwrap());
+        over
+    });
+    drop(session);
+    (over, Arc::into_inner(state).unwrap().into_inner().unwrap())
 }
 
 /// As long as the client has no room the output is not polled: what became of it meanwhile is not known.
 #[test]
 fn output_that_nobody_asked_for_is_not_over() {
-    let output = vec![b'x'; 60_000];
     for opens in [Opens::Waiting, Opens::After] {
         let slow = State { opens: Some(opens), ..State::default() };
-        let (ended, state) = pump(slow, |peers| ends(peers, &output));
-        assert_eq!((ended.unwrap(), state.got.len()), (Ended::ContainerEnded(Some(3)), output.len()));
+        let output = vec![b'x'; 60_000];
+        let (over, state) = pump(slow, InputEnd::Close, |mut peers| {
+            peers.stdout.write_all(&output).unwrap();
+            peers.end();
+            peers
+        });
+        assert_eq!((over.unwrap(), state.got.len()), (ENDED, output.len()));
     }
+}
+
+fn typed(text: &str) -> State {
+    let data = Input::Data { stream: STDIN, bytes: text.into() };
+    State { room: usize::MAX, inputs: [data, Input::Finished { stream: STDIN }].into(), ..State::default() }
+}
+
+#[test]
+fn a_client_without_more_input_leaves_a_container_that_waits_for_others() {
+    let begin = Instant::now();
+    let (over, state) = pump(typed("input"), InputEnd::Leave, |mut peers| {
+        // Not before the shim has it all.
+        std::thread::sleep(QUIET * 3);
+        peers.stdout.write_all(b"before").unwrap();
+        peers.stdin.read_exact(&mut [0; 5]).unwrap();
+        // One that is never quiet; nobody reads the last of it.
+        while peers.stdout.write_all(b".").is_ok() {
+            std::thread::sleep(QUIET / 20);
+        }
+    });
+    assert_eq!(over.unwrap(), Over::InputGiven);
+    assert!(begin.elapsed() >= QUIET * 3, "{:?}", begin.elapsed());
+    assert!(state.got.starts_with(b"before.") && state.got.len() > 8, "{} bytes", state.got.len());
 }
