@@ -8,6 +8,7 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::time::{Duration, Instant};
 
 use nix::poll::PollFlags;
+use rustix::termios::SpecialCodeIndex;
 
 use super::request::{Protocol, Wanted};
 use super::resize::{Size, Sizes};
@@ -30,6 +31,8 @@ const KEEP_ALIVE: Duration = Duration::from_secs(30);
 const QUIET: Duration = Duration::from_millis(100);
 /// The same for a terminal, whose last bytes take a way through the kernel's line discipline.
 const QUIET_TERMINAL: Duration = Duration::from_secs(1);
+/// The default of termios(3)'s VEOF.
+const END_OF_FILE: u8 = 4;
 /// Bytes of one read from the process: what a pipe holds.
 const READ: usize = 64 << 10;
 
@@ -85,6 +88,8 @@ pub(super) fn run(wire: Box<dyn Wire>, remote: &Remote<'_>) -> Result<()> {
 enum InputEnd {
     /// The process reads the end too.
     Close,
+    /// A terminal cannot be half closed: it gets its end-of-file character.
+    Type,
     /// The container keeps its stdin open for others: the session is over. Its peers end an attach then, too.
     Leave,
 }
@@ -101,6 +106,7 @@ impl Remote<'_> {
     fn input_end(&self) -> InputEnd {
         let config = &self.container.config;
         match self.what {
+            What::Exec(_) if self.terms.wanted.tty => InputEnd::Type,
             What::Attach if config.stdin && !config.stdin_once && !config.tty => InputEnd::Leave,
             What::Exec(_) | What::Attach => InputEnd::Close,
         }
@@ -148,6 +154,8 @@ struct Session<'a> {
     written: usize,
     input_finished: bool,
     input_end: InputEnd,
+    /// What was written ends within a line.
+    in_line: bool,
     sizes: Sizes,
     size: Option<Size>,
     /// When the last byte moved, and when the client last heard of us.
@@ -171,6 +179,7 @@ impl<'a> Session<'a> {
             written: 0,
             input_finished: false,
             input_end,
+            in_line: false,
             sizes: Sizes::default(),
             size: None,
             moved: now,
@@ -377,7 +386,8 @@ impl<'a> Session<'a> {
             place[0] = Some(fds.len());
             fds.push((control.as_fd(), PollFlags::POLLIN));
         }
-        if let Some(stdin) = stdin.filter(|_| !self.input.is_empty()) {
+        let last = self.input_finished && self.input_end == InputEnd::Type;
+        if let Some(stdin) = stdin.filter(|_| !self.input.is_empty() || last) {
             place[1] = Some(fds.len());
             fds.push((stdin.as_fd(), PollFlags::POLLOUT));
         }
@@ -446,6 +456,7 @@ impl<'a> Session<'a> {
             match file.write(&piece[self.written..]) {
                 Ok(n) => {
                     used += n;
+                    self.in_line = piece[self.written..][..n].last().is_some_and(|last| !matches!(last, b'\n' | b'\r'));
                     self.written += n;
                     if self.written == piece.len() {
                         self.pop_input();
@@ -469,9 +480,23 @@ impl<'a> Session<'a> {
 
     /// Everything is written that the client ever writes.
     fn end_input(&mut self, stdin: &mut Option<File>) {
-        if self.input_end == InputEnd::Close {
-            *stdin = None;
+        match (self.input_end, stdin.as_mut()) {
+            (InputEnd::Leave, _) | (_, None) => return,
+            (InputEnd::Close, _) => {}
+            (InputEnd::Type, Some(terminal)) => {
+                let key = rustix::termios::tcgetattr(&*terminal).map_or(END_OF_FILE, |t| t.special_codes[SpecialCodeIndex::VEOF]);
+                // The first one ends the line that was begun, the next one is the end.
+                loop {
+                    match terminal.write(&[key]) {
+                        Ok(_) if std::mem::take(&mut self.in_line) => {}
+                        Err(e) if e.kind() == ErrorKind::Interrupted => {}
+                        Err(e) if e.kind() == ErrorKind::WouldBlock => return,
+                        Ok(_) | Err(_) => break,
+                    }
+                }
+            }
         }
+        *stdin = None;
     }
 
     fn pop_input(&mut self) {

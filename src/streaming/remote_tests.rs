@@ -200,3 +200,25 @@ fn a_client_without_more_input_leaves_a_container_that_waits_for_others() {
     assert!(begin.elapsed() >= QUIET * 3, "{:?}", begin.elapsed());
     assert!(state.got.starts_with(b"before.") && state.got.len() > 8, "{} bytes", state.got.len());
 }
+
+#[test]
+fn the_end_of_input_is_a_key_to_a_terminal() {
+    for (text, expected) in [("line\n", "line\n\x04"), ("line\nmore", "line\nmore\x04\x04"), ("", "\x04")] {
+        let (over, _) = pump(typed(text), InputEnd::Type, |mut peers| {
+            assert_eq!(peers.input(), expected);
+            peers.end();
+            peers
+        });
+        assert_eq!(over.unwrap(), ENDED);
+    }
+    // Who hangs up has typed nothing.
+    let mut state = typed("line\n");
+    state.inputs.pop_back();
+    let (over, _) = pump(state, InputEnd::Type, |mut peers| {
+        let mut line = [0; 5];
+        peers.stdin.read_exact(&mut line).unwrap();
+        peers.client.shutdown(std::net::Shutdown::Both).unwrap();
+        assert_eq!(peers.input(), "");
+    });
+    assert_eq!(over.unwrap_err().code(), Code::Cancelled);
+}

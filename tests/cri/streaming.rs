@@ -136,6 +136,20 @@ fn output_exit_code_and_half_closed_stdin() {
     assert!(begin.elapsed() < Duration::from_secs(10), "{:?}", begin.elapsed());
 }
 
+/// A terminal cannot be half closed: it gets its end-of-file character, also within a line.
+#[test]
+fn a_terminal_hears_of_the_end_of_stdin() {
+    let (node, id) = start("");
+    for text in ["word\n", "word"] {
+        let mut session = exec(&node, &id, "iotr", "cat; echo; echo end; exit 4");
+        let stdin = session.stdin;
+        session.client.send(stdin, text.as_bytes(), true);
+        let end = session.end();
+        let said = String::from_utf8_lossy(&end.stdout).into_owned();
+        assert!(said.contains("word") && said.ends_with("end\r\n") && end.code == Some(4), "{said:?} {:?}", end.code);
+    }
+}
+
 /// A container with stdin that runs `script`.
 fn reader(node: &Node, name: &str, script: &str, tty: bool, once: bool) -> String {
     let sandbox = node.sandbox_ids().remove(0);

@@ -12,6 +12,7 @@ pub mod session;
 /// Terminals.
 pub mod terminal;
 
+use std::io::IsTerminal;
 use std::os::fd::AsFd;
 
 use crossbeam_channel::Receiver;
@@ -38,13 +39,14 @@ pub fn exec(client: &Client, exec: &Exec, signals: Option<&SignalFd>) -> Outcome
         return object::exec(client, id, &exec.command, exec.timeout);
     }
     let trust = Trust::new(exec.ca.as_deref());
-    let mut link = match open_exec(client, id, &exec.command, exec.stdin, exec.tty, &trust) {
+    let tty = exec.tty && !(exec.stdin && is_no_terminal());
+    let mut link = match open_exec(client, id, &exec.command, exec.stdin, tty, &trust) {
         Ok(link) => link,
-        Err(Refused::Unknown) if !exec.stdin && !exec.tty => return object::exec(client, id, &exec.command, exec.timeout),
+        Err(Refused::Unknown) if !exec.stdin && !tty => return object::exec(client, id, &exec.command, exec.timeout),
         Err(Refused::Unknown) => return Err(Failure::failed("this daemon has no streams: Exec is not implemented")),
         Err(Refused::Failed(failure)) => return Err(failure),
     };
-    let plan = Plan { stdin: exec.stdin, tty: exec.tty, keys: exec.keys.clone() };
+    let plan = Plan { stdin: exec.stdin, tty, keys: exec.keys.clone() };
     match converse(&mut link, &plan, signals)? {
         End::Status(status) => Ok(session::exit_code(&status).unwrap_or_else(|message| {
             warn(&format!("exec in container {id}: {message}"));
@@ -53,6 +55,15 @@ pub fn exec(client: &Client, exec: &Exec, signals: Option<&SignalFd>) -> Outcome
         End::Closed => Err(Failure::failed(format!("exec in container {id}: the connection ended before the command did"))),
         End::Detached => Ok(0),
     }
+}
+
+/// A file or a pipe as stdin is an input that ends, which a terminal on the other side could not tell: none is asked for then, as kubectl does.
+fn is_no_terminal() -> bool {
+    let none = !std::io::stdin().is_terminal();
+    if none {
+        warn("stdin is no terminal: the command gets none (-t is ignored)");
+    }
+    none
 }
 
 /// Why there is no stream.
