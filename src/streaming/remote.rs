@@ -107,6 +107,7 @@ impl Remote<'_> {
         let config = &self.container.config;
         match self.what {
             What::Exec(_) if self.terms.wanted.tty => InputEnd::Type,
+            What::Attach if config.tty && config.stdin_once => InputEnd::Type,
             What::Attach if config.stdin && !config.stdin_once && !config.tty => InputEnd::Leave,
             What::Exec(_) | What::Attach => InputEnd::Close,
         }
@@ -484,6 +485,7 @@ impl<'a> Session<'a> {
             (InputEnd::Leave, _) | (_, None) => return,
             (InputEnd::Close, _) => {}
             (InputEnd::Type, Some(terminal)) => {
+                // An attacher's is a pipe to the shim, which has the terminal.
                 let key = rustix::termios::tcgetattr(&*terminal).map_or(END_OF_FILE, |t| t.special_codes[SpecialCodeIndex::VEOF]);
                 // The first one ends the line that was begun, the next one is the end.
                 loop {

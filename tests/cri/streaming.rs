@@ -203,6 +203,25 @@ fn an_attach_ends_with_its_input_where_stdin_stays_open() {
     assert_eq!(node.wait_exit(&once).exit_code, 3);
 }
 
+/// A network that drops the connection ends no shell; a client that says so does.
+#[test]
+fn a_terminal_attached_once_outlives_a_lost_connection() {
+    let (node, _) = start("");
+    let id = reader(&node, "shell", "while read line; do echo \"got $line\"; done; exit 6", true, true);
+    let mut session = attach(&node, &id, "ior");
+    let (stdin, stdout) = (session.stdin, session.stdout);
+    session.client.send(stdin, b"one\n", false);
+    session.client.until("an answer", |c| String::from_utf8_lossy(&c.streams[&stdout].bytes).contains("got one"));
+    drop(session);
+    let mut session = attach(&node, &id, "ior");
+    let (stdin, stdout) = (session.stdin, session.stdout);
+    session.client.send(stdin, b"two\n", false);
+    session.client.until("an answer", |c| String::from_utf8_lossy(&c.streams[&stdout].bytes).contains("got two"));
+    session.client.send(stdin, b"", true);
+    assert_eq!(session.end().code, Some(0));
+    assert_eq!(node.wait_exit(&id).exit_code, 6);
+}
+
 #[test]
 fn the_first_protocol_says_errors_in_words() {
     let (node, id) = start("");

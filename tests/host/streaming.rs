@@ -344,7 +344,7 @@ fn attach_twice_and_detach() {
     });
 }
 
-/// `kubectl run -i --leave-stdin-open` comes back.
+/// `kubectl run -i --leave-stdin-open` comes back, and `kubectl run -it` survives a lost connection.
 #[test]
 fn the_end_of_an_attached_stdin() {
     with_each(|host, sandbox, _| {
@@ -370,6 +370,16 @@ fn the_end_of_an_attached_stdin() {
             assert_eq!(host.status(&open).state.enum_value(), Ok(ContainerState::CONTAINER_RUNNING));
         }
         host.stop(&open, 0);
+        let shell = start("shell", "while read line; do echo \"got $line\"; done; exit 6", true);
+        let mut session = attach(&shell, true);
+        expect(&mut session, "one\n", "got one");
+        drop(session);
+        let mut session = attach(&shell, true);
+        expect(&mut session, "two\n", "got two");
+        let stdin = session.stdin;
+        session.client.send(stdin, b"", true);
+        assert_eq!(session.end().code, Some(0));
+        assert_eq!(host.wait_exit(&shell).exit_code, 6);
     });
 }
 
