@@ -7,6 +7,8 @@ mod call;
 mod lane;
 /// One handler per method, generated from the service tables.
 mod register;
+/// Answers that have not left yet.
+mod way;
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
