@@ -1,9 +1,9 @@
-//! Clients of the gRPC socket that open no window for answers: frames of HTTP/2 by hand, for no library does that.
+//! Clients of the gRPC socket that open no window for answers, or only stay: frames of HTTP/2 by hand, for no library does that.
 
 use std::collections::BTreeMap;
 use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use crisp::api::runtime::VersionRequest;
 use crisp::cli::client::SHORT;
@@ -113,4 +113,19 @@ fn a_client_that_takes_no_answer_keeps_no_worker() {
     stuck.set_window(65535);
     stuck.until("all answers", |answer| answer.ended);
     assert!(stuck.answers.values().all(|answer| answer.bytes > 5));
+}
+
+#[test]
+fn a_stop_waits_for_no_client() {
+    let mut node = Node::start();
+    let mut idle = Connection::open(&node, 65535);
+    idle.call(1);
+    idle.until("an answer", |answer| answer.ended);
+    let mut stuck = Connection::open(&node, 0);
+    stuck.call(1);
+    stuck.until("the head of an answer", |answer| answer.begun);
+    let begin = Instant::now();
+    node.stop_daemon();
+    assert!(begin.elapsed() < Duration::from_secs(3), "{:?}", begin.elapsed());
+    node.start_daemon();
 }
