@@ -179,10 +179,10 @@ impl Daemon {
     pub fn stop(&mut self) {
         // They would not end by themselves.
         self.events.close();
+        self.streaming.begin_stop();
         if let Some(server) = self.server.take() {
             server.stop(STOP_GRACE);
         }
-        // After the calls: they make the URLs.
         self.streaming.stop(STREAMING_GRACE);
         // Records belong to whoever has the locks: exits from here on are for the next daemon to find.
         self.watcher.stop();

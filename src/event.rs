@@ -26,6 +26,8 @@ const WARN_PERIOD: Duration = Duration::from_secs(30);
 pub enum Kind {
     Created,
     Started,
+    /// The stop has begun. CRI has no event for it: it is here for what other events tell of their moment.
+    Stopping,
     Stopped,
     Deleted,
 }

@@ -80,6 +80,12 @@ struct Terminal {
 }
 
 impl Control {
+    /// Of an attacher to a shim that is a test.
+    #[cfg(test)]
+    pub fn attached(attachment: Attachment) -> Control {
+        Control { kind: Kind::Attach(attachment), container: "test".into() }
+    }
+
     /// Readable when `outcome` has something new to say.
     pub fn as_fd(&self) -> BorrowedFd<'_> {
         match &self.kind {

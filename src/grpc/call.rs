@@ -13,6 +13,7 @@ use futures_util::sink::{Sink, SinkExt};
 use grpcio::{RpcContext, RpcStatus, RpcStatusCode, ServerStreamingSink, UnarySink, WriteFlags};
 
 use super::lane::Lane;
+use super::way;
 use crate::error::{Code, Error, Result};
 use crate::service::Call;
 use crate::sys::cancel::Cancel;
@@ -88,8 +89,7 @@ pub(super) fn fast<P: Send + 'static, Q: Send + 'static>(
         let call = Call::new(Cancel::never());
         let result = run(method, &call, |call| body(request, call));
         if let Some(sink) = theirs.lock().take() {
-            // A client that is gone does not need the answer to a question about memory.
-            let _ = futures_executor::block_on(match result {
+            way::see_off(match result {
                 Ok(answer) => sink.success(answer),
                 Err(e) => sink.fail(status(&e)),
             });

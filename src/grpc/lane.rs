@@ -1,9 +1,10 @@
 //! A bounded queue with worker threads that are started when needed and end when idle.
 
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use crossbeam_channel::{Receiver, Sender, TrySendError};
+use parking_lot::Condvar;
 
 use crate::error::Result;
 use crate::sys::lock::{Lock, Rank};
@@ -26,6 +27,8 @@ pub(crate) struct Lane {
     sender: Sender<Job>,
     receiver: Receiver<Job>,
     workers: Lock<Workers>,
+    /// The last job has ended.
+    quiet: Condvar,
 }
 
 #[derive(Default)]
@@ -45,7 +48,8 @@ impl Lane {
 
     fn with(name: &'static str, cap: usize, queue: usize, idle: Duration, spawn: Spawn) -> Arc<Lane> {
         let (sender, receiver) = crossbeam_channel::bounded(queue);
-        Arc::new(Lane { name, cap, idle, spawn, sender, receiver, workers: Lock::new(Rank::Leaf, Workers::default()) })
+        let workers = Lock::new(Rank::Leaf, Workers::default());
+        Arc::new(Lane { name, cap, idle, spawn, sender, receiver, workers, quiet: Condvar::new() })
     }
 
     /// Queues `job`; gives it back when the queue is full.
@@ -91,6 +95,19 @@ impl Lane {
         (queued, workers.running, workers.jobs - queued)
     }
 
+    /// Waits until no job is left, until `end` at most. False: some are.
+    pub fn wait_until_idle(&self, end: Instant) -> bool {
+        let mut workers = self.workers.lock();
+        while workers.jobs > 0 {
+            let left = end.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                return false;
+            }
+            workers.wait_for(&self.quiet, left);
+        }
+        true
+    }
+
     fn work(self: &Arc<Lane>) {
         loop {
             match self.receiver.recv_timeout(self.idle) {
@@ -101,7 +118,12 @@ impl Lane {
                     if std::panic::catch_unwind(std::panic::AssertUnwindSafe(job)).is_err() {
                         log::error!("a job of lane {} panicked", self.name);
                     }
-                    self.workers.lock().jobs -= 1;
+                    let mut workers = self.workers.lock();
+                    workers.jobs -= 1;
+                    if workers.jobs == 0 {
+                        self.quiet.notify_all();
+                    }
+                    drop(workers);
                     self.staff();
                 }
                 Err(_) => {

@@ -7,10 +7,12 @@ mod call;
 mod lane;
 /// One handler per method, generated from the service tables.
 mod register;
+/// Answers that have not left yet.
+mod way;
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use grpcio::{ChannelBuilder, ResourceQuota, ServerBuilder, ServerCredentials};
 
@@ -23,6 +25,9 @@ use lane::Lane;
 const REQUEST_LIMIT: i32 = 64 << 20;
 /// Workers of the fast lane: its calls read memory only, so more of them than cores would only wait for each other.
 const FAST_WORKERS: usize = 4;
+
+/// What the last answers get to reach their clients, and clients that go by themselves to do so.
+const LAST_ANSWERS: Duration = Duration::from_millis(200);
 
 /// What the server needs to know.
 pub struct Settings {
@@ -81,7 +86,7 @@ impl Server {
         }
     }
 
-    /// Refuses new calls, lets running ones end for `grace`, cancels the rest. Containers do not notice.
+    /// Refuses new calls, lets running ones end for `grace`, cancels the rest and closes the connections. Containers do not notice.
     pub fn stop(mut self, grace: Duration) {
         let _ = crate::sys::file::remove_file(&self.socket);
         let done = self.inner.shutdown();
@@ -90,8 +95,15 @@ impl Server {
             let _ = futures_executor::block_on(done);
             let _ = tx.send(());
         });
-        if waiter.is_ok() && rx.recv_timeout(grace).is_err() {
+        if waiter.is_err() {
+            return;
+        }
+        // Not for the clients: an idle one may stay connected for as long as it likes.
+        let end = Instant::now() + grace;
+        if !(self.lanes.slow.wait_until_idle(end) && self.lanes.fast.wait_until_idle(end)) {
             log::warn!("calls still run {} s after the stop, cancelled", grace.as_secs());
+        }
+        if rx.recv_timeout(LAST_ANSWERS).is_err() {
             self.inner.cancel_all_calls();
             let _ = rx.recv_timeout(grace);
         }

@@ -3,6 +3,7 @@
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::Arc;
 
 use super::levels::{Level, Levels};
@@ -59,6 +60,8 @@ pub struct Sandbox {
     /// Its SELinux level, taken from others as long as the sandbox is there.
     level: Option<Level>,
     status: Lock<Status>,
+    /// Its stop has begun and was not told to have ended. Changes under the status lock.
+    stopping: AtomicBool,
     /// Held across a transition, never across a wait.
     pub op: Lock<()>,
 }
@@ -66,7 +69,7 @@ pub struct Sandbox {
 impl Sandbox {
     fn new(meta: Metadata, config: PodSandboxConfig, status: Status, level: Option<Level>) -> Sandbox {
         let (status, op) = (Lock::new(Rank::Status, status), Lock::new(Rank::SandboxOp, ()));
-        Sandbox { meta, config, usage: Default::default(), level, status, op }
+        Sandbox { meta, config, usage: Default::default(), level, status, stopping: AtomicBool::new(false), op }
     }
 
     /// Ready only while its network namespace is there, which others could take away: one statfs(2) tells.
@@ -396,7 +399,10 @@ impl Sandboxes {
             }
             // What could not be undone is seen from here on.
             (Phase::Making, Phase::NotReady) => self.tell(sandbox, Kind::Created, None, Some(&next)),
-            (Phase::Ready, Phase::NotReady) => self.tell(sandbox, Kind::Stopped, Some(&status), Some(&next)),
+            (Phase::Ready, Phase::NotReady) => {
+                let stopping = sandbox.stopping.load(Ordering::SeqCst);
+                self.tell(sandbox, if stopping { Kind::Stopping } else { Kind::Stopped }, Some(&status), Some(&next));
+            }
             _ => {}
         }
         *status = next;
@@ -415,9 +421,20 @@ impl Sandboxes {
         let _op = sandbox.op.lock();
         let ready = sandbox.status.lock().is_ready();
         if ready {
-            self.note(sandbox, |s| s.phase = Phase::NotReady);
+            self.note(sandbox, |s| {
+                sandbox.stopping.store(s.is_ready(), Ordering::SeqCst);
+                s.phase = Phase::NotReady;
+            });
         }
         crash::step("stop-sandbox:1-stopping");
+    }
+
+    /// The stop is over, that of its containers too: told once, after their ends.
+    pub fn stopped(&self, sandbox: &Arc<Sandbox>) {
+        let status = sandbox.status.lock();
+        if sandbox.stopping.swap(false, Ordering::SeqCst) {
+            self.tell(sandbox, Kind::Stopped, Some(&status), Some(&status));
+        }
     }
 
     /// Second half, after the containers: network, namespaces, init. Every step runs; what failed is tried again by the next

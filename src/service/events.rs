@@ -88,16 +88,25 @@ impl Picture {
     }
 }
 
-fn message(event: &Event<Fact>, picture: &Picture) -> ContainerEventResponse {
-    let (id, kind) = match &event.change {
-        Fact::Sandbox(change) => (&change.object.meta.id, change.kind),
-        Fact::Container(change) => (&change.object.meta.id, change.kind),
+/// None: CRI has no event for it.
+fn kind(fact: &Fact) -> Option<ContainerEventType> {
+    let kind = match fact {
+        Fact::Sandbox(change) => change.kind,
+        Fact::Container(change) => change.kind,
     };
-    let kind = match kind {
+    Some(match kind {
+        Kind::Stopping => return None,
         Kind::Created => ContainerEventType::CONTAINER_CREATED_EVENT,
         Kind::Started => ContainerEventType::CONTAINER_STARTED_EVENT,
         Kind::Stopped => ContainerEventType::CONTAINER_STOPPED_EVENT,
         Kind::Deleted => ContainerEventType::CONTAINER_DELETED_EVENT,
+    })
+}
+
+fn message(event: &Event<Fact>, kind: ContainerEventType, picture: &Picture) -> ContainerEventResponse {
+    let id = match &event.change {
+        Fact::Sandbox(change) => &change.object.meta.id,
+        Fact::Container(change) => &change.object.meta.id,
     };
     ContainerEventResponse {
         container_id: id.clone(),
@@ -120,8 +129,9 @@ impl Service {
                 Err(e) if e.code() == Code::Cancelled => return Ok(()),
                 Err(e) => return Err(e),
             };
+            let Some(kind) = kind(&event.change) else { continue };
             let picture = self.picture_at(&subscription, &event);
-            match send(message(&event, &picture)) {
+            match send(message(&event, kind, &picture)) {
                 Err(e) if e.code() == Code::Cancelled => return Ok(()),
                 sent => sent?,
             }

@@ -58,7 +58,9 @@ impl Service {
         crash::step("stop-sandbox:2-containers");
         // Even when a container would not stop: every step runs, kubelet retries the rest.
         errors.keep(self.sandboxes.finish_stop(&sandbox));
-        errors.finish().context(|| format!("stop sandbox {}", sandbox.id()))
+        errors.finish().context(|| format!("stop sandbox {}", sandbox.id()))?;
+        self.sandboxes.stopped(&sandbox);
+        Ok(())
     }
 
     pub(super) fn remove_sandbox(&self, id: &str, call: &Call) -> Result<()> {

@@ -242,9 +242,10 @@ impl Shim {
         }
     }
 
-    /// One that could write has gone, or writes no more.
+    /// One that could write has gone, or writes no more. For a terminal that is nothing: whoever meant its end has typed the
+    /// end-of-file character, and a connection that broke must not end a shell.
     fn writer_left(&mut self) {
-        if self.config.stdin_once {
+        if self.config.stdin_once && !self.config.tty {
             self.attachers.input_ends = true;
             self.write_input();
         }

@@ -328,6 +328,12 @@ pub struct Attachment {
 }
 
 impl Attachment {
+    /// To a shim that is a test.
+    #[cfg(test)]
+    pub fn over(stream: UnixStream) -> Attachment {
+        Attachment { stream }
+    }
+
     /// How the container ended, if it has: all its output is in the pipes then. DEADLINE_EXCEEDED when the shim has let go
     /// because nobody took the output. Never waits.
     pub fn ended(&self) -> Result<Option<ExitRecord>> {

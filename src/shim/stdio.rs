@@ -12,8 +12,6 @@ use crate::sys::console::Console;
 use crate::sys::{console as terminal, monitor, process};
 
 const CONSOLE_FILE: &str = "console.sock";
-/// The default of termios(3)'s VEOF.
-const END_OF_FILE: u8 = 4;
 
 /// Our ends.
 #[derive(Default)]
@@ -133,14 +131,8 @@ impl Stdio {
         }
     }
 
-    /// The container reads the end of its input once it has read what was written; of a terminal this is the end-of-file
-    /// character, for it cannot be half closed.
+    /// The container reads the end of its input once it has read what was written. A terminal cannot be half closed: nothing happens to it.
     pub fn end_input(&mut self) {
-        if self.typing {
-            if let Some(terminal) = self.terminal() {
-                let _ = rustix::io::write(terminal, &[END_OF_FILE]);
-            }
-        }
         self.stdin = None;
     }
 

@@ -8,6 +8,7 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::time::{Duration, Instant};
 
 use nix::poll::PollFlags;
+use rustix::termios::SpecialCodeIndex;
 
 use super::request::{Protocol, Wanted};
 use super::resize::{Size, Sizes};
@@ -30,6 +31,8 @@ const KEEP_ALIVE: Duration = Duration::from_secs(30);
 const QUIET: Duration = Duration::from_millis(100);
 /// The same for a terminal, whose last bytes take a way through the kernel's line discipline.
 const QUIET_TERMINAL: Duration = Duration::from_secs(1);
+/// The default of termios(3)'s VEOF.
+const END_OF_FILE: u8 = 4;
 /// Bytes of one read from the process: what a pipe holds.
 const READ: usize = 64 << 10;
 
@@ -44,6 +47,12 @@ pub(super) struct Remote<'a> {
     pub containers: &'a Containers,
     pub container: &'a Container,
     pub what: What<'a>,
+    pub terms: Terms<'a>,
+}
+
+/// What a session needs to know to move bytes.
+#[derive(Clone, Copy)]
+pub(super) struct Terms<'a> {
     pub wanted: Wanted,
     pub protocol: Protocol,
     /// Zero: never ends for that.
@@ -55,24 +64,55 @@ pub(super) struct Remote<'a> {
 /// Serves the client until the command ends or the client goes. CANCELLED: it went, or the daemon stops. The process, if
 /// it still runs then, has lost its stdin and terminal.
 pub(super) fn run(wire: Box<dyn Wire>, remote: &Remote<'_>) -> Result<()> {
-    let mut session = Session::new(wire, remote);
+    let Terms { wanted, cancel, .. } = &remote.terms;
+    let mut session = Session::new(wire, remote.terms, remote.input_end());
     session.wait_for_streams()?;
     let started = match &remote.what {
-        What::Exec(cmd) => remote.containers.exec_stream(remote.container, cmd, &remote.wanted, remote.cancel),
-        What::Attach => remote.containers.attach(remote.container, &remote.wanted, remote.cancel),
+        What::Exec(cmd) => remote.containers.exec_stream(remote.container, cmd, wanted, cancel),
+        What::Attach => remote.containers.attach(remote.container, wanted, cancel),
     };
     let ended = started.and_then(|streams| session.pump(streams));
     let verdict = match ended {
-        Ok(ended) => remote.verdict(ended),
+        Ok(Over::Ended(ended)) => remote.verdict(ended),
+        Ok(Over::InputGiven) => Verdict::Success,
         // Nobody is there to be told.
         Err(e) if session.is_gone => return Err(e),
-        Err(_) if remote.cancel.is_cancelled() => remote.failure(&Error::cancelled("the runtime is stopping")),
+        Err(_) if cancel.is_cancelled() => remote.failure(&Error::cancelled("the runtime is stopping")),
         Err(e) => remote.failure(&e),
     };
     session.farewell(&verdict)
 }
 
+/// What it means that the client writes no more to stdin. One that has hung up has said nothing of the kind.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum InputEnd {
+    /// The process reads the end too.
+    Close,
+    /// A terminal cannot be half closed: it gets its end-of-file character.
+    Type,
+    /// The container keeps its stdin open for others: the session is over. Its peers end an attach then, too.
+    Leave,
+}
+
+/// Why a session has nothing more to move.
+#[derive(Debug, PartialEq, Eq)]
+enum Over {
+    Ended(Ended),
+    /// The container has got all input of a client that has no more, and goes on.
+    InputGiven,
+}
+
 impl Remote<'_> {
+    fn input_end(&self) -> InputEnd {
+        let config = &self.container.config;
+        match self.what {
+            What::Exec(_) if self.terms.wanted.tty => InputEnd::Type,
+            What::Attach if config.tty && config.stdin_once => InputEnd::Type,
+            What::Attach if config.stdin && !config.stdin_once && !config.tty => InputEnd::Leave,
+            What::Exec(_) | What::Attach => InputEnd::Close,
+        }
+    }
+
     fn verdict(&self, ended: Ended) -> Verdict {
         match (ended, &self.what) {
             (Ended::Exited(code), What::Exec(cmd)) if code != 0 => Verdict::ExitCode { cmd: cmd.join(" "), code },
@@ -104,7 +144,7 @@ struct Output {
 
 struct Session<'a> {
     wire: Box<dyn Wire>,
-    remote: &'a Remote<'a>,
+    terms: Terms<'a>,
     error: Option<StreamId>,
     stdin: Option<StreamId>,
     stdout: Option<StreamId>,
@@ -114,6 +154,9 @@ struct Session<'a> {
     input: VecDeque<Vec<u8>>,
     written: usize,
     input_finished: bool,
+    input_end: InputEnd,
+    /// What was written ends within a line.
+    in_line: bool,
     sizes: Sizes,
     size: Option<Size>,
     /// When the last byte moved, and when the client last heard of us.
@@ -123,11 +166,11 @@ struct Session<'a> {
 }
 
 impl<'a> Session<'a> {
-    fn new(wire: Box<dyn Wire>, remote: &'a Remote<'a>) -> Session<'a> {
+    fn new(wire: Box<dyn Wire>, terms: Terms<'a>, input_end: InputEnd) -> Session<'a> {
         let now = Instant::now();
         Session {
             wire,
-            remote,
+            terms,
             error: None,
             stdin: None,
             stdout: None,
@@ -136,6 +179,8 @@ impl<'a> Session<'a> {
             input: VecDeque::new(),
             written: 0,
             input_finished: false,
+            input_end,
+            in_line: false,
             sizes: Sizes::default(),
             size: None,
             moved: now,
@@ -146,9 +191,9 @@ impl<'a> Session<'a> {
 
     /// Until the client has opened every stream that was asked for.
     fn wait_for_streams(&mut self) -> Result<()> {
-        let cancel = self.remote.cancel.within(OPEN_TIME);
-        let wanted = self.remote.wanted;
-        let wants_resize = wanted.tty && self.remote.protocol.has_resize();
+        let cancel = self.terms.cancel.within(OPEN_TIME);
+        let wanted = self.terms.wanted;
+        let wants_resize = wanted.tty && self.terms.protocol.has_resize();
         loop {
             self.take_inputs()?;
             let there = |wants: bool, stream: Option<StreamId>| !wants || stream.is_some();
@@ -228,7 +273,7 @@ impl<'a> Session<'a> {
 
     /// A new stream: one of each kind that was asked for.
     fn open(&mut self, stream: StreamId, headers: &[(String, String)]) -> Result<()> {
-        let wanted = self.remote.wanted;
+        let wanted = self.terms.wanted;
         let kind = headers.iter().find(|(name, _)| name.eq_ignore_ascii_case("streamtype")).map(|(_, value)| value.as_str());
         let slot = match kind {
             Some("error") => Some(&mut self.error),
@@ -247,15 +292,16 @@ impl<'a> Session<'a> {
         }
     }
 
-    /// Moves bytes until the process has ended and its output was sent.
-    fn pump(&mut self, streams: Streams) -> Result<Ended> {
+    /// Moves bytes until the process has ended and its output was sent, or nothing is left to do for an attacher.
+    fn pump(&mut self, streams: Streams) -> Result<Over> {
         let Streams { stdin, stdout, stderr, mut control } = streams;
         let mut stdin = stdin.map(File::from);
         let output = |fd: Option<OwnedFd>, stream| fd.map(|fd| Output { file: File::from(fd), stream });
         let mut outputs = [output(stdout, self.stdout), output(stderr, self.stderr)];
-        let quiet = if self.remote.wanted.tty { QUIET_TERMINAL } else { QUIET };
+        let quiet = if self.terms.wanted.tty { QUIET_TERMINAL } else { QUIET };
         let mut buffer = vec![0; READ];
         let mut ended: Option<Ended> = None;
+        let mut given: Option<Instant> = None;
         let mut heard = Instant::now();
         self.moved = heard;
         loop {
@@ -270,24 +316,41 @@ impl<'a> Session<'a> {
                     output.stream = output.stream.and(stream);
                 }
             }
-            if let Some(ended) = ended {
-                let open = outputs.iter().any(Option::is_some);
-                if !open || heard.elapsed() >= quiet {
-                    return Ok(ended);
-                }
+            if let Some(ended) = ended.filter(|_| outputs.iter().all(Option::is_none)) {
+                return Ok(Over::Ended(ended));
             }
-            let ready = self.wait(&control, stdin.as_ref(), &outputs, ended.is_some().then_some(quiet))?;
+            if given.is_none() && self.is_given(stdin.as_ref()) {
+                given = Some(Instant::now());
+            }
+            let limit = if ended.is_some() { Some(quiet) } else { given.map(|then| QUIET.saturating_sub(then.elapsed())) };
+            let ready = self.wait((ended.is_none()).then_some(&control), stdin.as_ref(), &outputs, limit)?;
             self.wire_ready(ready.wire)?;
-            for (output, flags) in outputs.iter_mut().zip(ready.outputs) {
-                let room = output.as_ref().map_or(0, |o| self.room(o));
-                if room == 0 {
-                    // It waits for the client: that is no quiet.
-                    if output.is_some() {
+            let mut silent = true;
+            for (output, polled) in outputs.iter_mut().zip(ready.outputs) {
+                let Some(open) = output else { continue };
+                let room = self.room(open).min(READ);
+                match polled {
+                    Some(flags) if flags.is_empty() => {}
+                    Some(_) if room > 0 => {
+                        silent = false;
+                        if self.read_output(output, &mut buffer[..room])? {
+                            heard = Instant::now();
+                        }
+                    }
+                    // It waits for the client: nobody has asked whether it has something.
+                    _ => {
+                        silent = false;
                         heard = Instant::now();
                     }
-                } else if !flags.is_empty() && self.read_output(output, &mut buffer[..room.min(READ)])? {
-                    heard = Instant::now();
                 }
+            }
+            // Not by the clock alone: this thread may have been without a processor for so long.
+            if let Some(ended) = ended.filter(|_| silent && heard.elapsed() >= quiet) {
+                return Ok(Over::Ended(ended));
+            }
+            // What there was of output has gone along; of a container that always talks, what it said until then.
+            if ended.is_none() && given.is_some_and(|then| then.elapsed() >= QUIET) {
+                return Ok(Over::InputGiven);
             }
             if ended.is_none() && !ready.control.is_empty() {
                 ended = control.outcome()?;
@@ -303,16 +366,29 @@ impl<'a> Session<'a> {
         output.stream.map_or(READ, |stream| self.wire.room(stream))
     }
 
-    /// Waits until something can move.
-    fn wait(&mut self, control: &Control, stdin: Option<&File>, outputs: &[Option<Output>; 2], quiet: Option<Duration>) -> Result<Ready> {
+    /// Whether a session that ends with the client's input is over: the shim has taken the last of it.
+    fn is_given(&self, stdin: Option<&File>) -> bool {
+        let all = self.input_end == InputEnd::Leave && self.input_finished && self.input.is_empty();
+        all && stdin.is_none_or(|pipe| !matches!(rustix::io::ioctl_fionread(pipe), Ok(n) if n > 0) || has_no_reader(pipe))
+    }
+
+    /// Waits until something can move, for `within` at most.
+    fn wait(
+        &mut self,
+        control: Option<&Control>,
+        stdin: Option<&File>,
+        outputs: &[Option<Output>; 2],
+        within: Option<Duration>,
+    ) -> Result<Ready> {
         let interest = self.wire.interest();
         let mut fds = vec![(self.wire.socket(), interest)];
         let mut place = [None; 4];
-        if quiet.is_none() {
+        if let Some(control) = control {
             place[0] = Some(fds.len());
             fds.push((control.as_fd(), PollFlags::POLLIN));
         }
-        if let Some(stdin) = stdin.filter(|_| !self.input.is_empty()) {
+        let last = self.input_finished && self.input_end == InputEnd::Type;
+        if let Some(stdin) = stdin.filter(|_| !self.input.is_empty() || last) {
             place[1] = Some(fds.len());
             fds.push((stdin.as_fd(), PollFlags::POLLOUT));
         }
@@ -325,23 +401,27 @@ impl<'a> Session<'a> {
         }
         let paused = !interest.contains(PollFlags::POLLIN);
         let mut limit = KEEP_ALIVE.saturating_sub(self.spoken.max(self.moved).elapsed());
-        if !self.remote.idle.is_zero() {
-            limit = limit.min(self.remote.idle.saturating_sub(self.moved.elapsed()));
+        if !self.terms.idle.is_zero() {
+            limit = limit.min(self.terms.idle.saturating_sub(self.moved.elapsed()));
         }
         if paused {
             limit = limit.min(Duration::from_secs(1));
         }
-        limit = limit.min(quiet.unwrap_or(limit));
-        let flags = self.remote.cancel.poll(&fds, Some(limit))?;
-        let of = |n: usize| place[n].map_or(PollFlags::empty(), |at: usize| flags[at]);
-        let ready = Ready { wire: flags[0], control: of(0), outputs: [of(2), of(3)] };
+        limit = limit.min(within.unwrap_or(limit));
+        if self.input_finished && self.input_end == InputEnd::Leave {
+            // No poll tells that the shim has emptied the pipe.
+            limit = limit.min(QUIET);
+        }
+        let flags = self.terms.cancel.poll(&fds, Some(limit))?;
+        let of = |n: usize| place[n].map(|at: usize| flags[at]);
+        let ready = Ready { wire: flags[0], control: of(0).unwrap_or(PollFlags::empty()), outputs: [of(2), of(3)] };
         self.tick(paused)?;
         Ok(ready)
     }
 
     /// What time brings: the end of an idle session, a sign of life, a client that went while it had to wait.
     fn tick(&mut self, paused: bool) -> Result<()> {
-        let idle = self.remote.idle;
+        let idle = self.terms.idle;
         if !idle.is_zero() && self.moved.elapsed() >= idle {
             return Err(Error::deadline(format!("nothing moved for {} s", idle.as_secs())));
         }
@@ -362,7 +442,7 @@ impl<'a> Session<'a> {
         let Some(stream) = self.stdin else {
             // Its client has reset it.
             if self.input_finished {
-                *stdin = None;
+                self.end_input(stdin);
             }
             return Ok(false);
         };
@@ -377,6 +457,7 @@ impl<'a> Session<'a> {
             match file.write(&piece[self.written..]) {
                 Ok(n) => {
                     used += n;
+                    self.in_line = piece[self.written..][..n].last().is_some_and(|last| !matches!(last, b'\n' | b'\r'));
                     self.written += n;
                     if self.written == piece.len() {
                         self.pop_input();
@@ -388,7 +469,7 @@ impl<'a> Session<'a> {
             }
         }
         if self.input.is_empty() && self.input_finished {
-            *stdin = None;
+            self.end_input(stdin);
         }
         if used > 0 {
             self.moved = Instant::now();
@@ -396,6 +477,28 @@ impl<'a> Session<'a> {
             self.note(result)?;
         }
         Ok(used > 0)
+    }
+
+    /// Everything is written that the client ever writes.
+    fn end_input(&mut self, stdin: &mut Option<File>) {
+        match (self.input_end, stdin.as_mut()) {
+            (InputEnd::Leave, _) | (_, None) => return,
+            (InputEnd::Close, _) => {}
+            (InputEnd::Type, Some(terminal)) => {
+                // An attacher's is a pipe to the shim, which has the terminal.
+                let key = rustix::termios::tcgetattr(&*terminal).map_or(END_OF_FILE, |t| t.special_codes[SpecialCodeIndex::VEOF]);
+                // The first one ends the line that was begun, the next one is the end.
+                loop {
+                    match terminal.write(&[key]) {
+                        Ok(_) if std::mem::take(&mut self.in_line) => {}
+                        Err(e) if e.kind() == ErrorKind::Interrupted => {}
+                        Err(e) if e.kind() == ErrorKind::WouldBlock => return,
+                        Ok(_) | Err(_) => break,
+                    }
+                }
+            }
+        }
+        *stdin = None;
     }
 
     fn pop_input(&mut self) {
@@ -438,8 +541,8 @@ impl<'a> Session<'a> {
         for stream in [self.stdout, self.stderr].into_iter().flatten() {
             self.wire.finish(stream)?;
         }
-        let mut words = verdict.bytes(self.remote.protocol);
-        let stopping = self.remote.cancel.is_cancelled();
+        let mut words = verdict.bytes(self.terms.protocol);
+        let stopping = self.terms.cancel.is_cancelled();
         let mut end = Instant::now() + if stopping { STOP_LINGER } else { LINGER };
         let mut said = false;
         let patience = Cancel::never();
@@ -487,7 +590,16 @@ impl<'a> Session<'a> {
 struct Ready {
     wire: PollFlags,
     control: PollFlags,
-    outputs: [PollFlags; 2],
+    /// None: it is closed, or was not asked.
+    outputs: [Option<PollFlags>; 2],
+}
+
+/// Whether what is in a pipe is lost.
+fn has_no_reader(pipe: &File) -> bool {
+    use rustix::event::{poll, PollFd, PollFlags, Timespec};
+    let mut set = [PollFd::new(pipe, PollFlags::empty())];
+    let now = Timespec { tv_sec: 0, tv_nsec: 0 };
+    poll(&mut set, Some(&now)).is_ok_and(|n| n > 0)
 }
 
 /// Whether the peer has closed, also behind bytes that are not read yet.
@@ -498,3 +610,7 @@ fn has_hung_up(wire: &dyn Wire) -> bool {
     let now = Timespec { tv_sec: 0, tv_nsec: 0 };
     poll(&mut set, Some(&now)).is_ok_and(|n| n > 0)
 }
+
+#[cfg(test)]
+#[path = "remote_tests.rs"]
+mod tests;

@@ -98,9 +98,14 @@ impl Server {
         *self.shared.active.lock()
     }
 
+    /// Tells the sessions to end, and waits for nothing.
+    pub fn begin_stop(&self) {
+        self.shared.stop.set();
+    }
+
     /// Takes no more connections and ends the sessions: their clients hear of it. Returns after `grace` at the latest.
     pub fn stop(&self, grace: Duration) {
-        self.shared.stop.set();
+        self.begin_stop();
         if let Some(thread) = self.thread.lock().take() {
             let _ = thread.join();
         }

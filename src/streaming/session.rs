@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use super::http::{self, Head, Upgrade};
 use super::portforward;
-use super::remote::{self, Remote, What};
+use super::remote::{self, Remote, Terms, What};
 use super::request::{Protocol, Request, PORT_FORWARD, SPDY_PROTOCOLS};
 use super::server::{Shared, Slot};
 use super::spdy::Spdy;
@@ -159,6 +159,7 @@ fn serve(shared: &Shared, wire: Box<dyn Wire>, request: Request, protocol: Proto
         Request::Attach { container, wanted } => (container, *wanted, What::Attach),
         Request::PortForward { sandbox, target, .. } => return portforward::run(wire, sandbox, target, shared.idle, &shared.stop),
     };
-    let remote = Remote { containers: &shared.containers, container, wanted, protocol, idle: shared.idle, cancel: &shared.stop, what };
+    let terms = Terms { wanted, protocol, idle: shared.idle, cancel: &shared.stop };
+    let remote = Remote { containers: &shared.containers, container, what, terms };
     remote::run(wire, &remote)
 }

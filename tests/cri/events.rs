@@ -97,6 +97,29 @@ fn many_objects_in_order_with_the_statuses_of_their_moment() {
 }
 
 #[test]
+fn a_sandbox_has_stopped_after_its_containers() {
+    let node = Node::start();
+    let sandbox = node.sandbox("web");
+    let ids = ["one", "two"].map(|name| node.launch(&sandbox, name, "exec sleep 1000"));
+    let subscriber = Subscriber::start(&node);
+    node.stop_sandbox(&sandbox).expect("stop");
+    node.stop_sandbox(&sandbox).expect("stop again");
+    node.remove_sandbox(&sandbox).expect("remove");
+    subscriber.wait(&sandbox, DELETED);
+    let events = subscriber.leave();
+    let place = |id: &String| events.iter().position(|e| e.container_id == *id && kind(e) == STOPPED).expect("it stopped");
+    assert!(
+        ids.iter().all(|id| place(id) < place(&sandbox)),
+        "{:?}",
+        events.iter().map(|e| (&e.container_id, kind(e))).collect::<Vec<_>>()
+    );
+    assert_eq!(by_object(&events)[&sandbox], [STOPPED, DELETED]);
+    // Yet it takes no containers from the beginning of the stop on.
+    let status = events[place(&ids[0])].pod_sandbox_status.as_ref().expect("a sandbox status");
+    assert_eq!(status.state.enum_value(), Ok(PodSandboxState::SANDBOX_NOTREADY));
+}
+
+#[test]
 fn ends_are_told_once_however_they_come() {
     let mut node = Node::start();
     let sandbox = node.sandbox("web");

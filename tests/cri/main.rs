@@ -69,3 +69,5 @@ mod streaming;
 mod together;
 /// Sandboxes of other users.
 mod userns;
+/// Clients that take no answers.
+mod window;

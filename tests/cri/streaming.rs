@@ -6,7 +6,7 @@ use std::net::TcpStream;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use crisp::api::runtime::{AttachRequest, ExecRequest, PortForwardRequest};
+use crisp::api::runtime::{AttachRequest, ContainerState, ExecRequest, PortForwardRequest};
 use crisp::cli::client::SHORT;
 use crisp::streaming::spdy::frame;
 use grpcio::RpcStatusCode as Code;
@@ -134,6 +134,92 @@ fn output_exit_code_and_half_closed_stdin() {
     let end = exec(&node, &id, "o", "sleep 30 & echo started").end();
     assert_eq!((end.stdout.as_slice(), end.code), (&b"started\n"[..], Some(0)));
     assert!(begin.elapsed() < Duration::from_secs(10), "{:?}", begin.elapsed());
+}
+
+/// A terminal cannot be half closed: it gets its end-of-file character, also within a line.
+#[test]
+fn a_terminal_hears_of_the_end_of_stdin() {
+    let (node, id) = start("");
+    for text in ["word\n", "word"] {
+        let mut session = exec(&node, &id, "iotr", "cat; echo; echo end; exit 4");
+        let stdin = session.stdin;
+        session.client.send(stdin, text.as_bytes(), true);
+        let end = session.end();
+        let said = String::from_utf8_lossy(&end.stdout).into_owned();
+        assert!(said.contains("word") && said.ends_with("end\r\n") && end.code == Some(4), "{said:?} {:?}", end.code);
+    }
+}
+
+/// A container with stdin that runs `script`.
+fn reader(node: &Node, name: &str, script: &str, tty: bool, once: bool) -> String {
+    let sandbox = node.sandbox_ids().remove(0);
+    let mut config = node.container_config(name, script);
+    (config.stdin, config.stdin_once, config.tty) = (true, once, tty);
+    let id = node.create(&sandbox, &config).expect("create");
+    node.start_container(&id).expect("start");
+    id
+}
+
+fn attach(node: &Node, id: &str, wanted: &str) -> Session<TcpStream> {
+    let request = AttachRequest {
+        container_id: id.into(),
+        stdin: wanted.contains('i'),
+        stdout: wanted.contains('o'),
+        tty: wanted.contains('r'),
+        ..Default::default()
+    };
+    let url = node.runtime().attach(&request, SHORT).expect("attach").url;
+    open(connect(&url), &split(&url).1, wanted)
+}
+
+#[test]
+fn an_attach_ends_with_its_input_where_stdin_stays_open() {
+    let (node, _) = start("");
+    let open = reader(&node, "open", "cat; echo over", false, false);
+    for text in ["one\n", "two\n"] {
+        let mut session = attach(&node, &open, "io");
+        let (stdin, stdout) = (session.stdin, session.stdout);
+        session.client.send(stdin, text.as_bytes(), false);
+        session.client.until("the echo", |c| c.streams[&stdout].bytes == text.as_bytes());
+        session.client.send(stdin, b"", true);
+        assert_eq!(session.end().code, Some(0));
+        assert_eq!(node.state(&open), ContainerState::CONTAINER_RUNNING);
+    }
+    // Everything reaches one that reads late, more than the pipes on the way hold.
+    let late = reader(&node, "late", "sleep 1; head -c 300000 > /dev/null; exit 5", false, false);
+    let mut session = attach(&node, &late, "io");
+    let stdin = session.stdin;
+    (0..30).for_each(|_| session.client.send(stdin, &[b'x'; 10_000], false));
+    session.client.send(stdin, b"", true);
+    assert_eq!(session.end().code, Some(0));
+    assert_eq!(node.wait_exit(&late).exit_code, 5);
+    // With stdin_once the end is the container's, and the session sees it out.
+    let once = reader(&node, "once", "cat; echo over; exit 3", false, true);
+    let mut session = attach(&node, &once, "io");
+    let stdin = session.stdin;
+    session.client.send(stdin, b"all\n", true);
+    let end = session.end();
+    assert_eq!((end.stdout.as_slice(), end.code), (&b"all\nover\n"[..], Some(0)));
+    assert_eq!(node.wait_exit(&once).exit_code, 3);
+}
+
+/// A network that drops the connection ends no shell; a client that says so does.
+#[test]
+fn a_terminal_attached_once_outlives_a_lost_connection() {
+    let (node, _) = start("");
+    let id = reader(&node, "shell", "while read line; do echo \"got $line\"; done; exit 6", true, true);
+    let mut session = attach(&node, &id, "ior");
+    let (stdin, stdout) = (session.stdin, session.stdout);
+    session.client.send(stdin, b"one\n", false);
+    session.client.until("an answer", |c| String::from_utf8_lossy(&c.streams[&stdout].bytes).contains("got one"));
+    drop(session);
+    let mut session = attach(&node, &id, "ior");
+    let (stdin, stdout) = (session.stdin, session.stdout);
+    session.client.send(stdin, b"two\n", false);
+    session.client.until("an answer", |c| String::from_utf8_lossy(&c.streams[&stdout].bytes).contains("got two"));
+    session.client.send(stdin, b"", true);
+    assert_eq!(session.end().code, Some(0));
+    assert_eq!(node.wait_exit(&id).exit_code, 6);
 }
 
 #[test]

@@ -344,6 +344,45 @@ fn attach_twice_and_detach() {
     });
 }
 
+/// `kubectl run -i --leave-stdin-open` comes back, and `kubectl run -it` survives a lost connection.
+#[test]
+fn the_end_of_an_attached_stdin() {
+    with_each(|host, sandbox, _| {
+        let start = |name: &str, script: &str, tty: bool| {
+            let c = host.create_with(sandbox, name, &["sh", "-c", script], |config| {
+                (config.stdin, config.stdin_once, config.tty) = (true, tty, tty);
+            });
+            host.start_container(&c);
+            c
+        };
+        let attach = |c: &Container, tty: bool| {
+            let request = AttachRequest { container_id: c.id.clone(), stdin: true, stdout: true, stderr: !tty, tty, ..Default::default() };
+            let url = host.call(&request).url;
+            open(connect(&url), &split(&url).1, if tty { "ior" } else { "ioe" })
+        };
+        let open = start("open", "cat; echo over", false);
+        for _ in 0..2 {
+            let mut session = attach(&open, false);
+            let stdin = session.stdin;
+            expect(&mut session, "abcd1234\n", "abcd1234");
+            session.client.send(stdin, b"", true);
+            assert_eq!(session.end().code, Some(0));
+            assert_eq!(host.status(&open).state.enum_value(), Ok(ContainerState::CONTAINER_RUNNING));
+        }
+        host.stop(&open, 0);
+        let shell = start("shell", "while read line; do echo \"got $line\"; done; exit 6", true);
+        let mut session = attach(&shell, true);
+        expect(&mut session, "one\n", "got one");
+        drop(session);
+        let mut session = attach(&shell, true);
+        expect(&mut session, "two\n", "got two");
+        let stdin = session.stdin;
+        session.client.send(stdin, b"", true);
+        assert_eq!(session.end().code, Some(0));
+        assert_eq!(host.wait_exit(&shell).exit_code, 6);
+    });
+}
+
 /// `kubectl attach` without flags of a container with a terminal, and with them of one without.
 #[test]
 fn attach_with_the_other_kind_of_terminal() {

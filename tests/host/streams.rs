@@ -332,8 +332,15 @@ fn attached_to_a_terminal(f: &Fixture) {
     b.session.resize(90, 25).unwrap();
     b.type_in("three\nfour\n");
     assert!(!read_until(&b.stdout, "got four").contains("winch"));
-    // A terminal cannot be half closed: it gets its end-of-file character.
+    // Neither who goes away ends it nor who writes no more: only the key does.
     drop(a);
+    b.type_in("five\n");
+    read_until(&b.stdout, "got five");
+    let mut third = Attached::to(&c, true);
+    third.stdin = None;
+    b.type_in("six\n");
+    read_until(&third.stdout, "got six");
+    b.type_in("\x04");
     read_until(&b.stdout, "eof");
     assert_eq!(b.exit_code(), 0);
     c.finish();

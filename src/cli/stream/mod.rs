@@ -12,6 +12,7 @@ pub mod session;
 /// Terminals.
 pub mod terminal;
 
+use std::io::IsTerminal;
 use std::os::fd::AsFd;
 
 use crossbeam_channel::Receiver;
@@ -22,7 +23,7 @@ use super::args::stream::{Attach, Exec, Forward};
 use super::client::{Client, SHORT};
 use super::failure::{warn, CallError, During, Failure, Outcome};
 use super::{object, resolve};
-use crate::api::runtime::{AttachRequest, ContainerState, ExecRequest};
+use crate::api::runtime::{AttachRequest, ContainerState, ExecRequest, PortForwardRequest};
 use connect::{Link, Trust};
 use session::{End, Io, Plan};
 
@@ -38,13 +39,14 @@ pub fn exec(client: &Client, exec: &Exec, signals: Option<&SignalFd>) -> Outcome
         return object::exec(client, id, &exec.command, exec.timeout);
     }
     let trust = Trust::new(exec.ca.as_deref());
-    let mut link = match open_exec(client, id, &exec.command, exec.stdin, exec.tty, &trust) {
+    let tty = exec.tty && !(exec.stdin && is_no_terminal());
+    let mut link = match open_exec(client, id, &exec.command, exec.stdin, tty, &trust) {
         Ok(link) => link,
-        Err(Refused::Unknown) if !exec.stdin && !exec.tty => return object::exec(client, id, &exec.command, exec.timeout),
+        Err(Refused::Unknown) if !exec.stdin && !tty => return object::exec(client, id, &exec.command, exec.timeout),
         Err(Refused::Unknown) => return Err(Failure::failed("this daemon has no streams: Exec is not implemented")),
         Err(Refused::Failed(failure)) => return Err(failure),
     };
-    let plan = Plan { stdin: exec.stdin, tty: exec.tty, keys: exec.keys.clone() };
+    let plan = Plan { stdin: exec.stdin, tty, keys: exec.keys.clone() };
     match converse(&mut link, &plan, signals)? {
         End::Status(status) => Ok(session::exit_code(&status).unwrap_or_else(|message| {
             warn(&format!("exec in container {id}: {message}"));
@@ -53,6 +55,15 @@ pub fn exec(client: &Client, exec: &Exec, signals: Option<&SignalFd>) -> Outcome
         End::Closed => Err(Failure::failed(format!("exec in container {id}: the connection ended before the command did"))),
         End::Detached => Ok(0),
     }
+}
+
+/// A file or a pipe as stdin is an input that ends, which a terminal on the other side could not tell: none is asked for then, as kubectl does.
+fn is_no_terminal() -> bool {
+    let none = !std::io::stdin().is_terminal();
+    if none {
+        warn("stdin is no terminal: the command gets none (-t is ignored)");
+    }
+    none
 }
 
 /// Why there is no stream.
@@ -130,16 +141,28 @@ fn window() -> Option<terminal::Size> {
     terminal::size(stdout.as_fd()).or_else(|| terminal::size(stdin.as_fd()))
 }
 
+fn forward_url(client: &Client, sandbox: &str, ports: Vec<i32>) -> Outcome<String> {
+    let request = PortForwardRequest { pod_sandbox_id: sandbox.to_owned(), port: ports, ..Default::default() };
+    Ok(client.runtime().port_forward(&request, SHORT).during(|| format!("forward to sandbox {sandbox}"))?.url)
+}
+
+/// A link to one port of a sandbox, with two channels: the bytes and the words of an error. The server begins each with the port.
+pub fn open_port(client: &Client, sandbox: &str, port: u16, trust: &Trust) -> Outcome<Link> {
+    Link::open(&forward_url(client, sandbox, vec![port.into()])?, &[connect::V4], trust)
+}
+
 /// `crisp port-forward`: until a signal comes.
 pub fn port_forward(client: &Client, forward: &Forward, signals: &Receiver<Signal>) -> Outcome<u8> {
     let objects = resolve::objects(client)?;
     let id = &resolve::sandbox(&objects, &forward.sandbox)?.id;
-    let forwarder = forward::Forwarder::new(client.clone(), id.clone(), Trust::new(forward.ca.as_deref()));
+    let (to, sandbox, trust) = (client.clone(), id.clone(), Trust::new(forward.ca.as_deref()));
+    let mut forwarder = forward::Forwarder::new(move || connect::spdy(&forward_url(&to, &sandbox, Vec::new())?, &trust));
     let mut text = String::new();
     for (local, remote) in &forward.ports {
         let address = forwarder.listen(&forward.address, *local, *remote)?;
         text.push_str(&format!("{address} -> {remote}\n"));
     }
+    forwarder.start()?;
     super::print(&text)?;
     match signals.recv() {
         // Ctrl-C is how one leaves.
