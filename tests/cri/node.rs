@@ -19,7 +19,7 @@ use protobuf::MessageField;
 use serde_json::{json, Value};
 use tempfile::TempDir;
 
-use crate::archive;
+use crate::{archive, metric};
 
 pub type Answer<T> = Result<T, CallError>;
 
@@ -479,6 +479,7 @@ fn configuration(dir: &Path, options: &Options) -> String {
     text += &format!("\n[images]\nregistry_dir = {}\npreload_dir = {}\n", path("certs"), path("preload"));
     text += &format!("verifier_dir = {}\n", path("verifiers"));
     text += &format!("[limits]\n{}\n", options.limits);
+    text += &format!("[metrics]\naddress = \"{}\"\n", metric::address());
     text + &options.tables
 }
 
