@@ -130,6 +130,12 @@ impl Flights {
         }
     }
 
+    /// Calls that wait for a pull.
+    #[cfg(test)]
+    pub fn waiters(&self) -> usize {
+        self.table.lock().values().map(|entry| entry.waiters).sum()
+    }
+
     fn leave(&self, key: &str, flight: &Arc<Flight>) {
         let mut table = self.table.lock();
         let Some(entry) = table.get_mut(key).filter(|e| Arc::ptr_eq(&e.flight, flight)) else { return };
@@ -168,21 +174,23 @@ mod tests {
         let mut threads = Vec::new();
         let mut body = Some(release);
         for cancel in cancels.clone() {
-            let (flights, release, ended) = (flights.clone(), body.take(), ended.clone());
+            let (theirs, release, ended) = (flights.clone(), body.take(), ended.clone());
             threads.push(std::thread::spawn(move || {
-                flights.join("a", &cancel, None, move |cancel, _| {
+                theirs.join("a", &cancel, None, move |cancel, _| {
                     let result = failing(cancel, release.expect("only the first may start"));
                     ended.send(result.clone().unwrap_err().code()).unwrap();
                     result
                 })
             }));
-            std::thread::sleep(Duration::from_millis(30));
+            while flights.waiters() < threads.len() && !threads.iter().any(|t| t.is_finished()) {
+                std::thread::yield_now();
+            }
         }
         cancels[0].set();
         assert_eq!(threads.remove(0).join().unwrap().unwrap_err().code(), Code::Cancelled);
         assert!(end.recv_timeout(Duration::from_millis(50)).is_err());
         cancels[1].set();
-        assert_eq!(end.recv_timeout(Duration::from_secs(5)).unwrap(), Code::Cancelled);
+        assert_eq!(end.recv_timeout(Duration::from_secs(60)).unwrap(), Code::Cancelled);
         threads.remove(0).join().unwrap().unwrap_err();
         assert!(flights.table.lock().is_empty());
     }

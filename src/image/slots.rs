@@ -47,7 +47,7 @@ mod tests {
     use super::*;
     use std::sync::atomic::{AtomicU64, Ordering};
     use std::sync::Arc;
-    use std::time::Duration;
+    use std::time::{Duration, Instant};
 
     #[test]
     fn never_more_than_there_are() {
@@ -59,7 +59,11 @@ mod tests {
                     let want = 1 + i % 2;
                     let _taken = slots.take(want, &Cancel::never()).unwrap();
                     most.fetch_max(used.fetch_add(want, Ordering::SeqCst) + want, Ordering::SeqCst);
-                    std::thread::sleep(Duration::from_millis(2));
+                    // Some of them meet, also where threads begin slowly.
+                    let begin = Instant::now();
+                    while most.load(Ordering::SeqCst) < 3 && begin.elapsed() < Duration::from_secs(20) {
+                        std::thread::sleep(Duration::from_millis(2));
+                    }
                     used.fetch_sub(want, Ordering::SeqCst);
                 })
             })

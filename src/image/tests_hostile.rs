@@ -121,7 +121,7 @@ fn wrong_ranges_are_not_taken() {
 }
 
 fn impatient(fake: &Fake) -> Site {
-    site_with(&[fake], |_, settings| settings.stall = Duration::from_millis(400))
+    site_with(&[fake], |_, settings| settings.stall = Duration::from_secs(2))
 }
 
 #[test]
@@ -134,7 +134,8 @@ fn stalls_and_trickles_are_broken_off() {
         _ => reply.ranged(r),
     });
     assert_eq!(impatient(&fake).pull(&fake, ":v1", None).unwrap().id, c.id);
-    assert_eq!(fake.count(&c.blobs[0]), 3);
+    // A busy machine may make one more of them stall.
+    assert!(fake.count(&c.blobs[0]) >= 3);
     // A manifest that trickles, and one that never comes.
     let answers = c.answers.clone();
     let fake = Fake::start(move |r| {
@@ -142,12 +143,13 @@ fn stalls_and_trickles_are_broken_off() {
         Some(if r.target.ends_with("slow") {
             Reply { drip: Duration::from_millis(30), ..reply }
         } else {
-            Reply { delay: Duration::from_secs(5), ..reply }
+            Reply { delay: Duration::from_secs(60), ..reply }
         })
     });
     let e = impatient(&fake).pull(&fake, ":v1", None).unwrap_err();
-    assert!(e.message().starts_with("RegistryUnavailable") && e.message().contains("no answer for 0.4 s"), "{e}");
-    assert!(begin.elapsed() < Duration::from_secs(30));
+    assert!(e.message().starts_with("RegistryUnavailable") && e.message().contains("no answer for 2 s"), "{e}");
+    // The first answer never ends, a byte of the second comes each 30 ms.
+    assert!(begin.elapsed() < Duration::from_secs(120));
 }
 
 #[test]

@@ -5,7 +5,7 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use super::tests::layer_tar;
-use super::tests_fake::{bearer, content, login, site, Fake, Reply, BASIC};
+use super::tests_fake::{bearer, content, login, site, site_with, Fake, Gate, Reply, BASIC};
 use super::*;
 use crate::error::Code;
 
@@ -190,11 +190,14 @@ fn an_absent_registry_is_unavailable() {
 #[test]
 fn many_pulls_share_one_fetch() {
     let c = content(&[layer_tar("a"), layer_tar("b"), layer_tar("c")]);
-    let mut answers = c.answers.clone();
-    for blob in &c.blobs {
-        answers.get_mut(blob).unwrap().delay = Duration::from_millis(100);
-    }
-    let fake = Arc::new(Fake::start(move |r| answers.get(&r.target).cloned()));
+    let (answers, gate) = (c.answers.clone(), Gate::default());
+    let held = gate.clone();
+    let fake = Arc::new(Fake::start(move |r| {
+        if r.target.contains("/blobs/") {
+            held.pass();
+        }
+        answers.get(&r.target).cloned()
+    }));
     let site = Arc::new(site(&[&fake]));
     let threads: Vec<_> = (0..8)
         .map(|i| {
@@ -204,6 +207,10 @@ fn many_pulls_share_one_fetch() {
             std::thread::spawn(move || site.pull(&fake, &version, None).unwrap().id.clone())
         })
         .collect();
+    while site.images.inner.flights.waiters() < 8 && !threads.iter().any(|t| t.is_finished()) {
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    gate.open();
     for thread in threads {
         assert_eq!(thread.join().unwrap(), c.id);
     }
@@ -215,19 +222,25 @@ fn many_pulls_share_one_fetch() {
 #[test]
 fn a_cancelled_pull_leaves_nothing_half_made() {
     let c = content(&[layer_tar("a"), layer_tar("b")]);
-    let mut answers = c.answers.clone();
-    answers.get_mut(&c.blobs[1]).unwrap().delay = Duration::from_secs(2);
-    let fake = Fake::start(move |r| answers.get(&r.target).cloned());
-    let site = site(&[&fake]);
+    let (answers, blob, gate) = (c.answers.clone(), c.blobs[1].clone(), Gate::default());
+    let held = gate.clone();
+    let fake = Fake::start(move |r| {
+        if r.target == blob {
+            held.pass();
+        }
+        answers.get(&r.target).cloned()
+    });
+    let site = site_with(&[&fake], |_, settings| settings.stall = Duration::from_secs(300));
     let cancel = Cancel::never();
     let (other, images, name) = (cancel.clone(), site.images.clone(), format!("{}/a/b:v1", fake.address));
     let thread = std::thread::spawn(move || images.pull(&name, None, &other, None));
-    std::thread::sleep(Duration::from_millis(500));
-    let start = std::time::Instant::now();
+    while fake.count(&c.blobs[1]) == 0 && !thread.is_finished() {
+        std::thread::sleep(Duration::from_millis(5));
+    }
     cancel.set();
     assert_eq!(thread.join().unwrap().unwrap_err().code(), Code::Cancelled);
-    assert!(start.elapsed() < Duration::from_millis(500));
-    let end = std::time::Instant::now() + Duration::from_secs(10);
+    // The registry has not answered yet.
+    let end = std::time::Instant::now() + Duration::from_secs(20);
     let temp = || {
         std::fs::read_dir(site.dir.path().join("root/layers")).unwrap().any(|e| e.unwrap().file_name().to_string_lossy().contains("tmp"))
     };
@@ -236,5 +249,6 @@ fn a_cancelled_pull_leaves_nothing_half_made() {
         std::thread::sleep(Duration::from_millis(50));
     }
     assert!(site.images.list().is_empty() && site.layers() <= 1, "a finished layer may stay for the next try");
+    gate.open();
     site.pull(&fake, ":v1", None).unwrap();
 }

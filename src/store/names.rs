@@ -156,7 +156,10 @@ mod tests {
                 Claim::Make(_) => panic!("made twice"),
             });
             assert_eq!(names.claim("n", "id3", b"other", &Cancel::never()).err().unwrap().code(), Code::AlreadyExists);
-            std::thread::sleep(Duration::from_millis(20));
+            // The entry's, the maker's, and that of the call that has joined.
+            while Arc::strong_count(&making.flight) < 3 && !joined.is_finished() {
+                std::thread::yield_now();
+            }
             making.finish(Ok("id1".into()), false);
             assert_eq!(joined.join().unwrap(), "id1");
         });

@@ -328,15 +328,15 @@ mod tests {
         let begin = Instant::now();
         let e = Program::new("/bin/sh").args(["-c", "sleep 60 & sleep 60"]).run(&Cancel::never(), Duration::from_millis(50)).unwrap_err();
         assert_eq!(e.code(), crate::error::Code::DeadlineExceeded);
-        assert!(begin.elapsed() < Duration::from_secs(10));
+        assert!(begin.elapsed() < Duration::from_secs(30));
     }
 
     #[test]
     fn a_grandchild_with_the_pipe_does_not_hang_us() {
         let begin = Instant::now();
-        let out = Program::new("/bin/sh").args(["-c", "sleep 3 & echo hi"]).run(&Cancel::never(), MINUTE).unwrap();
+        let out = Program::new("/bin/sh").args(["-c", "sleep 60 & echo hi"]).run(&Cancel::never(), MINUTE).unwrap();
         assert_eq!(out.stdout, b"hi\n");
-        assert!(begin.elapsed() < Duration::from_secs(2));
+        assert!(begin.elapsed() < Duration::from_secs(30));
     }
 
     #[test]

@@ -7,7 +7,7 @@ use crisp::cli::client::SHORT;
 use grpcio::RpcStatusCode as Code;
 use protobuf::MessageField;
 
-use crate::node::{alive, eventually, exec_request, refused, Node, Options};
+use crate::node::{alive, eventually, exec_request, refused, Node, Options, PATIENCE};
 use crate::raw::{Pending, Raw};
 use crate::registry::Registry;
 
@@ -55,8 +55,13 @@ fn the_deadline_of_the_client_ends_an_exec() {
     let sandbox = node.sandbox("web");
     let id = node.launch(&sandbox, "app", "exec sleep 1000");
     let script = format!("echo $$ > {}/exec; exec sleep 1000", node.path("").display());
-    let answer = node.runtime().exec_sync(&exec_request(&id, &script, 0), Some(Duration::from_millis(500)));
-    refused(answer, Code::DEADLINE_EXCEEDED, "");
+    // Where the machine is busy the first deadline may be over before the command has begun.
+    let began = [0.5, 2.0, 8.0].into_iter().any(|seconds| {
+        let answer = node.runtime().exec_sync(&exec_request(&id, &script, 0), Some(Duration::from_secs_f64(seconds)));
+        refused(answer, Code::DEADLINE_EXCEEDED, "");
+        node.path("exec").exists()
+    });
+    assert!(began, "the command did not begin in 8 s");
     let pid = written_pid(&node, "exec");
     eventually("the process is dead", || (!alive(pid)).then_some(()));
 }
@@ -70,9 +75,10 @@ fn an_abandoned_pull_stops() {
     let call: Pending<PullImageResponse> = raw.begin(PULL, &pull_request(&registry.image()));
     eventually("a blob is asked for", || (registry.count("/blobs/") > 0).then_some(()));
     call.cancel();
-    std::thread::sleep(Duration::from_millis(300));
+    node.wait_busy(0);
+    // Nobody waits for an answer any more: the pull has not just lost its listener.
+    eventually("the downloads are given up", || (registry.hung_up() == registry.count("/blobs/")).then_some(()));
     registry.release();
-    std::thread::sleep(Duration::from_millis(500));
     let images = node.images().list_images(&ListImagesRequest::default(), SHORT).expect("list").images;
     assert_eq!(images.len(), 1, "the abandoned pull went on: {images:?}");
     let answer = node.images().pull_image(&pull_request(&registry.image()), SHORT).expect("pull");
@@ -87,12 +93,11 @@ fn a_pull_goes_on_for_those_who_stay() {
     let raw = Raw::connect(&node.config().socket);
     let stays: Pending<PullImageResponse> = raw.begin(PULL, &pull_request(&registry.image()));
     eventually("a blob is asked for", || (registry.count("/blobs/") > 0).then_some(()));
-    // The one that leaves came second: whether it has joined by the time it is cancelled cannot be seen from here, and must not
-    // matter. That the first may leave too is a unit test of `image::flight`.
+    // The one that leaves came second. That the first may leave too is a unit test of `image::flight`.
     let gone: Pending<PullImageResponse> = raw.begin(PULL, &pull_request(&registry.image()));
-    std::thread::sleep(Duration::from_millis(100));
+    node.wait_busy(2);
     gone.cancel();
-    std::thread::sleep(Duration::from_millis(100));
+    node.wait_busy(1);
     registry.release();
     assert_eq!(stays.wait().expect("pull").image_ref, registry.id);
     assert_eq!(registry.count("/manifests/"), 1, "both share one pull");
@@ -104,10 +109,10 @@ fn an_abandoned_stop_does_not_kill() {
     let sandbox = node.sandbox("web");
     let id = stubborn(&node, &sandbox);
     let raw = Raw::connect(&node.config().socket);
-    let call: Pending<StopContainerResponse> = raw.begin(STOP, &stop_request(&id, 1));
-    std::thread::sleep(Duration::from_millis(200));
+    let call: Pending<StopContainerResponse> = raw.begin(STOP, &stop_request(&id, 600));
+    node.wait_busy(1);
     call.cancel();
-    std::thread::sleep(Duration::from_millis(1500));
+    node.wait_busy(0);
     assert_eq!(node.state(&id), ContainerState::CONTAINER_RUNNING);
     node.stop(&id, 0).expect("stop");
 }
@@ -123,13 +128,14 @@ fn a_hundred_waiting_calls_delay_nobody() {
     let pull: Pending<PullImageResponse> = raw.begin(PULL, &pull_request(&registry.image()));
     let exec: Pending<ExecSyncResponse> = raw.begin(EXEC, &exec_request(&id, "sleep 1000", 0));
     let stops: Vec<Pending<StopContainerResponse>> = (0..100).map(|_| raw.begin(STOP, &stop_request(&id, 600))).collect();
-    std::thread::sleep(Duration::from_millis(300));
+    node.wait_busy(102);
     let runtime = node.runtime();
-    let mut times = Vec::new();
+    let mut longest = Duration::ZERO;
+    // None of the others ends by itself: a call that waits for one of them waits for as long as it may.
     let mut timed = |call: &dyn Fn()| {
         let begin = Instant::now();
         call();
-        times.push(begin.elapsed());
+        longest = longest.max(begin.elapsed());
     };
     for _ in 0..20 {
         timed(&|| drop(runtime.list_containers(&ListContainersRequest::default(), SHORT).expect("list")));
@@ -140,11 +146,7 @@ fn a_hundred_waiting_calls_delay_nobody() {
     }
     // Slow calls that need not wait do not either.
     timed(&|| drop(node.exec(&id, "true", 0).expect("exec")));
-    let slow_call = times.pop().expect("timed");
-    assert!(slow_call < Duration::from_secs(5), "{slow_call:?}");
-    times.sort();
-    // The machine may be busy with other tests; a lane that is blocked shows in every call.
-    assert!(times[times.len() * 9 / 10] < Duration::from_millis(50), "{times:?}");
+    assert!(longest < SHORT.expect("a limit") / 2, "{longest:?}");
     node.stop(&id, 0).expect("a stop without grace");
     for stop in stops {
         stop.wait().expect("the container has stopped");
@@ -159,34 +161,34 @@ fn a_full_queue_refuses_and_lists_go_on() {
     let node = Node::with(Options { limits: "slow_threads = 4\nqueue = 16".into(), ..Default::default() });
     let sandbox = node.sandbox("web");
     let id = stubborn(&node, &sandbox);
+    let pid = node.pid(&id);
     let raw = Raw::connect(&node.config().socket);
     let (tx, answers) = std::sync::mpsc::channel();
     let ask = || {
-        let (stop, tx): (Pending<StopContainerResponse>, _) = (raw.begin(STOP, &stop_request(&id, 8)), tx.clone());
+        let (stop, tx): (Pending<StopContainerResponse>, _) = (raw.begin(STOP, &stop_request(&id, 600)), tx.clone());
         std::thread::spawn(move || tx.send(stop.wait()));
     };
     // Four get a worker, sixteen wait; those for whom there is no place are answered at once.
     (0..40).for_each(|_| ask());
-    let soon = || answers.recv_timeout(Duration::from_millis(500)).ok();
-    let mut refusals: Vec<_> = std::iter::from_fn(soon).collect();
-    assert!((20..=24).contains(&refusals.len()), "{}", refusals.len());
     // A burst may find the queue full before a worker has taken the first: then there is a place again.
     let mut asked = 40;
-    refusals.push(loop {
-        asked += 1;
-        ask();
-        if let Some(answer) = soon() {
-            break answer;
+    eventually("every place is taken", || {
+        let full = node.slow_calls() == (4, 16);
+        if !full {
+            asked += 1;
+            ask();
         }
+        full.then_some(())
     });
-    let refused_calls = refusals.len();
-    for answer in refusals {
+    for _ in 20..asked {
+        let answer = answers.recv_timeout(PATIENCE).expect("those without a place are answered");
         refused(answer, Code::RESOURCE_EXHAUSTED, "slow");
     }
-    assert_eq!(asked - refused_calls, 20);
+    assert_eq!(node.slow_calls(), (4, 16));
     refused(node.stop(&id, 0), Code::RESOURCE_EXHAUSTED, "slow");
     assert_eq!(node.container_ids(), [id.clone()]);
     assert_eq!(node.state(&id), ContainerState::CONTAINER_RUNNING);
+    nix::sys::signal::kill(nix::unistd::Pid::from_raw(pid), nix::sys::signal::Signal::SIGKILL).expect("end the container");
     for _ in 0..20 {
         answers.recv().expect("an answer").expect("stopped");
     }

@@ -32,6 +32,8 @@ mod info;
 mod late;
 /// Lists and their filters.
 mod list;
+/// What a daemon tells of itself, and waiting for it.
+mod metric;
 /// Networks whose plugins fail.
 mod network;
 /// The daemon of one test, and the look for what it left.

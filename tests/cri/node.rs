@@ -19,7 +19,7 @@ use protobuf::MessageField;
 use serde_json::{json, Value};
 use tempfile::TempDir;
 
-use crate::archive;
+use crate::{archive, metric};
 
 pub type Answer<T> = Result<T, CallError>;
 
@@ -335,8 +335,20 @@ impl Node {
         ids
     }
 
-    /// What is left on the host of everything this node made; empty when all is well.
+    /// What stays on the host of everything this node made; empty when all is well. Given time: a shim's socket is closed before
+    /// its process has gone, and a reaped process stays in /proc for a moment.
     pub fn leftovers(&self) -> Vec<String> {
+        let begin = Instant::now();
+        loop {
+            let left = self.left_now();
+            if left.is_empty() || begin.elapsed() > PATIENCE {
+                return left;
+            }
+            std::thread::sleep(Duration::from_millis(20));
+        }
+    }
+
+    fn left_now(&self) -> Vec<String> {
         let mut left = Vec::new();
         for mount in crisp::sys::mount::below(self.dir.path()).expect("read the mount table") {
             left.push(format!("mount {}", mount.display()));
@@ -417,14 +429,7 @@ impl Drop for Node {
         }
         self.stop_daemon();
         if !failed {
-            // A reaped process stays in /proc for a moment.
-            let begin = Instant::now();
-            let mut left = self.leftovers();
-            while !left.is_empty() && begin.elapsed() < Duration::from_secs(3) {
-                std::thread::sleep(Duration::from_millis(20));
-                left = self.leftovers();
-            }
-            problems.extend(left);
+            problems.extend(self.leftovers());
         }
         self.clean_by_force();
         if !failed && !problems.is_empty() {
@@ -447,7 +452,7 @@ pub fn start(config: &Config) -> crisp::error::Result<Daemon> {
     let begin = Instant::now();
     loop {
         match Daemon::start(config) {
-            Err(e) if e.message().contains("another crispd") && begin.elapsed() < Duration::from_secs(1) => {
+            Err(e) if e.message().contains("another crispd") && begin.elapsed() < PATIENCE => {
                 std::thread::sleep(Duration::from_millis(20));
             }
             result => return result,
@@ -474,6 +479,7 @@ fn configuration(dir: &Path, options: &Options) -> String {
     text += &format!("\n[images]\nregistry_dir = {}\npreload_dir = {}\n", path("certs"), path("preload"));
     text += &format!("verifier_dir = {}\n", path("verifiers"));
     text += &format!("[limits]\n{}\n", options.limits);
+    text += &format!("[metrics]\naddress = \"{}\"\n", metric::address());
     text + &options.tables
 }
 

@@ -4,6 +4,7 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
+use crisp::api::runtime::{VersionRequest, VersionResponse};
 use crisp::cli::failure::CallError;
 use grpcio::{CallOption, ChannelBuilder, ClientUnaryReceiver, EnvBuilder, Marshaller, Method, MethodType};
 use protobuf::Message;
@@ -26,6 +27,12 @@ impl Raw {
         let method = Method { ty: MethodType::Unary, name: path, req_mar: marshaller(), resp_mar: marshaller() };
         let options = CallOption::default().timeout(Duration::from_secs(120));
         Pending(self.client.unary_call_async(&method, request, options).expect("begin a call"))
+    }
+
+    /// Abandons a call; returns when the daemon knows, for it reads what comes on one connection in order.
+    pub fn abandon<R: Message>(&self, call: Pending<R>) {
+        call.cancel();
+        let _: VersionResponse = self.call("/runtime.v1.RuntimeService/Version", &VersionRequest::default()).expect("version");
     }
 
     pub fn call<Q: Message, R: Message>(&self, path: &'static str, request: &Q) -> Result<R, CallError> {

@@ -3,7 +3,10 @@
 use std::collections::HashMap;
 use std::io::{BufRead, BufReader, Write};
 use std::net::{TcpListener, TcpStream};
+use std::os::fd::AsRawFd;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar, Mutex};
+use std::time::Duration;
 
 use serde_json::json;
 
@@ -26,6 +29,7 @@ struct Shared {
     seen: Mutex<Vec<String>>,
     held: Mutex<bool>,
     released: Condvar,
+    hung_up: AtomicUsize,
     /// `user:password` in base64 that every request must bring.
     password: Option<String>,
 }
@@ -56,7 +60,8 @@ impl Registry {
             (format!("/v2/a/b/blobs/{}", archive::digest(&layer)), ("application/octet-stream", layer)),
         ]);
         let (seen, held, released) = (Mutex::new(Vec::new()), Mutex::new(false), Condvar::new());
-        let shared = Arc::new(Shared { answers, seen, held, released, password: password.map(str::to_owned) });
+        let hung_up = AtomicUsize::new(0);
+        let shared = Arc::new(Shared { answers, seen, held, released, hung_up, password: password.map(str::to_owned) });
         let listener = TcpListener::bind("127.0.0.1:0").expect("listen on loopback");
         let address = listener.local_addr().expect("a bound socket has an address").to_string();
         let theirs = shared.clone();
@@ -81,6 +86,11 @@ impl Registry {
     pub fn release(&self) {
         *self.shared.held.lock().expect("no thread panics with it") = false;
         self.shared.released.notify_all();
+    }
+
+    /// Clients so far that went away while their answer was held back.
+    pub fn hung_up(&self) -> usize {
+        self.shared.hung_up.load(Ordering::SeqCst)
     }
 
     /// Requests so far whose path contains `part`.
@@ -115,7 +125,11 @@ impl Shared {
         if path.contains("/blobs/") {
             let mut held = self.held.lock().expect("no thread panics with it");
             while *held {
-                held = self.released.wait(held).expect("no thread panics with it");
+                held = self.released.wait_timeout(held, Duration::from_millis(20)).expect("no thread panics with it").0;
+                if has_hung_up(&stream) {
+                    self.hung_up.fetch_add(1, Ordering::SeqCst);
+                    return None;
+                }
             }
         }
         let mut stream = stream;
@@ -135,4 +149,10 @@ impl Shared {
         }
         stream.write_all(body).ok()
     }
+}
+
+/// Whether the client has closed the connection. What it has asked for is read.
+fn has_hung_up(stream: &TcpStream) -> bool {
+    let flags = nix::sys::socket::MsgFlags::MSG_PEEK | nix::sys::socket::MsgFlags::MSG_DONTWAIT;
+    !matches!(nix::sys::socket::recv(stream.as_raw_fd(), &mut [0], flags), Ok(1) | Err(nix::errno::Errno::EAGAIN))
 }

@@ -1,7 +1,6 @@
 //! Equal calls that meet, and calls whose client has gone. kubelet repeats what it got no answer to.
 
 use std::fs;
-use std::time::Duration;
 
 use crisp::api::runtime::*;
 use grpcio::RpcStatusCode as Code;
@@ -40,6 +39,7 @@ fn an_equal_run_joins_the_one_under_way() {
     let config = node.sandbox_config("web");
     let first = begin(&node, &raw, &config);
     let second: Pending<RunPodSandboxResponse> = raw.begin(RUN, &run_request(&config, ""));
+    node.wait_busy(2);
     // While it is made it is nowhere to be seen: kubelet would take it for a broken one.
     assert_eq!(node.sandbox_ids(), [""; 0]);
     let id = node.plugin_calls()[0].split(' ').nth(2).expect("an id").to_owned();
@@ -66,8 +66,7 @@ fn a_run_whose_client_has_gone_is_finished_and_handed_over() {
     let node = gated();
     let raw = Raw::connect(&node.config().socket);
     let config = node.sandbox_config("web");
-    begin(&node, &raw, &config).cancel();
-    std::thread::sleep(Duration::from_millis(100));
+    raw.abandon(begin(&node, &raw, &config));
     assert_eq!(node.sandbox_ids(), [""; 0]);
     open_gate(&node);
     let id = eventually("the abandoned sandbox is finished", || node.sandbox_ids().pop());
@@ -83,9 +82,9 @@ fn a_retry_joins_a_run_whose_client_has_gone() {
     let node = gated();
     let raw = Raw::connect(&node.config().socket);
     let config = node.sandbox_config("web");
-    begin(&node, &raw, &config).cancel();
+    raw.abandon(begin(&node, &raw, &config));
     let retry: Pending<RunPodSandboxResponse> = raw.begin(RUN, &run_request(&config, ""));
-    std::thread::sleep(Duration::from_millis(50));
+    node.wait_busy(2);
     open_gate(&node);
     let id = retry.wait().expect("the retry").pod_sandbox_id;
     assert_eq!(node.sandbox_ids(), [id]);
@@ -100,7 +99,7 @@ fn a_joined_run_gets_the_error_of_the_first() {
     node.plugin_switch("second.ADD", "fail 7 'no address left' ''");
     let first = begin(&node, &raw, &config);
     let second: Pending<RunPodSandboxResponse> = raw.begin(RUN, &run_request(&config, ""));
-    std::thread::sleep(Duration::from_millis(50));
+    node.wait_busy(2);
     open_gate(&node);
     for call in [first, second] {
         refused(call.wait(), Code::INTERNAL, "no address left");

@@ -1,7 +1,6 @@
 //! OCI runtimes that fail, hang, die or are not there.
 
 use std::fs;
-use std::time::{Duration, Instant};
 
 use crisp::api::runtime::*;
 use crisp::cli::client::SHORT;
@@ -62,13 +61,12 @@ fn a_program_that_is_not_there() {
 
 #[test]
 fn a_run_that_hangs_is_killed() {
-    let node = Node::with(Options { limits: "runtime_timeout_seconds = 1".into(), ..Default::default() });
+    let node = Node::with(Options { limits: "runtime_timeout_seconds = 5".into(), ..Default::default() });
     let sandbox = node.sandbox("web");
     let id = node.create(&sandbox, &node.container_config("app", "exec sleep 1000")).expect("create");
     node.switch("run", "hang");
-    let begin = Instant::now();
+    // The words are the daemon's: a client that has waited in vain would say others.
     refused(node.start_container(&id), Code::DEADLINE_EXCEEDED, "timed out");
-    assert!(begin.elapsed() < Duration::from_secs(10), "{:?}", begin.elapsed());
     assert_start_error(&node, &id, "timed out");
     eventually("the runtime is dead", || node.processes().is_empty().then_some(()));
 }
@@ -95,7 +93,7 @@ fn handlers_that_cannot_be_used() {
 
 #[test]
 fn an_exec_that_fails() {
-    let node = Node::with(Options { limits: "runtime_timeout_seconds = 1".into(), ..Default::default() });
+    let node = Node::with(Options { limits: "runtime_timeout_seconds = 5".into(), ..Default::default() });
     let sandbox = node.sandbox("web");
     let id = node.launch(&sandbox, "app", "exec sleep 1000");
     node.switch("exec", "fail no more processes");

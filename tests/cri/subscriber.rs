@@ -146,10 +146,6 @@ impl Subscriber {
         self.events()
     }
 
-    pub fn has_ended(&self) -> bool {
-        self.reader.as_ref().is_none_or(JoinHandle::is_finished)
-    }
-
     /// How the daemon ended the call.
     pub fn end(mut self) -> Option<CallError> {
         self.reader.take().expect("it is left once").join().expect("the reader did not panic")

@@ -52,10 +52,24 @@ fn nothing_comes_of_it(host: &Host) {
 
 /// The shim of a container that is being started, which has started the runtime by now.
 fn starting_shim(container: &Container) -> i32 {
-    eventually("there is a shim", || shim_of(&container.id).is_some());
-    // The first process of that name is its parent, which goes at once.
-    std::thread::sleep(patience(Duration::from_millis(300)));
-    shim_of(&container.id).expect("it is still starting")
+    let mut shim = None;
+    eventually("a shim has started the runtime", || {
+        shim = parent_of_runtime(&container.id);
+        shim.is_some()
+    });
+    shim.expect("just found")
+}
+
+/// Who has started `RUNTIME … run … ID`.
+fn parent_of_runtime(id: &str) -> Option<i32> {
+    let processes = fs::read_dir("/proc").expect("read /proc").flatten().map(|e| e.path());
+    let is_runtime = |path: &PathBuf| {
+        let text = fs::read(path.join("cmdline")).unwrap_or_default();
+        let has = |word: &str| text.split(|b| *b == 0).any(|w| w == word.as_bytes());
+        has("run") && has(id)
+    };
+    let status = processes.into_iter().find(is_runtime).and_then(|path| fs::read_to_string(path.join("status")).ok())?;
+    status.lines().find_map(|line| line.strip_prefix("PPid:")?.trim().parse().ok())
 }
 
 fn mark(dir: &Path) -> PathBuf {

@@ -8,6 +8,7 @@ use crisp::api::runtime::{ContainerConfig, NamespaceMode, NamespaceOption, PodSa
 
 use crate::harness::{handlers, Container, Host, Sandbox};
 use crate::objects::sandbox_config;
+use crate::shim::eventually;
 
 const SLEEP: [&str; 2] = ["sleep", "1000000"];
 
@@ -93,9 +94,10 @@ fn a_container_chooses_its_pid_namespace() {
         assert_ne!(namespace(&host, &shared[0], "pid"), namespace(&host, &other, "pid"), "{handler}");
         // Its init reaps whom others leave behind.
         host.exec(&shared[0], &["sh", "-c", "(sleep 0.1 & exec true)"]);
-        std::thread::sleep(std::time::Duration::from_millis(500));
-        let (_, text, _) = host.exec(&shared[0], &["ps", "-o", "stat,args"]);
-        assert!(!text.lines().any(|line| line.trim_start().starts_with('Z')), "{handler}: {text}");
+        eventually("it has ended and was reaped", || {
+            let (_, text, _) = host.exec(&shared[0], &["ps", "-o", "stat,args"]);
+            !text.lines().any(|line| line.trim_start().starts_with('Z') || line.ends_with("sleep 0.1"))
+        });
         // A debugger goes without its target.
         host.stop(&debug, 0);
         host.stop(&shared[0], 0);

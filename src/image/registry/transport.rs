@@ -306,7 +306,7 @@ mod tests {
         let begin = Instant::now();
         cancel.set();
         assert!(call.join().unwrap().is_err());
-        assert!(begin.elapsed() < Duration::from_secs(2));
+        assert!(begin.elapsed() < Duration::from_secs(30));
     }
 
     #[test]
@@ -354,6 +354,7 @@ mod tests {
         let begin = Instant::now();
         let e = link(&Cancel::never(), Duration::from_millis(300)).get(format!("http://{address}/")).call().unwrap_err();
         assert!(matches!(e, Error::Timeout(_)), "{e}");
-        assert!(begin.elapsed() < Duration::from_secs(5));
+        // It trickles for ever.
+        assert!(begin.elapsed() < Duration::from_secs(30));
     }
 }
