@@ -170,6 +170,13 @@ mod tests {
         assert_eq!(started.load(Ordering::SeqCst), 3);
     }
 
+    /// A job that ends when all of them run.
+    fn meets(together: Arc<std::sync::Barrier>) -> Job {
+        Box::new(move || {
+            together.wait();
+        })
+    }
+
     /// Threads that could not be started are started as soon as they can be.
     #[test]
     fn workers_that_were_missing_come_later() {
@@ -190,7 +197,7 @@ mod tests {
         failing.store(true, Ordering::SeqCst);
         for _ in 0..3 {
             let together = together.clone();
-            assert!(lane.submit(Box::new(move || drop(together.wait()))).is_ok());
+            assert!(lane.submit(meets(together)).is_ok());
         }
         failing.store(false, Ordering::SeqCst);
         // Nobody submits any more: the one worker there is gets the others.
@@ -212,7 +219,7 @@ mod tests {
         let together = Arc::new(std::sync::Barrier::new(5));
         for _ in 0..4 {
             let together = together.clone();
-            assert!(lane.submit(Box::new(move || drop(together.wait()))).is_ok());
+            assert!(lane.submit(meets(together)).is_ok());
         }
         let (done, all) = crossbeam_channel::bounded::<()>(1);
         std::thread::spawn(move || (together.wait(), done.send(())));
