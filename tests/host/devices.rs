@@ -339,15 +339,15 @@ fn hooks_of_the_administrator_run_at_every_stage() {
         host.start_container(&other);
         let container = host.create_with(&sandbox, "main", &SLEEP, ask);
         host.start_container(&container);
-        host.stop(&container, 0);
         let id = &container.id;
-        // createContainer runs in the container's mount namespace before its root is entered: it writes the host's file. startContainer
-        // runs inside and writes a file of the container.
+        // startContainer runs inside and writes a file of the container; crun does not wait for it.
+        let inside = host.daemon.layout.path("root/snapshots").join(id).join("fs").join(notes.strip_prefix("/").expect("absolute"));
+        assert_eq!(lines(&inside, 1), [format!("startContainer {id}")], "{handler}");
+        host.stop(&container, 0);
+        // createContainer runs in the container's mount namespace before its root is entered: it writes the host's file.
         let found = lines(&notes, 5);
         let expected = ["prestart", "createRuntime", "createContainer", "poststart", "poststop"].map(|stage| format!("{stage} {id}"));
         assert_eq!(found, expected, "{handler}");
-        let inside = host.daemon.layout.path("root/snapshots").join(id).join("fs").join(notes.strip_prefix("/").expect("absolute"));
-        assert_eq!(lines(&inside, 1), [format!("startContainer {id}")], "{handler}");
         for container in [&plain, &other] {
             host.stop(container, 0);
         }
