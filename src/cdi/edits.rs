@@ -4,12 +4,14 @@ use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
 
 use oci_spec::runtime::{
-    Hook as OciHook, LinuxDevice, LinuxDeviceCgroup, LinuxDeviceType as Kind, LinuxIntelRdt, Mount as OciMount, Process, Spec,
+    Hook as OciHook, LinuxDevice, LinuxDeviceCgroup, LinuxDeviceType as Kind, LinuxIntelRdt, LinuxNamespaceType, Mount as OciMount,
+    Process, Spec,
 };
 
 use super::document::{Edits, Hook, IntelRdt, Mount, Node};
 use crate::error::{Context, Error, Result};
 use crate::hooks;
+use crate::spec::userns;
 
 /// Makes the edits. FAILED_PRECONDITION for what this host or the runtimes do not have.
 pub(super) fn apply(edits: &Edits, spec: &mut Spec) -> Result<()> {
@@ -67,9 +69,18 @@ fn groups(added: &[u32], process: &mut Process) {
     process.set_user(user);
 }
 
-/// A node, which replaces one of the same path, and the rule that lets it be used.
+/// A node, which replaces one of the same path, and the rule that lets it be used. In a user namespace it is the host's, with the host's
+/// owner and mode, for none can be made there.
 fn device(node: &Node, spec: &mut Spec) -> Result<()> {
     let (kind, major, minor) = numbers(node)?;
+    let path = PathBuf::from(&node.path);
+    let in_user_namespace = has_user_namespace(spec);
+    let bound = match in_user_namespace && userns::may_be_bound(&path) {
+        true => of_host(node, kind, major, minor),
+        false => None,
+    };
+    // What runtimes take for none, but for crun before it enters a user namespace: nobody could open it.
+    let usual_mode = in_user_namespace.then_some(0o666);
     let user = spec.process().as_ref().map(|process| (process.user().uid(), process.user().gid())).unwrap_or_default();
     let owner = |given: Option<u32>, own: u32| given.or(Some(own).filter(|own| *own != 0));
     let mut made = LinuxDevice::default();
@@ -77,14 +88,19 @@ fn device(node: &Node, spec: &mut Spec) -> Result<()> {
         .set_typ(kind)
         .set_major(major)
         .set_minor(minor)
-        .set_file_mode(node.file_mode)
+        .set_file_mode(node.file_mode.or(usual_mode))
         .set_uid(owner(node.uid, user.0))
         .set_gid(owner(node.gid, user.1));
 
+    if let Some(host_path) = &bound {
+        place(userns::device_bind(&path, host_path), spec);
+    }
     let linux = spec.linux_mut().get_or_insert_with(Default::default);
     let devices = linux.devices_mut().get_or_insert_with(Vec::new);
     devices.retain(|device| device.path() != made.path());
-    devices.push(made);
+    if bound.is_none() {
+        devices.push(made);
+    }
     if kind == Kind::P {
         return Ok(());
     }
@@ -98,6 +114,31 @@ fn device(node: &Node, spec: &mut Spec) -> Result<()> {
     rule.set_allow(true).set_typ(Some(typ)).set_major(Some(major)).set_minor(Some(minor)).set_access(Some(access.to_owned()));
     linux.resources_mut().get_or_insert_with(Default::default).devices_mut().get_or_insert_with(Vec::new).push(rule);
     Ok(())
+}
+
+fn has_user_namespace(spec: &Spec) -> bool {
+    let namespaces = spec.linux().as_ref().and_then(|linux| linux.namespaces().as_deref()).unwrap_or_default();
+    namespaces.iter().any(|namespace| namespace.typ() == LinuxNamespaceType::User)
+}
+
+/// Where the host has this very device; None: a number of the spec file's own, or a FIFO.
+fn of_host(node: &Node, kind: Kind, major: i64, minor: i64) -> Option<PathBuf> {
+    let path = Path::new(host_path(node)).canonicalize().ok()?;
+    let meta = path.metadata().ok()?;
+    let same = match kind {
+        Kind::B => meta.file_type().is_block_device(),
+        Kind::C | Kind::U => meta.file_type().is_char_device(),
+        _ => false,
+    };
+    (same && (major, minor) == (rustix::fs::major(meta.rdev()).into(), rustix::fs::minor(meta.rdev()).into())).then_some(path)
+}
+
+fn host_path(node: &Node) -> &str {
+    if node.host_path.is_empty() {
+        &node.path
+    } else {
+        &node.host_path
+    }
 }
 
 /// Type, major and minor: the file's own, and what it leaves out from the host's device.
@@ -114,7 +155,7 @@ fn numbers(node: &Node) -> Result<(Kind, i64, i64)> {
         Some(kind) if node.major != 0 => return Ok((kind, node.major, node.minor)),
         _ => {}
     }
-    let path = Path::new(if node.host_path.is_empty() { &node.path } else { &node.host_path });
+    let path = Path::new(host_path(node));
     let what = || format!("look at device {}", path.display());
     let meta = path.metadata().map_err(|error| Error::precondition(format!("{}: {error}", what())))?;
     let kind = meta.file_type();
@@ -149,9 +190,7 @@ fn mount(asked: &Mount, spec: &mut Spec) {
         .set_typ(Some(kind.to_owned()))
         .set_source(Some(PathBuf::from(&asked.host_path)))
         .set_options(Some(options));
-    let mounts = spec.mounts_mut().get_or_insert_with(Vec::new);
-    mounts.retain(|mount| *mount.destination() != destination);
-    mounts.push(made);
+    place(made, spec);
 
     // crun copies what is mounted below a read-only path before it makes that read-only (see `spec::security`).
     if let Some(paths) = spec.linux_mut().as_mut().and_then(|linux| linux.readonly_paths_mut().as_mut()) {
@@ -159,6 +198,12 @@ fn mount(asked: &Mount, spec: &mut Spec) {
             paths.push(asked.container_path.clone());
         }
     }
+}
+
+fn place(made: OciMount, spec: &mut Spec) {
+    let mounts = spec.mounts_mut().get_or_insert_with(Vec::new);
+    mounts.retain(|mount| mount.destination() != made.destination());
+    mounts.push(made);
 }
 
 fn hook(asked: &Hook) -> OciHook {

@@ -193,3 +193,36 @@ fn nothing_asked_looks_at_nothing() {
     Registry::new(vec![Path::new("/proc/self/mem/x").to_owned()]).inject(&[], &mut spec).unwrap();
     assert_eq!(spec, bare());
 }
+
+/// No node can be made there.
+#[test]
+fn devices_of_a_user_namespace_are_bound_from_the_host() {
+    let host = Host::new();
+    let nodes = json!([
+        {"path": "/dev/vendor/zero", "hostPath": "/dev/zero", "permissions": "r"},
+        {"path": "/dev/full", "hostPath": "/dev/full"},
+        {"path": "/dev/other", "hostPath": "/dev/zero", "type": "c", "major": 250, "minor": 1},
+        {"path": "/dev/link", "hostPath": host.dir.path().join("link"), "type": "c", "major": 1, "minor": 5, "fileMode": 0o600},
+    ]);
+    std::os::unix::fs::symlink("/dev/zero", host.dir.path().join("link")).unwrap();
+    let document = json!({"cdiVersion": "0.6.0", "kind": "v.com/c", "devices": [{"name": "d", "containerEdits": {"deviceNodes": nodes}}]});
+    host.write("low/a.json", &document.to_string());
+    let mut spec = serde_json::to_value(bare()).unwrap();
+    spec["linux"]["namespaces"] = json!([{"type": "user", "path": "/run/ns/user"}]);
+    let old = json!({"destination": "/dev/link", "type": "bind", "source": "/old"});
+    spec["mounts"].as_array_mut().unwrap().push(old);
+    let mut spec = serde_json::from_value(spec).unwrap();
+    let devices = vec![CDIDevice { name: "v.com/c=d".into(), ..Default::default() }];
+    let names = requested(&ContainerConfig { CDI_devices: devices, ..Default::default() }).unwrap();
+    host.registry.inject(&names, &mut spec).unwrap();
+    let spec = serde_json::to_value(spec).unwrap();
+    let mounts: Vec<_> = spec["mounts"].as_array().unwrap().iter().map(|m| (m["destination"].as_str(), m["source"].as_str())).collect();
+    let expected = [("/proc", "proc"), ("/data/a", "/a"), ("/dev/link", "/dev/zero"), ("/dev/vendor/zero", "/dev/zero")];
+    assert_eq!(mounts, expected.map(|(to, from)| (Some(to), Some(from))));
+    assert!(!spec["mounts"][3]["options"].to_string().contains("nodev"), "{}", spec["mounts"][3]);
+    // The runtimes have one of their own; a number that the host's node does not have is the file's business.
+    let left: Vec<_> = spec["linux"]["devices"].as_array().unwrap().iter().map(|device| device["path"].as_str().unwrap()).collect();
+    assert_eq!(left, ["/dev/full", "/dev/other"]);
+    assert_eq!(spec["linux"]["devices"][1]["fileMode"], 0o666);
+    assert_eq!(spec["linux"]["resources"]["devices"].as_array().unwrap().len(), 5, "all may be used");
+}

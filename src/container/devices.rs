@@ -94,6 +94,7 @@ fn node(path: &Path, container_path: PathBuf, access: &str) -> Result<Option<Res
     }
     Ok(Some(ResolvedDevice {
         path: container_path,
+        host_path: path.to_owned(),
         block: kind.is_block_device(),
         major: rustix::fs::major(meta.rdev()).into(),
         minor: rustix::fs::minor(meta.rdev()).into(),

@@ -10,6 +10,7 @@ use super::security::BY_NUMBER;
 use super::*;
 use crate::api::runtime::{ContainerMetadata, ImageSpec, LinuxContainerConfig, LinuxContainerResources, PodSandboxMetadata};
 use crate::error::Error;
+use crate::sys::idmap::{IdMap, IdMaps};
 
 pub(crate) struct Fixture {
     pub(crate) sandbox: PodSandboxConfig,
@@ -127,6 +128,11 @@ impl Fixture {
     pub(crate) fn set_v2(&mut self) {
         self.host.cgroup_v2 = true;
         self.host.cgroup_controllers = ["cpuset", "cpu", "io", "memory", "hugetlb", "pids"].map(str::to_owned).to_vec();
+    }
+
+    pub(crate) fn set_user_namespace(&mut self) {
+        let map = IdMap { container: 0, host: 100_000, length: 65536 };
+        self.namespaces.user = Some(UserNamespace { path: "/run/ns/user".into(), maps: IdMaps { uids: map, gids: map } });
     }
 
     pub(crate) fn set_privileged(&mut self) {

@@ -185,7 +185,7 @@ pub fn build(inputs: &Inputs) -> Result<(Spec, Vec<String>)> {
         .set_resources(Some(resources::resources(inputs, &mut warnings)?))
         .set_cgroups_path(Some(PathBuf::from(inputs.cgroups_path)))
         .set_namespaces(Some(namespaces::namespaces(inputs)))
-        .set_devices(Some(resources::device_nodes(inputs.devices)))
+        .set_devices(Some(resources::device_nodes(inputs)))
         .set_intel_rdt(resources::rdt(inputs.classes))
         .set_seccomp(seccomp::filter(inputs, &bounding, &mut warnings)?)
         .set_mount_label(inputs.confinement.labels.as_ref().map(|labels| labels.mount.clone()))

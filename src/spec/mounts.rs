@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 
 use oci_spec::runtime::Mount;
 
-use super::Inputs;
+use super::{userns, Inputs};
 
 /// A bind mount of the request, its host path resolved (`container::mounts::find`), or a volume that an image brings
 /// (`container::image_volumes`).
@@ -54,6 +54,8 @@ pub(super) fn mounts(inputs: &Inputs) -> Vec<Mount> {
     let mut all: Vec<Mount> = usual(inputs).into_iter().filter(|mount| !replaced(mount.destination())).collect();
     // These come in even below a requested /dev: /dev/shm is the sandbox's.
     all.extend(sandbox_files(inputs).into_iter().filter(|mount| !requested(mount.destination())));
+    let devices = inputs.devices.iter().filter(|device| userns::binds_device(inputs, &device.path) && !replaced(&device.path));
+    all.extend(devices.map(|device| userns::device_bind(&device.path, &device.host_path)));
     all.extend(inputs.mounts.iter().map(requested_bind));
     // Stable: /proc stays before /dev.
     all.sort_by_key(|mount| mount.destination().components().count());
@@ -83,7 +85,7 @@ fn usual(inputs: &Inputs) -> Vec<Mount> {
     if inputs.files.shm.is_none() {
         list.push(mount("/dev/shm", "tmpfs", "shm", &["nosuid", "noexec", "nodev", "mode=1777", "size=65536k"]));
     }
-    super::userns::adjust(&mut list, inputs);
+    userns::adjust(&mut list, inputs);
     list
 }
 
@@ -112,7 +114,7 @@ fn requested_bind(asked: &ResolvedMount) -> Mount {
     mount
 }
 
-fn bind(destination: &Path, source: &Path, readonly: bool, propagation: &str) -> Mount {
+pub(super) fn bind(destination: &Path, source: &Path, readonly: bool, propagation: &str) -> Mount {
     let access = if readonly { "ro" } else { "rw" };
     let mut bind = Mount::default();
     bind.set_destination(destination.to_path_buf())

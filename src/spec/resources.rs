@@ -14,7 +14,7 @@ use std::path::PathBuf;
 
 use oci_spec::runtime::{LinuxBlockIo, LinuxDevice, LinuxDeviceCgroup, LinuxDeviceType as Kind, LinuxIntelRdt, LinuxPids, LinuxResources};
 
-use super::{HostFacts, Inputs};
+use super::{userns, HostFacts, Inputs};
 use crate::api::runtime::LinuxContainerResources;
 use crate::error::Result;
 
@@ -23,6 +23,8 @@ use crate::error::Result;
 pub struct ResolvedDevice {
     /// Where the container sees it.
     pub path: PathBuf,
+    /// Where the host has it, without links.
+    pub host_path: PathBuf,
     pub block: bool,
     pub major: i64,
     pub minor: i64,
@@ -114,8 +116,8 @@ fn rule(allow: bool, kind: Option<Kind>, major: Option<i64>, minor: Option<i64>,
     rule
 }
 
-/// The nodes to make in the container's /dev.
-pub(super) fn device_nodes(devices: &[ResolvedDevice]) -> Vec<LinuxDevice> {
+/// The nodes to make in the container's /dev: those that are not bound from the host.
+pub(super) fn device_nodes(inputs: &Inputs) -> Vec<LinuxDevice> {
     let node = |device: &ResolvedDevice| {
         let mut node = LinuxDevice::default();
         node.set_path(device.path.clone())
@@ -127,7 +129,7 @@ pub(super) fn device_nodes(devices: &[ResolvedDevice]) -> Vec<LinuxDevice> {
             .set_gid(Some(device.gid));
         node
     };
-    devices.iter().map(node).collect()
+    inputs.devices.iter().filter(|device| !userns::binds_device(inputs, &device.path)).map(node).collect()
 }
 
 fn kind(device: &ResolvedDevice) -> Kind {
@@ -194,7 +196,8 @@ mod tests {
     }
 
     fn device(path: &str) -> ResolvedDevice {
-        ResolvedDevice { path: path.into(), block: true, major: 7, minor: 1, mode: 0o660, uid: 0, gid: 6, access: "r".into() }
+        let (path, host_path) = (path.into(), "/dev/loop1".into());
+        ResolvedDevice { path, host_path, block: true, major: 7, minor: 1, mode: 0o660, uid: 0, gid: 6, access: "r".into() }
     }
 
     #[test]
@@ -211,6 +214,36 @@ mod tests {
         assert_eq!(text.last().unwrap(), "true b 7:1 r");
         let node = &linux.devices().clone().unwrap()[0];
         assert_eq!((node.path().to_str(), node.typ(), node.file_mode(), node.gid()), (Some("/dev/loop1"), Kind::B, Some(0o660), Some(6)));
+    }
+
+    /// What is bound, in order, and the nodes.
+    fn devices_of(fixture: &mut Fixture) -> (Vec<(PathBuf, PathBuf)>, Vec<PathBuf>) {
+        let spec = fixture.build().0;
+        let mounts = spec.mounts().clone().unwrap_or_default().into_iter();
+        let bound = mounts.filter(|m| m.source().as_deref() == Some("/dev/loop1".as_ref()));
+        let bound = bound.map(|m| (m.destination().clone(), m.source().clone().unwrap())).collect();
+        let nodes = spec.linux().clone().unwrap().devices().clone().unwrap_or_default();
+        (bound, nodes.iter().map(|node| node.path().clone()).collect())
+    }
+
+    #[test]
+    fn devices_of_a_user_namespace_are_bound_but_for_the_runtimes_own() {
+        let mut fixture = Fixture::new();
+        fixture.devices = ["/dev/loop1", "/dev/given/loop", "/dev/tty", "/dev/null"].map(device).to_vec();
+        assert_eq!(
+            devices_of(&mut fixture),
+            (vec![], ["/dev/loop1", "/dev/given/loop", "/dev/tty", "/dev/null"].map(PathBuf::from).to_vec())
+        );
+        fixture.set_user_namespace();
+        let bound = ["/dev/loop1", "/dev/given/loop"].map(|path| (PathBuf::from(path), PathBuf::from("/dev/loop1")));
+        assert_eq!(devices_of(&mut fixture), (bound.to_vec(), ["/dev/tty", "/dev/null"].map(PathBuf::from).to_vec()));
+        let rules = resources_of(&mut fixture).devices().clone().unwrap();
+        assert_eq!(rules.iter().filter(|rule| rule.major() == Some(7)).count(), 4, "they may be used all the same");
+        // A mount of the request over one of them covers it, and the host's /dev needs none.
+        fixture.mount("/dev/given/loop", "/srv");
+        assert_eq!(devices_of(&mut fixture).0, bound[..1]);
+        fixture.mount("/dev", "/dev");
+        assert_eq!(devices_of(&mut fixture).0, []);
     }
 
     #[test]

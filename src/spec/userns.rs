@@ -62,6 +62,26 @@ pub(super) fn adjust(list: &mut Vec<Mount>, inputs: &Inputs) {
     }
 }
 
+/// What each OCI runtime puts into /dev itself, over what is there or failing because of it.
+const RUNTIMES_OWN: [&str; 8] =
+    ["/dev/null", "/dev/zero", "/dev/full", "/dev/random", "/dev/urandom", "/dev/tty", "/dev/ptmx", "/dev/console"];
+
+/// Whether a device is bound from the host instead of being made: no node can be made in a user namespace. runc would bind the host's
+/// node of the name that the container knows it by, and crun one that its umask has shut.
+pub(super) fn binds_device(inputs: &Inputs, path: &Path) -> bool {
+    inputs.namespaces.user.is_some() && may_be_bound(path)
+}
+
+/// Whether a device may be bound to this path, as far as the OCI runtime is concerned.
+pub fn may_be_bound(path: &Path) -> bool {
+    !RUNTIMES_OWN.iter().any(|own| path == Path::new(own))
+}
+
+/// The node of the host, with its owner and mode. Devices work there: the rules of the cgroup say how.
+pub fn device_bind(path: &Path, host_path: &Path) -> Mount {
+    super::mounts::bind(path, host_path, false, "rprivate")
+}
+
 #[cfg(test)]
 mod tests {
     use super::super::fixture::Fixture;

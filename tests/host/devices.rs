@@ -10,8 +10,8 @@ use grpcio::RpcStatusCode;
 use nix::sys::stat::{makedev, mknod, Mode, SFlag};
 use serde_json::{json, Value};
 
-use crate::daemon::patience;
-use crate::harness::{handlers, Host, PATIENCE};
+use crate::daemon::{patience, Kind};
+use crate::harness::{handlers, kind, Host, PATIENCE};
 use crate::objects::{container_config, create_request, sandbox_config};
 
 const SLEEP: [&str; 2] = ["sleep", "1000000"];
@@ -189,6 +189,56 @@ fn links_and_directories_of_devices() {
     host.finish();
 }
 
+/// No OCI runtime can make a node there: each binds the host's, runc that of the name which the container gives it.
+#[test]
+fn devices_in_a_user_namespace_are_the_hosts() {
+    use std::os::unix::fs::PermissionsExt;
+    if kind() == Kind::Containerd {
+        return;
+    }
+    let host = Host::start();
+    let (dir, specs) = (host.daemon.layout.path("nodes"), host.daemon.layout.path("cdi"));
+    fs::create_dir_all(&dir).expect("make a directory");
+    // Numbers of /dev/zero and /dev/full, which may be opened everywhere.
+    for (name, minor) in [("zero", 5), ("full", 7)] {
+        mknod(&dir.join(name), SFlag::S_IFCHR, Mode::S_IRWXU, makedev(1, minor)).expect("make a node");
+        fs::set_permissions(dir.join(name), fs::Permissions::from_mode(0o666)).expect("open it to all");
+    }
+    let device_node = json!({"path": "/dev/vendor/full", "hostPath": dir.join("full"), "permissions": "rw"});
+    let edits = json!({"deviceNodes": [device_node]});
+    let document = json!({"cdiVersion": "0.6.0", "kind": "v.com/c", "devices": [{"name": "a", "containerEdits": edits}]});
+    write_json(&specs.join("vendor.json"), &document);
+    for handler in handlers() {
+        let mut config = sandbox_config(&host.daemon.layout, "users", false);
+        let context = config.linux.mut_or_insert_default().security_context.mut_or_insert_default();
+        context.namespace_options.mut_or_insert_default().userns_options = Some(crate::userns::users()).into();
+        let sandbox = host.run(config, &handler);
+        let container = host.create_with(&sandbox, "main", &SLEEP, |config| {
+            config.devices = vec![
+                device(dir.join("zero"), "/dev/given/zero", "rw"),
+                // The host has another device of that name.
+                device(dir.join("zero"), "/dev/fuse", "r"),
+                device("/dev/null", "", "rw"),
+                device(dir.join("full"), "", "r"),
+            ];
+            config.CDI_devices = vec![CDIDevice { name: "v.com/c=a".into(), ..Default::default() }];
+        });
+        host.start_container(&container);
+        let own = dir.join("full");
+        let script = format!(
+            "stat -c '%a %t:%T' /dev/given/zero /dev/fuse /dev/null {} /dev/vendor/full; for f in /dev/given/zero /dev/fuse; do head -c 3 $f | wc -c; done; \
+             echo x > /dev/vendor/full; head -c 3 /dev/full | wc -c; umask",
+            own.display()
+        );
+        let (_, text, error) = host.exec(&container, &["sh", "-c", &script]);
+        assert_eq!(text, "666 1:5\n666 1:5\n666 1:3\n666 1:7\n666 1:7\n3\n3\n3\n0022\n", "{handler}: {error}");
+        assert!(error.contains("No space left"), "{handler}: {error}");
+        host.remove_all();
+    }
+    fs::remove_dir_all(&dir).expect("remove the directory");
+    host.finish();
+}
+
 /// A hook that appends its stage, and the container's id from its stdin, to `file`.
 fn note(file: &Path, stage: &str) -> (PathBuf, Vec<String>) {
     let dir = file.parent().expect("in a directory").display();
@@ -292,15 +342,15 @@ fn hooks_of_the_administrator_run_at_every_stage() {
         host.start_container(&other);
         let container = host.create_with(&sandbox, "main", &SLEEP, ask);
         host.start_container(&container);
-        host.stop(&container, 0);
         let id = &container.id;
-        // createContainer runs in the container's mount namespace before its root is entered: it writes the host's file. startContainer
-        // runs inside and writes a file of the container.
+        // startContainer runs inside and writes a file of the container; crun does not wait for it.
+        let inside = host.daemon.layout.path("root/snapshots").join(id).join("fs").join(notes.strip_prefix("/").expect("absolute"));
+        assert_eq!(lines(&inside, 1), [format!("startContainer {id}")], "{handler}");
+        host.stop(&container, 0);
+        // createContainer runs in the container's mount namespace before its root is entered: it writes the host's file.
         let found = lines(&notes, 5);
         let expected = ["prestart", "createRuntime", "createContainer", "poststart", "poststop"].map(|stage| format!("{stage} {id}"));
         assert_eq!(found, expected, "{handler}");
-        let inside = host.daemon.layout.path("root/snapshots").join(id).join("fs").join(notes.strip_prefix("/").expect("absolute"));
-        assert_eq!(lines(&inside, 1), [format!("startContainer {id}")], "{handler}");
         for container in [&plain, &other] {
             host.stop(container, 0);
         }

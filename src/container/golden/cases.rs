@@ -10,8 +10,7 @@ use crate::api::runtime::{
 };
 use crate::spec::fixture::Fixture;
 use crate::spec::seccomp::Profile;
-use crate::spec::{self, selinux, Pid, Rlimit};
-use crate::sys::idmap::{IdMap, IdMaps};
+use crate::spec::{selinux, Pid, Rlimit};
 use oci_spec::runtime::PosixRlimitType;
 
 /// All of them.
@@ -174,13 +173,12 @@ fn profile(kind: ProfileType) -> MessageField<SecurityProfile> {
 }
 
 fn user_namespace(f: &mut Fixture) {
-    let map = IdMap { container: 0, host: 100_000, length: 65536 };
     let mapping = || vec![IDMapping { container_id: 0, host_id: 100_000, length: 65536, ..Default::default() }];
     let options = || UserNamespace { mode: NamespaceMode::POD.into(), uids: mapping(), gids: mapping(), ..Default::default() };
     f.security().namespace_options.mut_or_insert_default().userns_options = MessageField::some(options());
     let sandbox = f.sandbox.linux.mut_or_insert_default().security_context.mut_or_insert_default();
     sandbox.namespace_options.mut_or_insert_default().userns_options = MessageField::some(options());
-    f.namespaces.user = Some(spec::UserNamespace { path: "/run/ns/user".into(), maps: IdMaps { uids: map, gids: map } });
+    f.set_user_namespace();
 }
 
 const NAMESPACES: &[Case] = &[
@@ -189,6 +187,13 @@ const NAMESPACES: &[Case] = &[
         f.namespaces.ipc = Some("/run/ns/ipc".into());
         f.namespaces.uts = Some("/run/ns/uts".into());
         f.namespaces.pid = Pid::Path("/proc/7/ns/pid".into());
+    }),
+    // A node cannot be made there.
+    case("user_namespace_with_devices", |f| {
+        user_namespace(f);
+        f.namespaces.net = Some("/run/ns/net".into());
+        f.namespaces.ipc = Some("/run/ns/ipc".into());
+        f.config.devices = vec![device("/dev/null", "/dev/nothing", "rw"), device("/dev/zero", "", "r")];
     }),
     case("host_pid", |f| f.namespaces.pid = Pid::Host),
     case("user_namespace", |f| {
