@@ -168,7 +168,7 @@ fn a_cancelled_pull_ends_while_the_registry_stalls() {
     assert_eq!(thread.join().unwrap().unwrap_err().code(), Code::Cancelled);
     // Not only the caller: what the pull had begun is gone as soon, long before the stall would end.
     while site.layers() > 0 {
-        assert!(begin.elapsed() < Duration::from_secs(10), "the download goes on");
+        assert!(begin.elapsed() < Duration::from_secs(60), "the download goes on");
         std::thread::sleep(Duration::from_millis(10));
     }
 }
@@ -200,7 +200,7 @@ fn busy_registries_are_asked_again() {
     let e = site(&[&fake]).pull(&fake, ":v1", None).unwrap_err();
     assert!(e.code() == Code::Unknown && e.message().starts_with("RegistryUnavailable"), "{e}");
     assert!(e.message().contains("slow down") && e.message().contains("3600 s"), "{e}");
-    assert!(begin.elapsed() < Duration::from_secs(5) && fake.seen.lock().unwrap().len() == 1);
+    assert!(begin.elapsed() < Duration::from_secs(60) && fake.seen.lock().unwrap().len() == 1);
     let fake = busy(503, "0", usize::MAX);
     let e = site(&[&fake]).pull(&fake, ":v1", None).unwrap_err();
     assert!(e.message().starts_with("RegistryUnavailable") && e.message().contains("503"), "{e}");

@@ -250,7 +250,7 @@ fn a_cancelled_pull_keeps_what_is_finished_and_nothing_else() {
     assert_eq!(pull.join().unwrap().unwrap_err().code(), Code::Cancelled);
     // The registry still holds the connection: nothing waits for it.
     soon("nothing is left", || unfinished(dir.path()).is_empty());
-    assert!(begin.elapsed() < Duration::from_secs(10), "{:?}", begin.elapsed());
+    assert!(begin.elapsed() < Duration::from_secs(60), "{:?}", begin.elapsed());
     assert!(store.inner.layers.is_ready(&low) && store.list().is_empty());
     registry.release();
     registry.pull(&store, "a", &Cancel::never()).join().unwrap().unwrap();

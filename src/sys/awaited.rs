@@ -94,7 +94,7 @@ mod tests {
         cancel.set();
         let (three, never) = waiter.join().unwrap();
         assert_eq!((three.unwrap(), never.unwrap_err().code()), ("three", Code::Cancelled));
-        assert!(begin.elapsed() < Duration::from_secs(5));
+        assert!(begin.elapsed() < Duration::from_secs(60));
         let late = Cancel::never().within(Duration::from_millis(5));
         assert_eq!(value.wait(&late, |_| None::<()>).unwrap_err().code(), Code::DeadlineExceeded);
         assert_eq!(value.wait(&cancel, |v| Some(*v)).unwrap(), 3, "what is there is had");

@@ -34,7 +34,7 @@ fn everything_comes_back() {
     assert_eq!(node.pid(&running), pid);
     assert!(alive(pid));
     assert_eq!(node.plugin_calls().len(), 3, "no network was touched");
-    assert_eq!(node.exec(&running, "echo well", 5).expect("exec").stdout, b"well\n");
+    assert_eq!(node.exec(&running, "echo well", 20).expect("exec").stdout, b"well\n");
     node.start_container(&created).expect("start");
     node.stop(&running, 0).expect("stop");
     let log = fs::read_to_string(node.path("logs/web/running.log")).expect("the log");

@@ -13,7 +13,7 @@ use grpcio::RpcStatusCode as Code;
 use rustls::pki_types::pem::PemObject;
 use rustls::pki_types::{CertificateDer, ServerName};
 
-use crate::node::{alive, eventually, refused, Answer, Node, Options};
+use crate::node::{alive, eventually, refused, Answer, Node, Options, PATIENCE};
 use crate::spdy::{connect, open, request, split, upgrade, Client, Session, PROTOCOLS};
 
 /// A running container in a node.
@@ -130,10 +130,8 @@ fn output_exit_code_and_half_closed_stdin() {
     assert_eq!(end.status, serde_json::json!({"metadata": {}, "status": "Success"}));
     assert_eq!(exec(&node, &id, "e", "kill -9 $$").end().code, Some(137));
     // Who keeps the output open does not keep the client.
-    let begin = Instant::now();
-    let end = exec(&node, &id, "o", "sleep 30 & echo started").end();
+    let end = exec(&node, &id, "o", "sleep 1000 & echo started").end();
     assert_eq!((end.stdout.as_slice(), end.code), (&b"started\n"[..], Some(0)));
-    assert!(begin.elapsed() < Duration::from_secs(10), "{:?}", begin.elapsed());
 }
 
 /// A terminal cannot be half closed: it gets its end-of-file character, also within a line.
@@ -298,7 +296,7 @@ fn the_daemon_stops_with_words() {
     let pid: i32 = session.said().trim().parse().expect("a pid");
     let begin = Instant::now();
     node.stop_daemon();
-    assert!(begin.elapsed() < Duration::from_secs(5), "{:?}", begin.elapsed());
+    assert!(begin.elapsed() < PATIENCE, "{:?}", begin.elapsed());
     let end = session.end();
     assert!(end.status["message"].as_str().is_some_and(|m| m.contains("the runtime is stopping")), "{}", end.status);
     assert!(alive(pid));

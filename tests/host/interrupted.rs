@@ -15,12 +15,8 @@ use crate::shim::eventually;
 use crate::trouble::shim_of;
 
 const SLEEP: [&str; 2] = ["sleep", "1000000"];
-/// How long a slow runtime waits before it begins with a container: longer than a daemon takes to start.
-fn delay() -> Duration {
-    patience(Duration::from_secs(3))
-}
 
-/// A host whose runtimes are slow to start a container while there is a file `slow` in the directory.
+/// A host whose runtimes do not begin with the container that a file `slow` in the directory names, for as long as it is there.
 fn slow_host() -> (tempfile::TempDir, Host) {
     let dir = tempfile::tempdir().expect("make a directory");
     let mut runtimes = Vec::new();
@@ -28,9 +24,9 @@ fn slow_host() -> (tempfile::TempDir, Host) {
         let (program, real) = (dir.path().join(name), find(name).expect("it is installed"));
         let (mark, real) = (dir.path().join("slow"), real.display());
         let script = format!(
-            "#!/bin/sh\nif [ -e {} ]; then case \" $* \" in *' run '*) sleep {} ;; esac; fi\nexec {real} \"$@\"\n",
-            mark.display(),
-            delay().as_secs()
+            "#!/bin/sh\nmark={}\nif [ -e $mark ]; then\n  \
+            case \" $* \" in *' run '*\" $(cat $mark) \"*) while [ -e $mark ]; do sleep 0.1; done ;; esac\nfi\nexec {real} \"$@\"\n",
+            mark.display()
         );
         fs::write(&program, script).expect("write the runtime");
         fs::set_permissions(&program, fs::Permissions::from_mode(0o755)).expect("make it a program");
@@ -44,9 +40,9 @@ fn start_request(container: &Container) -> StartContainerRequest {
     StartContainerRequest { container_id: container.id.clone(), ..Default::default() }
 }
 
-/// Past the time at which a runtime that nobody stopped would have started the container.
+/// Past the time at which a runtime that nobody stopped has started the container, once it may.
 fn nothing_comes_of_it(host: &Host) {
-    std::thread::sleep(delay() + Duration::from_millis(500));
+    std::thread::sleep(patience(Duration::from_secs(2)));
     assert_eq!(cgroup_processes(&host.daemon.layout.tag), Vec::<i32>::new());
 }
 
@@ -72,9 +68,9 @@ fn parent_of_runtime(id: &str) -> Option<i32> {
     status.lines().find_map(|line| line.strip_prefix("PPid:")?.trim().parse().ok())
 }
 
-fn mark(dir: &Path) -> PathBuf {
+fn mark(dir: &Path, container: &Container) -> PathBuf {
     let mark = dir.join("slow");
-    fs::write(&mark, "").expect("slow it down");
+    fs::write(&mark, &container.id).expect("slow it down");
     mark
 }
 
@@ -84,7 +80,7 @@ fn a_shim_that_is_killed_in_a_start_leaves_nothing() {
     for handler in wanted_runtimes() {
         let sandbox = host.sandbox("killed", handler);
         let container = host.create(&sandbox, "main", &SLEEP);
-        let slow = mark(dir.path());
+        let slow = mark(dir.path(), &container);
         let client = host.daemon.client();
         let request = start_request(&container);
         let started = std::thread::spawn(move || client.call(&request));
@@ -106,16 +102,16 @@ fn a_daemon_that_is_killed_in_a_start_leaves_nothing() {
     for handler in wanted_runtimes() {
         let sandbox = host.sandbox("killed", handler);
         let container = host.create(&sandbox, "main", &SLEEP);
-        let slow = mark(dir.path());
+        let slow = mark(dir.path(), &container);
         let client = host.daemon.client();
         let request = start_request(&container);
         let started = std::thread::spawn(move || client.call(&request).map(drop));
         starting_shim(&container);
         host.daemon.stop(Signal::SIGKILL);
         let _ = started.join().expect("no panic");
-        fs::remove_file(slow).expect("quick again");
         host.daemon.run();
         host.daemon.wait_ready();
+        fs::remove_file(slow).expect("quick again");
         let status = host.status(&container);
         assert_eq!((status.exit_code, status.reason.as_str()), (128, "StartError"), "{handler}: {status}");
         assert!(status.message.contains("while it was being started"), "{handler}: {status}");

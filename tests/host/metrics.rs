@@ -130,13 +130,11 @@ fn seconds_and_bytes_are_the_kernels() {
             |metrics: &[Metric]| metrics.iter().find(|m| m.name == "container_fs_usage_bytes").map(|m| (m.value.value, m.timestamp));
         let wrote = host.exec(&container, &["dd", "if=/dev/urandom", "of=/grown", "bs=65536", "count=64"]);
         assert_eq!(wrote.0, 0, "{wrote:?}");
-        let begin = Instant::now();
         until("the usage of the layer", || {
             let (bytes, taken_at) = usage(&metrics_of(&host, &sandbox, &container).0).expect("a layer has a usage");
             assert!(taken_at <= crisp::store::now_ns());
             ((4 << 20)..(5 << 20)).contains(&bytes)
         });
-        assert!(begin.elapsed() < patience(Duration::from_secs(10)));
 
         // A sandbox on the host's network has no interfaces of its own.
         let mut config = sandbox_config(&host.daemon.layout, "hostnet", true);

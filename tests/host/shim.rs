@@ -238,10 +238,8 @@ fn events(f: &Fixture) {
 fn long_output(f: &Fixture) {
     let c = f.container("long", "head -c 1048576 /dev/zero | tr '\\0' x; exec sleep 0.1");
     // /dev/zero: the runtimes put it there.
-    let begin = Instant::now();
     c.start();
     assert_eq!(c.finish().exit_code, 0);
-    assert!(begin.elapsed() < patience(Duration::from_secs(10)));
     let log = c.log();
     assert_eq!(log.iter().map(|l| l.len() - "stdout P ".len()).sum::<usize>(), 1 << 20);
     assert!(log.iter().all(|l| l.starts_with("stdout P x") && l.len() <= 16 * 1024 + 9));
@@ -351,9 +349,7 @@ fn execs(f: &Fixture) {
 
     // A daemon is left alone.
     let (exec, _output) = c.exec("e3", "setsid sleep 999 & sleep 0.1; exit 0").unwrap();
-    let begin = Instant::now();
-    assert_eq!(exec.wait(&Cancel::never()).unwrap(), 0);
-    assert!(begin.elapsed() < patience(Duration::from_secs(5)));
+    assert_eq!(exec.wait(&Cancel::never().within(*LIMIT)).unwrap(), 0);
     assert_eq!(in_container(&c, "999"), 1);
 
     // Many at once.
@@ -407,9 +403,8 @@ fn shared_pid_namespace(f: &Fixture) {
     c.spec["linux"]["namespaces"] = json!([{"type": "mount"}, {"type": "ipc"}, {"type": "uts"}]);
     c.start();
     eventually("three processes", || in_container(&c, "996") == 2 || c.dir.join("exit").exists());
-    let begin = Instant::now();
+    // Not when those would have ended by themselves: it has a limit.
     assert_eq!(c.finish().exit_code, 2);
-    assert!(begin.elapsed() < patience(Duration::from_secs(5)));
 }
 
 fn update(f: &Fixture) {
