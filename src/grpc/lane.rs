@@ -5,10 +5,14 @@ use std::time::Duration;
 
 use crossbeam_channel::{Receiver, Sender, TrySendError};
 
+use crate::error::Result;
 use crate::sys::lock::{Lock, Rank};
 
 /// A call, ready to run and answer itself.
 pub(crate) type Job = Box<dyn FnOnce() + Send>;
+
+/// Starts a thread of a name.
+type Spawn = Box<dyn Fn(&str, Job) -> Result<()> + Send + Sync>;
 
 /// An idle worker beyond the first ends after this.
 const IDLE: Duration = Duration::from_secs(10);
@@ -18,6 +22,7 @@ pub(crate) struct Lane {
     name: &'static str,
     cap: usize,
     idle: Duration,
+    spawn: Spawn,
     sender: Sender<Job>,
     receiver: Receiver<Job>,
     workers: Lock<Workers>,
@@ -35,16 +40,16 @@ struct Workers {
 impl Lane {
     /// A lane of at most `cap` workers and `queue` waiting jobs.
     pub fn new(name: &'static str, cap: usize, queue: usize) -> Arc<Lane> {
-        Lane::with_idle(name, cap, queue, IDLE)
+        Lane::with(name, cap, queue, IDLE, Box::new(|name, work| crate::sys::thread::spawn(name, work).map(drop)))
     }
 
-    fn with_idle(name: &'static str, cap: usize, queue: usize, idle: Duration) -> Arc<Lane> {
+    fn with(name: &'static str, cap: usize, queue: usize, idle: Duration, spawn: Spawn) -> Arc<Lane> {
         let (sender, receiver) = crossbeam_channel::bounded(queue);
-        Arc::new(Lane { name, cap, idle, sender, receiver, workers: Lock::new(Rank::Leaf, Workers::default()) })
+        Arc::new(Lane { name, cap, idle, spawn, sender, receiver, workers: Lock::new(Rank::Leaf, Workers::default()) })
     }
 
     /// Queues `job`; gives it back when the queue is full.
-    pub fn submit(self: &Arc<Lane>, job: Job) -> Result<(), Job> {
+    pub fn submit(self: &Arc<Lane>, job: Job) -> std::result::Result<(), Job> {
         let mut workers = self.workers.lock();
         if let Err(TrySendError::Full(job) | TrySendError::Disconnected(job)) = self.sender.try_send(job) {
             drop(workers);
@@ -52,19 +57,31 @@ impl Lane {
             return Err(job);
         }
         workers.jobs += 1;
-        if workers.jobs > workers.running && workers.running < self.cap {
+        drop(workers);
+        self.staff();
+        Ok(())
+    }
+
+    /// Starts workers until each job has one, or there are as many as may be. Called whenever there may be too few: a thread that could
+    /// not be started (EAGAIN) is missing until somebody tries again.
+    fn staff(self: &Arc<Lane>) {
+        loop {
+            let mut workers = self.workers.lock();
+            if workers.jobs <= workers.running || workers.running >= self.cap {
+                return;
+            }
             workers.running += 1;
             workers.started += 1;
             let name = format!("{}-{}", self.name, workers.started);
             drop(workers);
             let lane = self.clone();
-            if let Err(e) = crate::sys::thread::spawn(&name, move || lane.work()) {
-                // The job stays queued for the workers there are; with none, the next submit tries again.
+            if let Err(e) = (self.spawn)(&name, Box::new(move || lane.work())) {
+                // The job stays queued: the next call to be submitted, taken or ended tries again.
                 log::error!("{e}");
                 self.workers.lock().running -= 1;
+                return;
             }
         }
-        Ok(())
     }
 
     /// Calls that wait, workers, and how many of them are at work.
@@ -74,15 +91,18 @@ impl Lane {
         (queued, workers.running, workers.jobs - queued)
     }
 
-    fn work(&self) {
+    fn work(self: &Arc<Lane>) {
         loop {
             match self.receiver.recv_timeout(self.idle) {
                 Ok(job) => {
+                    // It may take long, and those behind it have perhaps no worker.
+                    self.staff();
                     // Jobs catch their own panics; this only keeps the count right.
                     if std::panic::catch_unwind(std::panic::AssertUnwindSafe(job)).is_err() {
                         log::error!("a job of lane {} panicked", self.name);
                     }
                     self.workers.lock().jobs -= 1;
+                    self.staff();
                 }
                 Err(_) => {
                     let mut workers = self.workers.lock();
@@ -128,10 +148,66 @@ mod tests {
         assert_eq!(started.load(Ordering::SeqCst), 3);
     }
 
+    /// A job that waits for all of `together`.
+    fn meets(together: &Arc<std::sync::Barrier>) -> Job {
+        let together = together.clone();
+        Box::new(move || {
+            together.wait();
+        })
+    }
+
+    /// Threads that could not be started are started as soon as they can be.
+    #[test]
+    fn workers_that_were_missing_come_later() {
+        let failing = Arc::new(std::sync::atomic::AtomicBool::new(false));
+        let fails = failing.clone();
+        let spawn = move |name: &str, work: Job| match fails.load(Ordering::SeqCst) {
+            true => Err(crate::error::Error::internal(format!("start thread {name}: none left"))),
+            false => crate::sys::thread::spawn(name, work).map(drop),
+        };
+        let lane = Lane::with("test", 8, 8, IDLE, Box::new(spawn));
+        let together = Arc::new(std::sync::Barrier::new(4));
+        let (release, gate) = crossbeam_channel::bounded::<()>(0);
+        assert!(lane
+            .submit(Box::new(move || {
+                let _ = gate.recv();
+            }))
+            .is_ok());
+        failing.store(true, Ordering::SeqCst);
+        for _ in 0..3 {
+            assert!(lane.submit(meets(&together)).is_ok());
+        }
+        failing.store(false, Ordering::SeqCst);
+        // Nobody submits any more: the one worker there is gets the others.
+        drop(release);
+        let (done, all) = crossbeam_channel::bounded::<()>(1);
+        std::thread::spawn(move || (together.wait(), done.send(())));
+        assert!(all.recv_timeout(Duration::from_secs(10)).is_ok(), "{:?}", lane.load());
+    }
+
+    /// One call that is submitted makes up for all that failed before.
+    #[test]
+    fn a_submit_starts_all_that_are_missing() {
+        let left = Arc::new(AtomicUsize::new(3));
+        let spawn = move |name: &str, work: Job| match left.fetch_update(Ordering::SeqCst, Ordering::SeqCst, |n| n.checked_sub(1)) {
+            Ok(_) => Err(crate::error::Error::internal(format!("start thread {name}: none left"))),
+            Err(_) => crate::sys::thread::spawn(name, work).map(drop),
+        };
+        let lane = Lane::with("test", 8, 8, IDLE, Box::new(spawn));
+        let together = Arc::new(std::sync::Barrier::new(5));
+        for _ in 0..4 {
+            assert!(lane.submit(meets(&together)).is_ok());
+        }
+        let (done, all) = crossbeam_channel::bounded::<()>(1);
+        std::thread::spawn(move || (together.wait(), done.send(())));
+        assert!(all.recv_timeout(Duration::from_secs(10)).is_ok(), "{:?}", lane.load());
+    }
+
     /// Each of a burst of jobs gets a worker, also one that is submitted while the idle worker begins its own.
     #[test]
     fn no_job_waits_for_one_that_waits() {
-        let lane = Lane::with_idle("test", 8, 8, Duration::from_millis(1));
+        let lane =
+            Lane::with("test", 8, 8, Duration::from_millis(1), Box::new(|name, work| crate::sys::thread::spawn(name, work).map(drop)));
         for round in 0..2000u32 {
             let together = Arc::new(std::sync::Barrier::new(5));
             for _ in 0..4 {
