@@ -40,7 +40,7 @@ pub fn is_slice(parent: &str) -> bool {
 /// The cgroup path of `name` below a sandbox's cgroup parent, in the form of the cgroup driver: a parent that ends in `.slice` is
 /// systemd's, of which its last element counts.
 pub fn below(parent: &str, name: &str) -> String {
-    match parent.rsplit('/').next() {
+    match parent.trim_end_matches('/').rsplit('/').next() {
         Some(slice) if slice.ends_with(".slice") => format!("{slice}:crisp:{name}"),
         _ => format!("/{}/{name}", parent.trim_matches('/')).replace("//", "/"),
     }
@@ -108,6 +108,9 @@ mod tests {
         assert_eq!(below("/", "a"), "/a");
         assert_eq!(below("kubepods", "a"), "/kubepods/a");
         assert_eq!(below("/kubepods.slice/kubepods-pod1.slice", "a"), "kubepods-pod1.slice:crisp:a");
+        // As `is_slice` and `parent` take it.
+        assert_eq!(below("kubepods.slice/", "a"), "kubepods.slice:crisp:a");
+        assert_eq!(below("/kubepods/pod1//", "a"), "/kubepods/pod1/a");
     }
     use std::path::Path;
 
