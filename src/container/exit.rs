@@ -24,7 +24,8 @@ impl Containers {
     pub(super) fn watch(self: &Arc<Self>, container: &Arc<Container>) {
         let watched = Client::new(&container.meta.dir).watch().and_then(|watch| {
             let fd = rustix::io::fcntl_dupfd_cloexec(watch.as_fd(), 3);
-            self.watcher.add(fd.context(|| "duplicate the shim's socket")?, self.on_event(container, watch))
+            let fd = fd.context(|| "duplicate the shim's socket")?;
+            self.watcher.add(format!("shim of container {}", container.id()), fd, self.on_event(container, watch))
         });
         if let Err(e) = watched {
             log::debug!("container {}: watch its shim: {e}", container.id());

@@ -524,7 +524,7 @@ impl Sandboxes {
             }
             Keep::No
         };
-        self.watcher.add(process.into_fd(), Box::new(on_exit))
+        self.watcher.add(format!("init of sandbox {}", sandbox.id()), process.into_fd(), Box::new(on_exit))
     }
 
     fn init_died(&self, sandbox: &Arc<Sandbox>, init: Process) {

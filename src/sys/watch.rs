@@ -2,6 +2,7 @@
 
 use std::collections::HashMap;
 use std::os::fd::{AsFd, OwnedFd};
+use std::panic::{catch_unwind, AssertUnwindSafe};
 use std::sync::Arc;
 
 use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
@@ -22,6 +23,7 @@ pub type OnReady = Box<dyn FnMut() -> Keep + Send>;
 
 struct Watched {
     fd: OwnedFd,
+    what: String,
     on_ready: OnReady,
 }
 
@@ -53,13 +55,13 @@ impl Watcher {
         Ok(watcher)
     }
 
-    /// Watches `fd` until `on_ready` answers `Keep::No`.
-    pub fn add(&self, fd: OwnedFd, on_ready: OnReady) -> Result<()> {
+    /// Watches `fd` until `on_ready` answers `Keep::No`. `what` it is says the log, should the closure panic.
+    pub fn add(&self, what: String, fd: OwnedFd, on_ready: OnReady) -> Result<()> {
         let mut map = self.shared.map.lock();
         map.0 += 1;
         let token = map.0;
         self.shared.epoll.add(fd.as_fd(), EpollEvent::new(EpollFlags::EPOLLIN, token)).context(|| "watch a descriptor")?;
-        map.1.insert(token, Watched { fd, on_ready });
+        map.1.insert(token, Watched { fd, what, on_ready });
         Ok(())
     }
 
@@ -90,7 +92,12 @@ impl Shared {
             for event in &events[..count] {
                 // Taken out while it runs: the closure may add descriptors or take other locks.
                 let Some(mut watched) = self.map.lock().1.remove(&event.data()) else { continue };
-                if (watched.on_ready)() == Keep::Yes {
+                // A panic ends this one alone: all the others would go unheard with the thread.
+                let keep = catch_unwind(AssertUnwindSafe(|| (watched.on_ready)())).unwrap_or_else(|_| {
+                    log::error!("{}: what was to be done about it panicked; it is watched no more", watched.what);
+                    Keep::No
+                });
+                if keep == Keep::Yes {
                     self.map.lock().1.insert(event.data(), watched);
                 } else {
                     let _ = self.epoll.delete(watched.fd.as_fd());
@@ -112,6 +119,7 @@ mod tests {
         let mut reader = ours.try_clone().unwrap();
         watcher
             .add(
+                "a socket".into(),
                 ours.into(),
                 Box::new(move || {
                     let mut byte = [0];
@@ -141,8 +149,33 @@ mod tests {
             let _ = tx.send(());
             Keep::Yes
         };
-        watcher.add(ours.into(), Box::new(on_ready)).unwrap();
+        watcher.add("a socket".into(), ours.into(), Box::new(on_ready)).unwrap();
         watcher.stop();
+        assert!(rx.recv().is_err());
+    }
+
+    #[test]
+    fn a_panic_ends_its_descriptor_alone() {
+        let watcher = Watcher::start("test").unwrap();
+        let (tx, rx) = crossbeam_channel::unbounded::<&str>();
+        let (bad, mut to_bad) = std::os::unix::net::UnixStream::pair().unwrap();
+        let (good, mut to_good) = std::os::unix::net::UnixStream::pair().unwrap();
+        let (bad_says, good_says) = (tx.clone(), tx);
+        let panics = move || {
+            let _ = bad_says.send("bad");
+            panic!("this is part of the test");
+        };
+        watcher.add("the bad one".into(), bad.into(), Box::new(panics)).unwrap();
+        std::io::Write::write_all(&mut to_bad, b"a").unwrap();
+        assert_eq!(rx.recv(), Ok("bad"));
+        let says = move || {
+            let _ = good_says.send("good");
+            Keep::No
+        };
+        watcher.add("the good one".into(), good.into(), Box::new(says)).unwrap();
+        std::io::Write::write_all(&mut to_good, b"a").unwrap();
+        assert_eq!(rx.recv(), Ok("good"));
+        // Both closures are dropped, the first one's byte unread.
         assert!(rx.recv().is_err());
     }
 }
