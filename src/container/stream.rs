@@ -130,6 +130,17 @@ impl Control {
     }
 }
 
+/// Whether a command can be one at all; INVALID_ARGUMENT says why not.
+pub fn check_command(cmd: &[String]) -> Result<()> {
+    if cmd.first().is_none_or(String::is_empty) {
+        return Err(Error::invalid("cmd is empty"));
+    }
+    match cmd.iter().any(|arg| arg.contains('\0')) {
+        true => Err(Error::invalid("cmd: a NUL byte in an argument")),
+        false => Ok(()),
+    }
+}
+
 impl Containers {
     /// Whether `verb` (as in `exec in`) is possible now: FAILED_PRECONDITION when the container does not run.
     pub fn can_stream(&self, container: &Container, verb: &str) -> Result<()> {
@@ -148,9 +159,7 @@ impl Containers {
     pub(super) fn launch(&self, container: &Container, cmd: &[String], wanted: &Wanted, keep: bool, starting: &Cancel) -> Result<Streams> {
         let id = container.id();
         let what = || format!("exec in container {id}");
-        if cmd.first().is_none_or(String::is_empty) {
-            return Err(Error::invalid("cmd is empty"));
-        }
+        check_command(cmd)?;
         self.can_stream(container, "exec in")?;
         let process = self.exec_process(container, cmd, wanted.tty).context(what)?;
         let request = ExecRequest { id: crate::store::new_id()?[..16].to_owned(), process, console: None, keep };

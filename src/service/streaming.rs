@@ -2,7 +2,7 @@
 
 use super::{Call, Service};
 use crate::api::runtime::{AttachRequest, AttachResponse, ExecRequest, ExecResponse, PortForwardRequest, PortForwardResponse};
-use crate::container::stream::Wanted;
+use crate::container::stream::{check_command, Wanted};
 use crate::error::{Error, Result};
 use crate::streaming::request::{NetTarget, Request};
 
@@ -11,9 +11,7 @@ impl Service {
         call.about(&request.container_id);
         let wanted = Wanted { stdin: request.stdin, stdout: request.stdout, stderr: request.stderr, tty: request.tty };
         wanted.check()?;
-        if request.cmd.first().is_none_or(String::is_empty) {
-            return Err(Error::invalid("cmd is empty"));
-        }
+        check_command(&request.cmd)?;
         let container = self.containers.get(&request.container_id)?;
         call.about(container.id());
         self.containers.can_stream(&container, "exec in")?;

@@ -32,6 +32,9 @@ fn states_and_empty_commands() {
     node.start_container(&id).expect("start");
     let empty = ExecSyncRequest { container_id: id.clone(), ..Default::default() };
     refused(node.runtime().exec_sync(&empty, SHORT), Code::INVALID_ARGUMENT, "cmd");
+    refused(node.exec(&id, "echo a\0b", 1), Code::INVALID_ARGUMENT, "cmd: a NUL byte");
+    let streamed = ExecRequest { container_id: id.clone(), cmd: vec!["a\0b".into()], stdout: true, ..Default::default() };
+    refused(node.runtime().exec(&streamed, SHORT), Code::INVALID_ARGUMENT, "cmd: a NUL byte");
     node.stop(&id, 0).expect("stop");
     refused(node.exec(&id, "true", 1), Code::FAILED_PRECONDITION, "EXITED");
 }
