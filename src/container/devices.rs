@@ -35,6 +35,11 @@ fn resolve(devices: &[Device]) -> Result<Vec<ResolvedDevice>> {
         if !device.host_path.starts_with('/') || !container_path.starts_with('/') {
             return Err(Error::invalid(format!("{}: paths must be absolute", what())));
         }
+        for (field, path) in [("host_path", &device.host_path), ("container_path", &device.container_path)] {
+            if path.contains('\0') {
+                return Err(Error::invalid(format!("device {:?}: a NUL byte in {field}", device.host_path)));
+            }
+        }
         if device.permissions.is_empty() || !device.permissions.bytes().all(|b| b"rwm".contains(&b)) {
             return Err(Error::invalid(format!("{}: permissions {:?} are not of r, w and m", what(), device.permissions)));
         }
@@ -135,6 +140,10 @@ mod tests {
         {
             let error = resolve(&[device(host, container, permissions)]).unwrap_err();
             assert_eq!(error.code(), Code::InvalidArgument, "{error}");
+        }
+        for (host, container, field) in [("/dev/nu\0ll", "/dev/null", "in host_path"), ("/dev/null", "/dev/nu\0ll", "in container_path")] {
+            let error = resolve(&[device(host, container, "r")]).unwrap_err();
+            assert!(error.code() == Code::InvalidArgument && error.message().ends_with(field), "{error}");
         }
         assert_eq!(resolve(&[device("/etc/passwd", "/dev/p", "r")]).unwrap_err().code(), Code::FailedPrecondition);
         assert_eq!(resolve(&[device("/dev/no-such-device", "", "r")]).unwrap_err().code(), Code::Internal);

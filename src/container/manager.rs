@@ -484,6 +484,12 @@ fn log_path(directory: &str, path: &str) -> Result<Option<PathBuf>> {
     if directory.is_empty() || path.is_empty() {
         return Ok(None);
     }
+    // The shim could not open it, which would be told only at the start.
+    for (field, text) in [("log_directory", directory), ("config.log_path", path)] {
+        if text.contains('\0') {
+            return Err(Error::invalid(format!("{field}: a NUL byte in {text:?}")));
+        }
+    }
     let (dir, relative) = (Path::new(directory), Path::new(path));
     if !dir.is_absolute() {
         return Err(Error::invalid(format!("log_directory: expected an absolute path, found {directory:?}")));
@@ -540,5 +546,10 @@ mod tests {
             assert!(log_path(d, bad).is_err(), "{bad}");
         }
         assert!(log_path("relative", "x").is_err());
+        for (directory, path, field) in [(d, "a\0b", "config.log_path"), (d, "a\0/b", "config.log_path"), ("/a\0b", "c", "log_directory")] {
+            let error = log_path(directory, path).unwrap_err();
+            assert!(error.code() == Code::InvalidArgument && error.message().starts_with(field), "{error}");
+        }
+        assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 3, "c and the two links");
     }
 }

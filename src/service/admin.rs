@@ -23,7 +23,7 @@ impl Service {
     pub(super) fn import(&self, request: &ImportImageRequest, call: &Call) -> Result<ImportImageResponse> {
         call.about(&request.path);
         let path = Path::new(&request.path);
-        if !path.is_absolute() {
+        if !path.is_absolute() || request.path.contains('\0') {
             return Err(Error::invalid(format!("path: expected an absolute path, found {:?}", request.path)));
         }
         if request.all_platforms {

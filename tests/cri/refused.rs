@@ -238,6 +238,12 @@ const CONTAINERS: &[ContainerCase] = &[
     ("device permissions that are none", Code::INVALID_ARGUMENT, "permissions", |c| {
         c.devices.push(Device { host_path: "/dev/null".into(), permissions: "rx".into(), ..Default::default() });
     }),
+    ("a log path with a NUL byte", Code::INVALID_ARGUMENT, "config.log_path", |c| c.log_path = "app\0.log".into()),
+    ("a device with a NUL byte", Code::INVALID_ARGUMENT, "container_path", |c| {
+        let device =
+            Device { host_path: "/dev/null".into(), container_path: "/dev/a\0b".into(), permissions: "r".into(), ..Default::default() };
+        c.devices.push(device);
+    }),
     ("a stop signal that is none", Code::INVALID_ARGUMENT, "stop_signal", |c| c.stop_signal = EnumOrUnknown::from_i32(999)),
     ("swap below memory", Code::INVALID_ARGUMENT, "memory_swap_limit_in_bytes", |c| {
         let resources = c.linux.mut_or_insert_default().resources.mut_or_insert_default();
