@@ -69,7 +69,9 @@ fn an_end_before_the_watch_is_told_at_once() {
     let sandbox = node.sandbox("web");
     let script = format!("while [ ! -f {}/go ]; do sleep 0.02; done; exit 9", node.path("").display());
     let mut config = node.container_config("app", &script);
-    config.envs.push(KeyValue { key: "FAKE_DELETE".into(), value: "slow 8".into(), ..Default::default() });
+    let gate = node.path("gate");
+    fs::write(&gate, "").expect("close the gate");
+    config.envs.push(KeyValue { key: "FAKE_DELETE".into(), value: format!("gate {}", gate.display()).into(), ..Default::default() });
     let id = node.create(&sandbox, &config).expect("create");
     node.start_container(&id).expect("start");
     let dir = node.path("run/containers").join(&id);
@@ -80,6 +82,7 @@ fn an_end_before_the_watch_is_told_at_once() {
     let status = node.wait_exit(&id);
     assert_eq!((status.exit_code, status.reason.as_str()), (9, "Error"));
     assert!(dir.join("shim.sock").exists(), "told only by the end of the shim");
+    fs::remove_file(&gate).expect("open the gate");
     node.remove(&id).expect("remove, once the shim is done");
 }
 
