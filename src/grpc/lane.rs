@@ -170,8 +170,9 @@ mod tests {
         assert_eq!(started.load(Ordering::SeqCst), 3);
     }
 
-    /// A job that ends when all of them run.
-    fn meets(together: Arc<std::sync::Barrier>) -> Job {
+    /// A job that waits for all of `together`.
+    fn meets(together: &Arc<std::sync::Barrier>) -> Job {
+        let together = together.clone();
         Box::new(move || {
             together.wait();
         })
@@ -196,8 +197,7 @@ mod tests {
             .is_ok());
         failing.store(true, Ordering::SeqCst);
         for _ in 0..3 {
-            let together = together.clone();
-            assert!(lane.submit(meets(together)).is_ok());
+            assert!(lane.submit(meets(&together)).is_ok());
         }
         failing.store(false, Ordering::SeqCst);
         // Nobody submits any more: the one worker there is gets the others.
@@ -218,8 +218,7 @@ mod tests {
         let lane = Lane::with("test", 8, 8, IDLE, Box::new(spawn));
         let together = Arc::new(std::sync::Barrier::new(5));
         for _ in 0..4 {
-            let together = together.clone();
-            assert!(lane.submit(meets(together)).is_ok());
+            assert!(lane.submit(meets(&together)).is_ok());
         }
         let (done, all) = crossbeam_channel::bounded::<()>(1);
         std::thread::spawn(move || (together.wait(), done.send(())));
@@ -234,11 +233,7 @@ mod tests {
         for round in 0..2000u32 {
             let together = Arc::new(std::sync::Barrier::new(5));
             for _ in 0..4 {
-                let together = together.clone();
-                let job = Box::new(move || {
-                    together.wait();
-                });
-                assert!(lane.submit(job).is_ok());
+                assert!(lane.submit(meets(&together)).is_ok());
                 // Another moment of the worker's each round.
                 (0..round % 500 * 4).for_each(|_| std::hint::spin_loop());
             }

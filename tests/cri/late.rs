@@ -47,7 +47,7 @@ fn give_up(name: &str, script: &str, environment: &[&str]) {
     };
     let error = client::start(&shim, &bundle, &config, &Cancel::never(), Duration::from_millis(1)).expect_err("given up");
     if script.contains("came") {
-        eventually("the shim comes", || dir.path().join("came").exists().then_some(()));
+        eventually("the shim has come", || dir.path().join("came").exists().then_some(()));
     }
     let cgroup = Cgroup::at(&Layout::detect().expect("cgroups"), &cgroup).expect("a cgroup");
     let left = (cgroup.procs(), oci.join("state").join(format!("{name}.json")).exists());
@@ -76,6 +76,9 @@ fn a_container_that_runs_before_its_shim_hears_of_it_is_killed() {
 /// It may get so far only when all waiting is over.
 #[test]
 fn a_shim_that_comes_when_all_is_over_starts_nothing() {
-    let script = format!("sleep 0.2; (sleep 1; {SHIM} \"$@\"; touch \"$2/../came\") > /dev/null 2>&1 &");
+    let script = format!(
+        "sleep 0.2; (sleep 1; {SHIM} \"$@\" > \"$2/../answer\"
+        while ! [ -s \"$2/../answer\" ]; do sleep 0.05; done; touch \"$2/../came\") > /dev/null 2>&1 &"
+    );
     give_up("over", &script, &["PATH=/usr/bin:/bin"]);
 }

@@ -8,6 +8,7 @@ file (but that for its features). What it should do wrong stands in `switch/VERB
     stderr WORDS   says WORDS on stderr alone, and exits with 1
     hang           never ends
     slow SECONDS   waits, then goes on
+    gate FILE      waits for as long as FILE is there, then goes on
     die            is killed by a signal
     nopid          says that all is well, having done nothing
 """
@@ -75,6 +76,9 @@ def misbehave(environment=()):
             time.sleep(3600)
         elif kind == "slow":
             time.sleep(float(words))
+        elif kind == "gate":
+            while os.path.exists(words):
+                time.sleep(0.02)
         elif kind == "die":
             os.kill(os.getpid(), signal.SIGKILL)
         elif kind == "nopid":
