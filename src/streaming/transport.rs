@@ -104,7 +104,7 @@ impl Transport for Plain {
 /// TLS over TCP. The handshake happens within the first reads.
 pub struct Tls {
     socket: TcpStream,
-    session: rustls::ServerConnection,
+    session: rustls::Connection,
     /// Decrypted bytes that wait for `read`.
     ahead: usize,
     ended: bool,
@@ -112,8 +112,8 @@ pub struct Tls {
 
 impl Tls {
     /// Takes a socket that was `prepare`d.
-    pub fn new(socket: TcpStream, session: rustls::ServerConnection) -> Tls {
-        Tls { socket, session, ahead: 0, ended: false }
+    pub fn new(socket: TcpStream, session: impl Into<rustls::Connection>) -> Tls {
+        Tls { socket, session: session.into(), ahead: 0, ended: false }
     }
 
     fn push(&mut self) -> std::io::Result<()> {

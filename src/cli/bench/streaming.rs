@@ -11,9 +11,8 @@ use super::samples::timed;
 use crate::cli::client::Client;
 use crate::cli::failure::{Failure, Outcome};
 use crate::cli::stream::connect::{Input, Trust};
-use crate::cli::stream::forward::Forwarder;
 use crate::cli::stream::session::{self, End, Io, Plan};
-use crate::cli::stream::{open_exec, Refused};
+use crate::cli::stream::{open_exec, open_port, Refused};
 use crate::error::Context;
 
 /// Bytes at a time.
@@ -63,7 +62,7 @@ fn source(bytes: usize) -> Outcome<u16> {
 /// Bytes per second from a source on the host's loopback through a port of a sandbox that shares the host's network.
 pub fn forward_rate(client: &Client, sandbox: &str, bytes: usize) -> Outcome<f64> {
     let port = source(bytes)?;
-    let mut link = Forwarder::new(client.clone(), sandbox.to_owned(), Trust::default()).open(port)?;
+    let mut link = open_port(client, sandbox, port, &Trust::default())?;
     let (begin, mut got) = (Instant::now(), 0);
     // The port in front of the data is no data.
     while got < bytes + 2 {

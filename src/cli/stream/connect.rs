@@ -1,4 +1,4 @@
-//! From a URL to channels: TCP, TLS where the URL says https, and the WebSocket handshake. After it, nothing blocks.
+//! From a URL to channels or SPDY streams: TCP, TLS where the URL says https, and the upgrade. After it, nothing blocks.
 
 use std::io::{self, ErrorKind, Read, Write};
 use std::net::{TcpStream, ToSocketAddrs};
@@ -17,6 +17,9 @@ use tungstenite::{Bytes, Error as WsError, HandshakeError, Message, WebSocket};
 
 use crate::cli::failure::{one_line, Failure, Outcome};
 use crate::error::Context;
+use crate::streaming::request::PORT_FORWARD;
+use crate::streaming::spdy::Spdy;
+use crate::streaming::transport::{prepare, Plain, Tls, Transport};
 
 /// Streams whose ends are told one by one.
 pub const V5: &str = "v5.channel.k8s.io";
@@ -29,6 +32,8 @@ const PATIENCE: Duration = Duration::from_secs(30);
 const MESSAGE_LIMIT: usize = 4 << 20;
 /// Most that waits unsent, bytes: a few of our chunks.
 const UNSENT_LIMIT: usize = 4 << 20;
+/// Longest head of an answer, bytes.
+const HEAD_LIMIT: usize = 16 << 10;
 /// Most of the body of a refusal that is shown, bytes.
 const WORDS_LIMIT: usize = 400;
 
@@ -123,39 +128,16 @@ pub struct Link {
 impl Link {
     /// Connects to `url` (http or https) and asks for one of `protocols`, the best first.
     pub fn open(url: &str, protocols: &[&str], trust: &Trust) -> Outcome<Link> {
-        // A URL holds a token: it is not repeated in errors.
-        let uri: Uri = url.parse().map_err(|error| Failure::failed(format!("read the daemon's URL: {error}")))?;
-        let tls = match uri.scheme_str() {
-            Some("http") => false,
-            Some("https") => true,
-            other => {
-                return Err(Failure::failed(format!("the daemon's URL is of scheme {:?}; expected http or https", other.unwrap_or(""))))
-            }
-        };
-        let host = uri.host().unwrap_or_default().trim_start_matches('[').trim_end_matches(']').to_owned();
-        let port = uri.port_u16().unwrap_or(if tls { 443 } else { 80 });
-        let what = || format!("connect to {host}:{port}");
-        let tcp = dial(&host, port).context(what)?;
-        tcp.set_nodelay(true).context(what)?;
-        tcp.set_read_timeout(Some(PATIENCE)).context(what)?;
-        tcp.set_write_timeout(Some(PATIENCE)).context(what)?;
-        let stream = if tls {
-            let name = ServerName::try_from(host.clone()).map_err(|error| Failure::failed(format!("{}: {error}", what())))?;
-            let connection = ClientConnection::new(Arc::new(trust.config()?), name);
-            let mut stream = StreamOwned::new(connection.map_err(|error| Failure::failed(format!("{}: {error}", what())))?, tcp);
-            // Now, so that a certificate nobody believes in is told as what it is.
-            stream.conn.complete_io(&mut stream.sock).context(what)?;
-            Stream::Tls(Box::new(stream))
-        } else {
-            Stream::Plain(tcp)
-        };
-        Link::upgrade(&uri, stream, protocols, tls).map_err(|message| Failure::failed(format!("{}: {message}", what())))
+        let Reached { uri, what, stream } = reach(url, trust)?;
+        Link::upgrade(&uri, stream, protocols).map_err(|message| Failure::failed(format!("{what}: {message}")))
     }
 
-    fn upgrade(uri: &Uri, stream: Stream, protocols: &[&str], tls: bool) -> Result<Link, String> {
+    fn upgrade(uri: &Uri, stream: Stream, protocols: &[&str]) -> Result<Link, String> {
         let rest = uri.path_and_query().map_or("/", |rest| rest.as_str());
         let authority = uri.authority().map_or("", |authority| authority.as_str());
-        let uri: Uri = format!("{}://{authority}{rest}", if tls { "wss" } else { "ws" }).parse().map_err(|_| "bad URL".to_owned())?;
+        let uri: Uri = format!("{}://{authority}{rest}", if matches!(stream, Stream::Tls(_)) { "wss" } else { "ws" })
+            .parse()
+            .map_err(|_| "bad URL".to_owned())?;
         let request = protocols.iter().fold(ClientRequestBuilder::new(uri), |request, name| request.with_sub_protocol(*name));
         let config = WebSocketConfig::default()
             .write_buffer_size(0)
@@ -253,6 +235,77 @@ impl Link {
     }
 }
 
+/// The other end of a URL.
+struct Reached {
+    uri: Uri,
+    /// What was done, for errors.
+    what: String,
+    stream: Stream,
+}
+
+fn reach(url: &str, trust: &Trust) -> Outcome<Reached> {
+    // A URL holds a token: it is not repeated in errors.
+    let uri: Uri = url.parse().map_err(|error| Failure::failed(format!("read the daemon's URL: {error}")))?;
+    let tls = match uri.scheme_str() {
+        Some("http") => false,
+        Some("https") => true,
+        other => return Err(Failure::failed(format!("the daemon's URL is of scheme {:?}; expected http or https", other.unwrap_or("")))),
+    };
+    let host = uri.host().unwrap_or_default().trim_start_matches('[').trim_end_matches(']').to_owned();
+    let port = uri.port_u16().unwrap_or(if tls { 443 } else { 80 });
+    let what = format!("connect to {host}:{port}");
+    let tcp = dial(&host, port).context(|| &what)?;
+    tcp.set_nodelay(true).context(|| &what)?;
+    tcp.set_read_timeout(Some(PATIENCE)).context(|| &what)?;
+    tcp.set_write_timeout(Some(PATIENCE)).context(|| &what)?;
+    let stream = if tls {
+        let name = ServerName::try_from(host).map_err(|error| Failure::failed(format!("{what}: {error}")))?;
+        let connection = ClientConnection::new(Arc::new(trust.config()?), name);
+        let mut stream = StreamOwned::new(connection.map_err(|error| Failure::failed(format!("{what}: {error}")))?, tcp);
+        // Now, so that a certificate nobody believes in is told as what it is.
+        stream.conn.complete_io(&mut stream.sock).context(|| &what)?;
+        Stream::Tls(Box::new(stream))
+    } else {
+        Stream::Plain(tcp)
+    };
+    Ok(Reached { uri, what, stream })
+}
+
+/// Connects to `url` and has it speak SPDY/3.1, for the ports of a sandbox.
+pub fn spdy(url: &str, trust: &Trust) -> Outcome<Spdy<Box<dyn Transport>>> {
+    let Reached { uri, what, mut stream } = reach(url, trust)?;
+    let path = uri.path_and_query().map_or("/", |rest| rest.as_str());
+    let host = uri.authority().map_or("", |authority| authority.as_str());
+    let request = format!(
+        "POST {path} HTTP/1.1\r\nHost: {host}\r\nConnection: Upgrade\r\nUpgrade: SPDY/3.1\r\nX-Stream-Protocol-Version: {PORT_FORWARD}\r\n\r\n"
+    );
+    stream.write_all(request.as_bytes()).context(|| &what)?;
+    // By bytes: what follows the head is no text.
+    let (mut head, mut byte) = (Vec::new(), [0]);
+    while !head.ends_with(b"\r\n\r\n") && head.len() < HEAD_LIMIT {
+        stream.read_exact(&mut byte).context(|| &what)?;
+        head.push(byte[0]);
+    }
+    let head = String::from_utf8_lossy(&head).into_owned();
+    let status = head.lines().next().and_then(|line| line.split_once(' ')).map_or("", |(_, status)| status);
+    if !status.starts_with("101") {
+        let mut body = Vec::new();
+        let _ = stream.take(WORDS_LIMIT as u64).read_to_end(&mut body);
+        return Err(Failure::failed(format!("{what}: {}", answered(status, &body))));
+    }
+    prepare(stream.tcp())?;
+    Ok(Spdy::client(match stream {
+        Stream::Plain(tcp) => Box::new(Plain::new(tcp)) as Box<dyn Transport>,
+        Stream::Tls(tls) => Box::new(Tls::new(tls.sock, tls.conn)),
+    }))
+}
+
+/// What a server says that does not upgrade.
+fn answered(status: &str, body: &[u8]) -> String {
+    let words = one_line(&String::from_utf8_lossy(&body[..body.len().min(WORDS_LIMIT)]));
+    format!("the server answers {status}{}{words}", if words.is_empty() { "" } else { ": " })
+}
+
 /// The server has gone, with a goodbye or without.
 fn is_end(error: &WsError) -> bool {
     use tungstenite::error::ProtocolError;
@@ -284,9 +337,7 @@ fn dial(host: &str, port: u16) -> io::Result<TcpStream> {
 fn refusal<R: tungstenite::handshake::HandshakeRole>(error: HandshakeError<R>) -> String {
     match error {
         HandshakeError::Failure(WsError::Http(answer)) => {
-            let body = answer.body().as_deref().unwrap_or_default();
-            let words = one_line(&String::from_utf8_lossy(&body[..body.len().min(WORDS_LIMIT)]));
-            format!("the server answers {}{}{words}", answer.status(), if words.is_empty() { "" } else { ": " })
+            answered(&answer.status().to_string(), answer.body().as_deref().unwrap_or_default())
         }
         HandshakeError::Failure(error) => error.to_string(),
         HandshakeError::Interrupted(_) => "the server does not answer".to_owned(),

@@ -23,7 +23,7 @@ use super::args::stream::{Attach, Exec, Forward};
 use super::client::{Client, SHORT};
 use super::failure::{warn, CallError, During, Failure, Outcome};
 use super::{object, resolve};
-use crate::api::runtime::{AttachRequest, ContainerState, ExecRequest};
+use crate::api::runtime::{AttachRequest, ContainerState, ExecRequest, PortForwardRequest};
 use connect::{Link, Trust};
 use session::{End, Io, Plan};
 
@@ -141,16 +141,28 @@ fn window() -> Option<terminal::Size> {
     terminal::size(stdout.as_fd()).or_else(|| terminal::size(stdin.as_fd()))
 }
 
+fn forward_url(client: &Client, sandbox: &str, ports: Vec<i32>) -> Outcome<String> {
+    let request = PortForwardRequest { pod_sandbox_id: sandbox.to_owned(), port: ports, ..Default::default() };
+    Ok(client.runtime().port_forward(&request, SHORT).during(|| format!("forward to sandbox {sandbox}"))?.url)
+}
+
+/// A link to one port of a sandbox, with two channels: the bytes and the words of an error. The server begins each with the port.
+pub fn open_port(client: &Client, sandbox: &str, port: u16, trust: &Trust) -> Outcome<Link> {
+    Link::open(&forward_url(client, sandbox, vec![port.into()])?, &[connect::V4], trust)
+}
+
 /// `crisp port-forward`: until a signal comes.
 pub fn port_forward(client: &Client, forward: &Forward, signals: &Receiver<Signal>) -> Outcome<u8> {
     let objects = resolve::objects(client)?;
     let id = &resolve::sandbox(&objects, &forward.sandbox)?.id;
-    let forwarder = forward::Forwarder::new(client.clone(), id.clone(), Trust::new(forward.ca.as_deref()));
+    let (to, sandbox, trust) = (client.clone(), id.clone(), Trust::new(forward.ca.as_deref()));
+    let mut forwarder = forward::Forwarder::new(move || connect::spdy(&forward_url(&to, &sandbox, Vec::new())?, &trust));
     let mut text = String::new();
     for (local, remote) in &forward.ports {
         let address = forwarder.listen(&forward.address, *local, *remote)?;
         text.push_str(&format!("{address} -> {remote}\n"));
     }
+    forwarder.start()?;
     super::print(&text)?;
     match signals.recv() {
         // Ctrl-C is how one leaves.

@@ -29,7 +29,7 @@ const STREAMS: usize = 1024;
 const GO_AWAY_OK: u32 = 0;
 const GO_AWAY_PROTOCOL_ERROR: u32 = 1;
 
-/// The server's side of a connection. Memory: `UNREAD_LIMIT` + `OUT_LIMIT` + `OUT_SLACK` + one read, whatever the client does.
+/// One side of a connection, the server's unless said otherwise: what is called the client below is the peer. Memory: `UNREAD_LIMIT` + `OUT_LIMIT` + `OUT_SLACK` + one read, whatever the client does.
 pub struct Spdy<T> {
     transport: T,
     decoder: Decoder,
@@ -51,6 +51,8 @@ pub struct Spdy<T> {
     unread: usize,
     session_credit: usize,
     ping: u32,
+    /// We are the client: streams are ours to open.
+    opens: bool,
     said_goodbye: bool,
     broken: Option<Error>,
 }
@@ -85,9 +87,33 @@ impl<T: Transport> Spdy<T> {
             unread: 0,
             session_credit: 0,
             ping: 2,
+            opens: false,
             said_goodbye: false,
             broken: None,
         }
+    }
+
+    /// The client's side, on a connection that was upgraded. It keeps windows, and says so: a stream that is not read then makes only itself wait.
+    pub fn client(transport: T) -> Spdy<T> {
+        let mut spdy = Spdy { ping: 1, opens: true, ..Spdy::new(transport, Vec::new()) };
+        spdy.queue(&frame::settings(WINDOW as u32));
+        spdy.queue(&frame::window_update(0, (UNREAD_LIMIT as i64 - WINDOW) as u32));
+        spdy
+    }
+
+    /// Opens a stream; there is no room on it before the server has said yes.
+    pub fn begin(&mut self, headers: &[(&str, &str)]) -> Result<StreamId> {
+        let stream = if self.last_stream == 0 { 1 } else { self.last_stream + 2 };
+        if !self.opens || stream > i32::MAX as u32 {
+            return Err(Error::internal("open a stream: there are none left"));
+        }
+        self.last_stream = stream;
+        let new = Stream { window: self.initial_window, credit: 0, accepted: false, finished: false, client_finished: false };
+        self.streams.insert(stream, new);
+        let syn = self.encoder.syn_stream(stream, false, headers);
+        self.queue(&syn);
+        self.flush()?;
+        Ok(stream)
     }
 
     fn queued(&self) -> usize {
@@ -184,7 +210,17 @@ impl<T: Transport> Spdy<T> {
 
     fn take(&mut self, frame: Frame) -> Result<()> {
         match frame {
+            Frame::SynStream { stream, .. } if self.opens => self.queue(&frame::reset(stream, frame::REFUSED_STREAM)),
             Frame::SynStream { stream, fin, headers } => self.open(stream, fin, headers),
+            Frame::SynReply { stream, fin, .. } if self.opens => {
+                if let Some(s) = self.streams.get_mut(&stream) {
+                    s.accepted = true;
+                }
+                if fin {
+                    self.client_finished(stream);
+                }
+            }
+            Frame::GoAway { .. } if self.opens => return Err(gone("says goodbye")),
             Frame::Data { stream, bytes, fin } => self.data(stream, bytes, fin),
             Frame::Headers { stream, fin, .. } => {
                 if fin {
@@ -205,6 +241,8 @@ impl<T: Transport> Spdy<T> {
             }
             Frame::WindowUpdate { stream: 0, delta } => {
                 self.session_windows = true;
+                // A server that keeps windows says so before it says yes to a stream; Go's never do.
+                self.stream_windows |= self.opens;
                 self.session_window = (self.session_window + i64::from(delta)).min(i64::from(i32::MAX));
             }
             Frame::WindowUpdate { stream, delta } => {
@@ -213,8 +251,8 @@ impl<T: Transport> Spdy<T> {
                     s.window = (s.window + i64::from(delta)).min(i64::from(i32::MAX));
                 }
             }
-            // Odd numbers are the client's pings, even ones answer ours.
-            Frame::Ping(id) if id % 2 == 1 => self.queue(&frame::ping(id)),
+            // Odd numbers are the client's pings, even ones the server's; others answer ours.
+            Frame::Ping(id) if (id % 2 == 1) != self.opens => self.queue(&frame::ping(id)),
             // We open no streams, and its goodbye is followed by its end.
             Frame::Ping(_) | Frame::Settings { initial_window: None } | Frame::SynReply { .. } | Frame::GoAway { .. } => {}
         }
