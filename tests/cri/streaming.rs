@@ -11,6 +11,8 @@ use crisp::cli::client::SHORT;
 use crisp::cli::stream::connect::{spdy as connect_spdy, Trust};
 use crisp::cli::stream::forward::Forwarder;
 use crisp::streaming::spdy::frame;
+use crisp::sys::cancel::Cancel;
+use crisp::sys::process::{Output, Program};
 use grpcio::RpcStatusCode as Code;
 use rustls::pki_types::pem::PemObject;
 use rustls::pki_types::{CertificateDer, ServerName};
@@ -456,6 +458,26 @@ fn tls_and_a_certificate_that_is_replaced() {
     let mut answer = Vec::new();
     let _ = plain.read_to_end(&mut answer);
     assert!(!answer.starts_with(b"HTTP"), "{answer:?}");
+}
+
+/// Runs our own client.
+fn crisp(node: &Node, arguments: &[&str], stdin: &str) -> Output {
+    let program = Program::new(env!("CARGO_BIN_EXE_crisp")).arg("--socket").arg(&node.config().socket).args(arguments);
+    program.stdin(stdin.into()).run(&Cancel::never(), Duration::from_secs(60)).expect("run crisp")
+}
+
+/// Input from a pipe ends, and so does what reads it: without a terminal, whatever the command line says.
+#[test]
+fn our_own_client_with_an_input_that_ends() {
+    let (node, id) = start("");
+    let output = crisp(&node, &["exec", "-it", &id, "sh"], "echo word; exit 3\n");
+    let words = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert_eq!((output.stdout.as_slice(), output.status.code()), (&b"word\n"[..], Some(3)), "{words}");
+    assert!(words.contains("stdin is no terminal"), "{words}");
+    let open = reader(&node, "open", "cat", false, false);
+    let output = crisp(&node, &["attach", "-i", &open], "word\n");
+    assert_eq!(output.status.code(), Some(0), "{output:?}");
+    assert_eq!(node.state(&open), ContainerState::CONTAINER_RUNNING);
 }
 
 /// `crisp port-forward`: many connections in one session, over TLS; each end of them is the end it looks like.
