@@ -2,13 +2,17 @@
 
 use std::fs;
 use std::io::{ErrorKind, Read, Write};
-use std::net::TcpStream;
+use std::net::{IpAddr, Shutdown, TcpListener, TcpStream};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use crisp::api::runtime::{AttachRequest, ContainerState, ExecRequest, PortForwardRequest};
+use crisp::api::runtime::{AttachRequest, ContainerState, ExecRequest, NamespaceMode, PortForwardRequest};
 use crisp::cli::client::SHORT;
+use crisp::cli::stream::connect::{spdy as connect_spdy, Trust};
+use crisp::cli::stream::forward::Forwarder;
 use crisp::streaming::spdy::frame;
+use crisp::sys::cancel::Cancel;
+use crisp::sys::process::{Output, Program};
 use grpcio::RpcStatusCode as Code;
 use rustls::pki_types::pem::PemObject;
 use rustls::pki_types::{CertificateDer, ServerName};
@@ -455,4 +459,72 @@ fn tls_and_a_certificate_that_is_replaced() {
     let mut answer = Vec::new();
     let _ = plain.read_to_end(&mut answer);
     assert!(!answer.starts_with(b"HTTP"), "{answer:?}");
+}
+
+/// Runs our own client.
+fn crisp(node: &Node, arguments: &[&str], stdin: &str) -> Output {
+    let program = Program::new(env!("CARGO_BIN_EXE_crisp")).arg("--socket").arg(&node.config().socket).args(arguments);
+    program.stdin(stdin.into()).run(&Cancel::never(), Duration::from_secs(60)).expect("run crisp")
+}
+
+/// Input from a pipe ends, and so does what reads it: without a terminal, whatever the command line says.
+#[test]
+fn our_own_client_with_an_input_that_ends() {
+    let (node, id) = start("");
+    let output = crisp(&node, &["exec", "-it", &id, "sh"], "echo word; exit 3\n");
+    let words = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert_eq!((output.stdout.as_slice(), output.status.code()), (&b"word\n"[..], Some(3)), "{words}");
+    assert!(words.contains("stdin is no terminal"), "{words}");
+    let open = reader(&node, "open", "cat", false, false);
+    let output = crisp(&node, &["attach", "-i", &open], "word\n");
+    assert_eq!(output.status.code(), Some(0), "{output:?}");
+    assert_eq!(node.state(&open), ContainerState::CONTAINER_RUNNING);
+}
+
+/// `crisp port-forward`: many connections in one session, over TLS; each end of them is the end it looks like.
+#[test]
+fn our_own_client_forwards_ports() {
+    let fixtures = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/tls");
+    let path = |name: &str| fixtures.join(name).display().to_string();
+    let tables = format!("[streaming]\ntls_certificate = {:?}\ntls_key = {:?}\n", path("issued.crt"), path("issued.key"));
+    let node = Node::with(Options { tables, ..Default::default() });
+    let mut config = node.sandbox_config("web");
+    let context = config.linux.mut_or_insert_default().security_context.mut_or_insert_default();
+    context.namespace_options.mut_or_insert_default().network = NamespaceMode::NODE.into();
+    let sandbox = node.run(&config).expect("run");
+    let server = TcpListener::bind("127.0.0.1:0").expect("listen");
+    let port = server.local_addr().expect("an address").port();
+    // Answers at the end of what it is sent.
+    std::thread::spawn(move || {
+        for socket in server.incoming().flatten() {
+            std::thread::spawn(move || {
+                let (mut socket, mut all) = (socket, Vec::new());
+                socket.read_to_end(&mut all).and_then(|_| socket.write_all(&all))
+            });
+        }
+    });
+    let (client, trust) = (node.client().clone(), Trust::new(Some(&path("authority.crt"))));
+    let mut forwarder = Forwarder::new(move || {
+        let request = PortForwardRequest { pod_sandbox_id: sandbox.clone(), ..Default::default() };
+        let url = client.runtime().port_forward(&request, SHORT).expect("port-forward").url;
+        assert!(url.starts_with("https://"), "{url}");
+        connect_spdy(&url, &trust)
+    });
+    let local = forwarder.listen(&IpAddr::from([127, 0, 0, 1]), 0, port).expect("listen");
+    forwarder.start().expect("start");
+    // Those that go without waiting for an answer.
+    (0..30).for_each(|_| TcpStream::connect(local).and_then(|mut socket| socket.write_all(b"x")).expect("send"));
+    let data: Vec<u8> = (0..3_000_000u32).map(|n| n.wrapping_mul(2_654_435_761).to_le_bytes()[3]).collect();
+    std::thread::scope(|scope| {
+        for _ in 0..4 {
+            scope.spawn(|| {
+                let (mut socket, mut back) = (TcpStream::connect(local).expect("connect"), Vec::new());
+                socket.set_read_timeout(Some(Duration::from_secs(20))).expect("set a timeout");
+                socket.write_all(&data).expect("send");
+                socket.shutdown(Shutdown::Write).expect("shut down");
+                socket.read_to_end(&mut back).expect("an answer");
+                assert!(back == data, "{} bytes", back.len());
+            });
+        }
+    });
 }

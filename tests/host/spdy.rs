@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::io::{Read, Write};
 use std::net::TcpStream;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use crisp::streaming::spdy::frame::{self, Decoder, Encoder, Frame};
 use serde_json::Value;
@@ -70,6 +70,8 @@ pub struct Client<S> {
     /// Windows that the server has opened, by stream.
     pub opened: BTreeMap<u32, usize>,
     pub said_goodbye: bool,
+    /// When anything but a sign of life came last.
+    heard: Instant,
     buffer: Vec<u8>,
 }
 
@@ -83,6 +85,7 @@ impl<S: Read + Write> Client<S> {
             keep: usize::MAX,
             opened: BTreeMap::new(),
             said_goodbye: false,
+            heard: Instant::now(),
             buffer: vec![0; 65536],
         }
     }
@@ -120,6 +123,9 @@ impl<S: Read + Write> Client<S> {
     }
 
     fn take(&mut self, frame: Frame) {
+        if !matches!(frame, Frame::Ping(_)) {
+            self.heard = Instant::now();
+        }
         match frame {
             Frame::SynReply { stream, .. } => self.side(stream).replied = true,
             Frame::Data { stream, bytes, fin } => {
@@ -143,8 +149,10 @@ impl<S: Read + Write> Client<S> {
     }
 
     pub fn until(&mut self, what: &str, done: impl Fn(&Client<S>) -> bool) {
+        self.heard = Instant::now();
         while !done(self) {
             assert!(self.step(), "the server hung up before {what}");
+            assert!(self.heard.elapsed() < PATIENCE, "nothing came in {PATIENCE:?} before {what}");
         }
     }
 }
