@@ -294,10 +294,10 @@ pub fn parse_config(data: &[u8], layers: usize) -> Result<(ImageConfiguration, V
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use super::*;
 
-    fn descriptor(media_type: &str, platform: Option<(&str, &str, Option<&str>)>) -> Descriptor {
+    pub fn descriptor(media_type: &str, platform: Option<(&str, &str, Option<&str>)>) -> Descriptor {
         let mut d = Descriptor::new(media_type, Digest::of(format!("{platform:?}").as_bytes()), 1);
         d.platform = platform.map(|(os, architecture, variant)| Platform {
             os: os.to_owned(),
@@ -307,7 +307,7 @@ mod tests {
         d
     }
 
-    fn choose<'a>(entries: &'a [Descriptor], platform: &Platform) -> Result<&'a Descriptor> {
+    pub fn choose<'a>(entries: &'a [Descriptor], platform: &Platform) -> Result<&'a Descriptor> {
         candidates(entries, platform).map(|found| found[0])
     }
 

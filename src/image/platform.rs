@@ -116,22 +116,8 @@ impl std::fmt::Display for Platform {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::image::digest::Digest;
-    use crate::image::manifest::{candidates, Descriptor, OCI_MANIFEST};
-
-    fn descriptor(media_type: &str, platform: Option<(&str, &str, Option<&str>)>) -> Descriptor {
-        let mut d = Descriptor::new(media_type, Digest::of(format!("{platform:?}").as_bytes()), 1);
-        d.platform = platform.map(|(os, architecture, variant)| Platform {
-            os: os.to_owned(),
-            architecture: architecture.to_owned(),
-            variant: variant.map(str::to_owned),
-        });
-        d
-    }
-
-    fn choose<'a>(entries: &'a [Descriptor], platform: &Platform) -> crate::error::Result<&'a Descriptor> {
-        candidates(entries, platform).map(|found| found[0])
-    }
+    use crate::image::manifest::tests::{choose, descriptor};
+    use crate::image::manifest::OCI_MANIFEST;
 
     #[test]
     fn levels_and_ancestors() {
