@@ -203,20 +203,21 @@ impl Documents for (&Inner, &Source) {
     }
 }
 
-/// Of several images those that run here; all of them when none does, as with a single one.
-fn that_run<T>(inner: &Inner, images: Vec<T>, config: impl Fn(&T) -> Result<ImageConfiguration>) -> Result<Vec<T>> {
+/// Of several images those that run here; all of them when none does, as with a single one. `named`: there can be one only.
+fn that_run<T>(inner: &Inner, images: Vec<T>, named: bool, config: impl Fn(&T) -> Result<ImageConfiguration>) -> Result<Vec<T>> {
     let runs = images.iter().map(|image| Ok(inner.platform.runs(&config(image)?))).collect::<Result<Vec<bool>>>()?;
     let some = runs.contains(&true);
-    Ok(images.into_iter().zip(runs).filter(|(_, runs)| *runs || !some).map(|(image, _)| image).collect())
+    let images: Vec<T> = images.into_iter().zip(runs).filter(|(_, runs)| *runs || !some).map(|(image, _)| image).collect();
+    match named && images.len() > 1 {
+        true => Err(Error::invalid("a name was given, but the archive has several images")),
+        false => Ok(images),
+    }
 }
 
 fn import_layout(inner: &Arc<Inner>, source: &Source, name: Option<&Reference>, cancel: &Cancel) -> Result<Vec<Arc<Image>>> {
     let data = source.read("index.json", inner.bounds.max_manifest_bytes)?;
     let index: LayoutIndex = serde_json::from_slice(&data).context(|| "parse index.json")?;
     let tops = for_this_host(index.manifests.as_deref().unwrap_or_default(), &inner.platform)?;
-    if name.is_some() && tops.len() > 1 {
-        return Err(Error::invalid("a name was given, but the archive has several images"));
-    }
     let from = (&**inner, source);
     let (mut found, mut left_out) = (Vec::new(), None);
     for top in tops {
@@ -232,7 +233,8 @@ fn import_layout(inner: &Arc<Inner>, source: &Source, name: Option<&Reference>, 
             Err(e) => return Err(e),
         }
     }
-    let found = that_run(inner, found, |(_, data, selected)| Ok(manifest::parse_config(data, selected.manifest.layers.len())?.0))?;
+    let found =
+        that_run(inner, found, name.is_some(), |(_, data, selected)| Ok(manifest::parse_config(data, selected.manifest.layers.len())?.0))?;
     let mut images = Vec::new();
     for (top, config_data, Selected { read, manifest }) in found {
         let names = match name {
@@ -306,15 +308,12 @@ struct DockerImage {
 fn import_docker(inner: &Arc<Inner>, source: &Source, name: Option<&Reference>, cancel: &Cancel) -> Result<Vec<Arc<Image>>> {
     let data = source.read("manifest.json", inner.bounds.max_manifest_bytes)?;
     let list: Vec<DockerImage> = serde_json::from_slice(&data).context(|| "parse manifest.json")?;
-    if name.is_some() && list.len() > 1 {
-        return Err(Error::invalid("a name was given, but the archive has several images"));
-    }
     let found = list.into_iter().map(|image| {
         let config_data = source.read(&image.config, inner.bounds.max_config_bytes)?;
         let (parsed, diff_ids) = manifest::parse_config(&config_data, image.layers.len())?;
         Ok((image, config_data, parsed, diff_ids))
     });
-    let found = that_run(inner, found.collect::<Result<Vec<_>>>()?, |(_, _, parsed, _)| Ok(parsed.clone()))?;
+    let found = that_run(inner, found.collect::<Result<Vec<_>>>()?, name.is_some(), |(_, _, parsed, _)| Ok(parsed.clone()))?;
     let mut images = Vec::new();
     for (image, config_data, _, diff_ids) in found {
         let names = match name {

@@ -29,9 +29,12 @@ impl Platform {
         Platform { os: "linux".to_owned(), architecture: architecture.to_owned(), variant: variant.map(str::to_owned) }
     }
 
-    /// The same by its usual names: processors have several (containerd's `platforms.Normalize`).
+    /// The same by its usual names: processors have several, and what is not said is Linux (as containerd reads platforms).
     fn normal(&self) -> Platform {
-        let (os, said) = (self.os.to_ascii_lowercase(), self.architecture.to_ascii_lowercase());
+        let (mut os, said) = (self.os.to_ascii_lowercase(), self.architecture.to_ascii_lowercase());
+        if os.is_empty() {
+            os = "linux".to_owned();
+        }
         let (architecture, implied) = match said.as_str() {
             "x86_64" | "x86-64" => ("amd64", None),
             "i386" | "i486" | "i586" | "i686" => ("386", None),
@@ -40,7 +43,11 @@ impl Platform {
             "armel" => ("arm", Some("v6")),
             other => (other, None),
         };
-        let variant = self.variant.as_ref().map(|v| v.to_ascii_lowercase()).filter(|v| !v.is_empty());
+        let full = |v: &String| match v.as_bytes() {
+            [b'0'..=b'9', ..] => format!("v{v}"),
+            _ => v.to_ascii_lowercase(),
+        };
+        let variant = self.variant.as_ref().filter(|v| !v.is_empty()).map(full);
         Platform { os, architecture: architecture.to_owned(), variant: variant.or(implied.map(str::to_owned)) }
     }
 
@@ -157,7 +164,7 @@ mod tests {
         let entries = [
             descriptor("", Some(("linux", "armhf", None))),
             descriptor("", Some(("Linux", "X86_64", Some("")))),
-            descriptor("", Some(("linux", "aarch64", None))),
+            descriptor("", Some(("linux", "aarch64", Some("8")))),
         ];
         assert_eq!(choose(&entries, &arm).unwrap(), &entries[0]);
         assert_eq!(choose(&entries, &amd).unwrap(), &entries[1]);

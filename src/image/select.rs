@@ -57,7 +57,8 @@ impl Search<'_> {
         let mut first = None;
         for entry in candidates {
             match self.enter(entry, depth, many) {
-                Err(e) if many && e.code() != Code::Cancelled => {
+                // What cannot be had just now is no reason to take another.
+                Err(e) if many && matches!(e.code(), Code::NotFound | Code::FailedPrecondition) => {
                     log::debug!("image: {}: {e}", entry.digest);
                     first.get_or_insert(e);
                 }

@@ -291,6 +291,7 @@ fn a_layout_with_an_image_per_platform() {
     let beside = serde_json::json!({"digest": digest.to_string(), "size": signature.len()});
     write(&[beside.clone(), plain]);
     assert_eq!(images.import(&layout, None, &Cancel::never()).unwrap()[0].id, id);
+    assert_eq!(images.import(&layout, Some("named:2"), &Cancel::never()).unwrap()[0].id, id);
     write(&[beside]);
     let e = images.import(&layout, None, &Cancel::never()).unwrap_err();
     assert!(e.message().contains("artifact"), "{e}");

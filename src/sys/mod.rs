@@ -69,6 +69,9 @@ pub mod tcp;
 pub mod thread;
 /// Removal of directory trees of any depth.
 pub mod tree;
+/// Whom TLS clients believe.
+#[cfg(feature = "engine")]
+pub mod trust;
 /// The program that makes and enters user namespaces.
 pub mod userns;
 /// One thread that waits on many descriptors.

@@ -481,12 +481,13 @@ fn our_own_client_with_an_input_that_ends() {
     assert_eq!(node.state(&open), ContainerState::CONTAINER_RUNNING);
 }
 
-/// `crisp port-forward`: many connections in one session, over TLS; each end of them is the end it looks like.
+/// `crisp port-forward`: many connections in one session, over TLS with a self-signed certificate; each end of them is the end it looks
+/// like.
 #[test]
 fn our_own_client_forwards_ports() {
     let fixtures = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/tls");
     let path = |name: &str| fixtures.join(name).display().to_string();
-    let tables = format!("[streaming]\ntls_certificate = {:?}\ntls_key = {:?}\n", path("issued.crt"), path("issued.key"));
+    let tables = format!("[streaming]\ntls_certificate = {:?}\ntls_key = {:?}\n", path("one.crt"), path("one.key"));
     let node = Node::with(Options { tables, ..Default::default() });
     let mut config = node.sandbox_config("web");
     let context = config.linux.mut_or_insert_default().security_context.mut_or_insert_default();
@@ -503,7 +504,7 @@ fn our_own_client_forwards_ports() {
             });
         }
     });
-    let (client, trust) = (node.client().clone(), Trust::new(Some(&path("authority.crt"))));
+    let (client, trust) = (node.client().clone(), Trust::new(Some(&path("one.crt"))));
     let mut forwarder = Forwarder::new(move || {
         let request = PortForwardRequest { pod_sandbox_id: sandbox.clone(), ..Default::default() };
         let url = client.runtime().port_forward(&request, SHORT).expect("port-forward").url;

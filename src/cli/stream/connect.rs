@@ -8,8 +8,8 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use nix::poll::PollFlags;
-use rustls::pki_types::{pem::PemObject, CertificateDer, ServerName};
-use rustls::{ClientConfig, ClientConnection, RootCertStore, StreamOwned};
+use rustls::pki_types::ServerName;
+use rustls::{ClientConfig, ClientConnection, StreamOwned};
 use tungstenite::client::ClientRequestBuilder;
 use tungstenite::http::Uri;
 use tungstenite::protocol::WebSocketConfig;
@@ -20,6 +20,7 @@ use crate::error::Context;
 use crate::streaming::request::PORT_FORWARD;
 use crate::streaming::spdy::Spdy;
 use crate::streaming::transport::{prepare, Plain, Tls, Transport};
+use crate::sys::trust::{self, Authorities};
 
 /// Streams whose ends are told one by one.
 pub const V5: &str = "v5.channel.k8s.io";
@@ -50,20 +51,11 @@ impl Trust {
     }
 
     fn config(&self) -> Outcome<ClientConfig> {
-        let mut roots = RootCertStore::empty();
-        // One certificate that cannot be read is no reason to distrust the others.
-        roots.add_parsable_certificates(rustls_native_certs::load_native_certs().certs);
+        let mut authorities = Authorities::of_host();
         if let Some(path) = &self.ca {
-            let wrong = |error: &dyn std::fmt::Display| Failure::failed(format!("read CA certificates {path}: {error}"));
-            let data = crate::sys::file::read(Path::new(path), 1 << 20)?;
-            for certificate in CertificateDer::pem_slice_iter(&data) {
-                roots.add(certificate.map_err(|error| wrong(&error))?).map_err(|error| wrong(&error))?;
-            }
+            authorities.add_file(Path::new(path)).context(|| "read CA certificates")?;
         }
-        let provider = Arc::new(rustls::crypto::ring::default_provider());
-        let builder = ClientConfig::builder_with_provider(provider).with_safe_default_protocol_versions();
-        let builder = builder.map_err(|error| Failure::failed(format!("set up TLS: {error}")))?;
-        Ok(builder.with_root_certificates(roots).with_no_client_auth())
+        Ok(trust::client(Some(Arc::new(authorities)))?.with_no_client_auth())
     }
 }
 
@@ -289,8 +281,11 @@ pub fn spdy(url: &str, trust: &Trust) -> Outcome<Spdy<Box<dyn Transport>>> {
     let head = String::from_utf8_lossy(&head).into_owned();
     let status = head.lines().next().and_then(|line| line.split_once(' ')).map_or("", |(_, status)| status);
     if !status.starts_with("101") {
+        // A server may keep the connection open behind its words.
+        let length = head.lines().filter_map(|line| line.split_once(':')).find(|(name, _)| name.eq_ignore_ascii_case("content-length"));
+        let length = length.and_then(|(_, value)| value.trim().parse::<u64>().ok()).unwrap_or(0);
         let mut body = Vec::new();
-        let _ = stream.take(WORDS_LIMIT as u64).read_to_end(&mut body);
+        let _ = stream.take(length.min(WORDS_LIMIT as u64)).read_to_end(&mut body);
         return Err(Failure::failed(format!("{what}: {}", answered(status, &body))));
     }
     prepare(stream.tcp())?;

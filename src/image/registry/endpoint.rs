@@ -304,6 +304,7 @@ impl Endpoint {
                 let odd = schemes.iter().find(|s| !matches!(s.as_str(), "basic" | "bearer"));
                 let hint = match odd {
                     Some(scheme) if schemes.len() == 1 => format!(" (it wants {scheme}, which is not supported)"),
+                    _ if self.is_guest => " (a redirect led there, and no credentials follow one: name the image by that host)".to_owned(),
                     _ if anonymous && !self.own && self.session.is_some() && self.site.keyring.has_request() => {
                         " (the pull's credentials are for the registry in the image's name; this host's belong into images.auth)".to_owned()
                     }

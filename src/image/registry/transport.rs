@@ -67,7 +67,7 @@ pub fn agent(link: Link) -> Agent {
 }
 
 /// What is left of a timeout; None: for ever.
-fn limit(timeout: NextTimeout) -> Result<Option<Duration>, Error> {
+pub fn limit(timeout: NextTimeout) -> Result<Option<Duration>, Error> {
     if timeout.after.is_not_happening() {
         return Ok(None);
     }

@@ -17,6 +17,8 @@ const WINDOW: i64 = 64 << 10;
 const CREDIT: usize = 32 << 10;
 /// Bytes of the client that may wait for `consumed` before the socket is no longer read.
 const UNREAD_LIMIT: usize = 1 << 20;
+/// The same where we are the client: for so many connections that are not read, each with a full window. They are our own program's.
+const CLIENT_UNREAD_LIMIT: usize = 256 * WINDOW as usize;
 /// Bytes that may wait for the socket.
 const OUT_LIMIT: usize = 256 << 10;
 /// Answers to control frames may wait beyond that; then the client has to take them before it is read again.
@@ -29,7 +31,8 @@ const STREAMS: usize = 1024;
 const GO_AWAY_OK: u32 = 0;
 const GO_AWAY_PROTOCOL_ERROR: u32 = 1;
 
-/// One side of a connection, the server's unless said otherwise: what is called the client below is the peer. Memory: `UNREAD_LIMIT` + `OUT_LIMIT` + `OUT_SLACK` + one read, whatever the client does.
+/// One side of a connection, the server's unless said otherwise: what is called the client below is the peer. Memory: the limit of
+/// what is unread + `OUT_LIMIT` + `OUT_SLACK` + one read, whatever the client does.
 pub struct Spdy<T> {
     transport: T,
     decoder: Decoder,
@@ -49,6 +52,7 @@ pub struct Spdy<T> {
     session_windows: bool,
     /// Handed out by `next`, not yet `consumed`.
     unread: usize,
+    unread_limit: usize,
     session_credit: usize,
     ping: u32,
     /// We are the client: streams are ours to open.
@@ -85,6 +89,7 @@ impl<T: Transport> Spdy<T> {
             stream_windows: false,
             session_windows: false,
             unread: 0,
+            unread_limit: UNREAD_LIMIT,
             session_credit: 0,
             ping: 2,
             opens: false,
@@ -95,9 +100,9 @@ impl<T: Transport> Spdy<T> {
 
     /// The client's side, on a connection that was upgraded. It keeps windows, and says so: a stream that is not read then makes only itself wait.
     pub fn client(transport: T) -> Spdy<T> {
-        let mut spdy = Spdy { ping: 1, opens: true, ..Spdy::new(transport, Vec::new()) };
+        let mut spdy = Spdy { ping: 1, opens: true, unread_limit: CLIENT_UNREAD_LIMIT, ..Spdy::new(transport, Vec::new()) };
         spdy.queue(&frame::settings(WINDOW as u32));
-        spdy.queue(&frame::window_update(0, (UNREAD_LIMIT as i64 - WINDOW) as u32));
+        spdy.queue(&frame::window_update(0, (CLIENT_UNREAD_LIMIT as i64 - WINDOW) as u32));
         spdy
     }
 
@@ -122,24 +127,24 @@ impl<T: Transport> Spdy<T> {
 
     /// Whether the client has to wait until we have used or it has taken something.
     fn is_paused(&self) -> bool {
-        self.unread >= UNREAD_LIMIT || self.queued() > OUT_LIMIT + OUT_SLACK
+        self.unread >= self.unread_limit || self.queued() > OUT_LIMIT + OUT_SLACK
     }
 
     /// Sends what is queued, as far as the transport takes it.
     fn flush(&mut self) -> Result<()> {
         while self.out_at < self.out.len() {
             match self.transport.write(&self.out[self.out_at..]) {
-                Ok(0) => return Err(gone("takes nothing")),
+                Ok(0) => return Err(self.gone("takes nothing")),
                 Ok(n) => self.out_at += n,
                 Err(e) if e.kind() == ErrorKind::Interrupted => {}
                 Err(e) if e.kind() == ErrorKind::WouldBlock => return Ok(()),
-                Err(e) => return Err(lost(e)),
+                Err(e) => return Err(self.lost(e)),
             }
         }
         self.out.clear();
         self.out_at = 0;
         match self.transport.flush() {
-            Err(e) if e.kind() != ErrorKind::WouldBlock => Err(lost(e)),
+            Err(e) if e.kind() != ErrorKind::WouldBlock => Err(self.lost(e)),
             _ => Ok(()),
         }
     }
@@ -160,7 +165,7 @@ impl<T: Transport> Spdy<T> {
             sent = match self.transport.write_vectored(&[IoSlice::new(head), IoSlice::new(payload)]) {
                 Ok(n) => n,
                 Err(e) if matches!(e.kind(), ErrorKind::WouldBlock | ErrorKind::Interrupted) => 0,
-                Err(e) => return Err(lost(e)),
+                Err(e) => return Err(self.lost(e)),
             };
         }
         let from_head = sent.min(head.len());
@@ -181,10 +186,10 @@ impl<T: Transport> Spdy<T> {
         };
         self.read.truncate(*got.as_ref().unwrap_or(&0));
         match got {
-            Ok(0) => Err(gone("has closed the connection")),
+            Ok(0) => Err(self.gone("has closed the connection")),
             Ok(_) => Ok(true),
             Err(e) if e.kind() == ErrorKind::WouldBlock => Ok(false),
-            Err(e) => Err(lost(e)),
+            Err(e) => Err(self.lost(e)),
         }
     }
 
@@ -220,7 +225,7 @@ impl<T: Transport> Spdy<T> {
                     self.client_finished(stream);
                 }
             }
-            Frame::GoAway { .. } if self.opens => return Err(gone("says goodbye")),
+            Frame::GoAway { .. } if self.opens => return Err(self.gone("says goodbye")),
             Frame::Data { stream, bytes, fin } => self.data(stream, bytes, fin),
             Frame::Headers { stream, fin, .. } => {
                 if fin {
@@ -304,6 +309,24 @@ impl<T: Transport> Spdy<T> {
         self.inputs.push_back(Input::Finished { stream });
     }
 
+    fn peer(&self) -> &'static str {
+        if self.opens {
+            "server"
+        } else {
+            "client"
+        }
+    }
+
+    fn gone(&self, what: &str) -> Error {
+        Error::cancelled(format!("the {} {what}", self.peer()))
+    }
+
+    fn lost(&self, e: std::io::Error) -> Error {
+        // TLS that does not decrypt is a broken protocol; everything else is a connection that broke.
+        let code = if e.kind() == ErrorKind::InvalidData { Code::InvalidArgument } else { Code::Cancelled };
+        Err::<(), _>(e).context(|| format!("talk with the {}", self.peer())).unwrap_err().with_code(code)
+    }
+
     fn give_back(&mut self, bytes: usize) {
         self.session_credit += bytes;
         if self.session_credit >= CREDIT {
@@ -311,16 +334,6 @@ impl<T: Transport> Spdy<T> {
             self.session_credit = 0;
         }
     }
-}
-
-fn gone(what: &str) -> Error {
-    Error::cancelled(format!("the client {what}"))
-}
-
-fn lost(e: std::io::Error) -> Error {
-    // TLS that does not decrypt is a broken protocol; everything else is a connection that broke.
-    let code = if e.kind() == ErrorKind::InvalidData { Code::InvalidArgument } else { Code::Cancelled };
-    Err::<(), _>(e).context(|| "talk with the client").unwrap_err().with_code(code)
 }
 
 impl<T: Transport> Wire for Spdy<T> {
@@ -353,7 +366,7 @@ impl<T: Transport> Wire for Spdy<T> {
         if flags.intersects(PollFlags::POLLIN | PollFlags::POLLHUP | PollFlags::POLLERR) && self.read_at == self.read.len() {
             self.fill()?;
         } else if flags.intersects(PollFlags::POLLHUP | PollFlags::POLLERR) {
-            return Err(gone("has closed the connection"));
+            return Err(self.gone("has closed the connection"));
         }
         Ok(())
     }
