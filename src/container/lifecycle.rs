@@ -4,6 +4,7 @@ use std::sync::atomic::Ordering;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use super::exit::BURY_LIMIT;
 use super::manager::{Container, Containers};
 use super::signal;
 use super::status::State;
@@ -18,8 +19,8 @@ use crate::sys::crash;
 
 /// What a shim needs beyond the OCI runtime's own time: to start, to answer.
 const SHIM_MARGIN: Duration = Duration::from_secs(15);
-/// Longest wait for a killed container to be gone, and for its shim to have cleaned up.
-const KILL_WAIT: Duration = Duration::from_secs(30);
+/// Longest wait for a killed container to be gone, and for its shim, or another call that does so in its place, to have cleaned up.
+const KILL_WAIT: Duration = BURY_LIMIT;
 /// How late a gone client may be noticed while we wait for something else.
 const CANCEL_SLICE: Duration = Duration::from_millis(200);
 

@@ -7,6 +7,7 @@ use oci_spec::runtime::Mount;
 
 use crate::error::{Context, Error, Result};
 use crate::spec::process;
+use crate::spec::userns::may_be_bound;
 use crate::sys::inroot::Root;
 
 /// Where the kernel's own file systems are in a container. What is mounted there takes masks and read-only paths away (CVE-2019-16884),
@@ -21,6 +22,15 @@ pub(super) fn is_kernels(path: &Path) -> bool {
     KERNEL.iter().any(|dir| path.starts_with(dir))
 }
 
+/// Whether links may lead a mount to this clean path. Of /dev, to names that mean nothing to kernel or OCI runtime: images have logs that
+/// are links to /dev/stdout, over which a file may be mounted.
+fn may_be_led_to(place: &Path) -> bool {
+    let is_plain_name = place.parent() == Some(Path::new("/dev"))
+        && may_be_bound(place)
+        && !["/dev/pts", "/dev/mqueue"].iter().any(|own| place == Path::new(own));
+    place != Path::new("/") && (!is_kernels(place) || place.starts_with(SHM) || is_plain_name)
+}
+
 /// Follows each destination of `mounts`, which come in the order of the spec, through links of the image and of what is mounted before it,
 /// and makes the directory above it where that is the root filesystem's: crun does not make the target of a dangling link.
 /// FAILED_PRECONDITION for one that links lead to the root or into the kernel's file systems: crun would mount there. `owner`: of
@@ -31,8 +41,7 @@ pub(super) fn prepare(rootfs: &Path, mounts: &[Mount], owner: Option<(u32, u32)>
         let what = || format!("mount {}", mount.destination().display());
         let asked = process::clean(mount.destination());
         let place = if is_kernels(&asked) { asked.clone() } else { root.resolve(&asked).context(what)? };
-        let misled = place == Path::new("/") || (is_kernels(&place) && !place.starts_with(SHM));
-        if misled && !is_kernels(&asked) {
+        if !is_kernels(&asked) && !may_be_led_to(&place) {
             return Err(Error::precondition(format!(
                 "{}: links of the image lead to {}, where nothing may be mounted",
                 what(),
@@ -122,6 +131,20 @@ mod tests {
         assert!(!rootfs.join("dev").exists());
     }
 
+    /// As the images of web servers have them.
+    #[test]
+    fn logs_that_are_links_to_streams_may_be_covered() {
+        let (_dir, rootfs, volume) = place();
+        for (name, target) in [("access.log", "/dev/stdout"), ("error.log", "/dev/stderr"), ("terminals", "/dev/pts"), ("devices", "/dev")]
+        {
+            symlink(target, rootfs.join("etc").join(name)).unwrap();
+        }
+        prepared(&rootfs, &[bind("/etc/access.log", &volume), bind("/etc/error.log", &volume)]).unwrap();
+        for asked in ["/etc/terminals", "/etc/terminals/0", "/etc/devices", "/etc/devices/pts", "/etc/devices/tty"] {
+            assert_eq!(prepared(&rootfs, &[bind(asked, &volume)]).unwrap_err().code(), Code::FailedPrecondition, "{asked}");
+        }
+    }
+
     #[test]
     fn links_of_a_volume_are_followed_as_the_images_are() {
         let (_dir, rootfs, volume) = place();
@@ -132,6 +155,10 @@ mod tests {
         for asked in ["/data/kernels", "/data/kernels/sys", "/data/plain/../kernels"] {
             assert_eq!(prepared(&rootfs, &both(asked)).unwrap_err().code(), Code::FailedPrecondition, "{asked}");
         }
+        // The way to the volume is not there yet: the OCI runtime makes it in the empty one before.
+        let empty = volume.join("plain");
+        let nested = [bind("/data", &empty), bind("/data/a/b", &volume), bind("/data/a/b/kernels/sys", &volume)];
+        assert_eq!(prepared(&rootfs, &nested).unwrap_err().code(), Code::FailedPrecondition);
         for asked in ["/data/plain", "/data/new/deep", "/data/own/deep", "/data/images/deep"] {
             prepared(&rootfs, &both(asked)).unwrap();
         }

@@ -429,7 +429,7 @@ impl Sandboxes {
         crash::step("stop-sandbox:1-stopping");
     }
 
-    /// The stop is over, that of its containers too: told once, after their ends.
+    /// Its containers have stopped too: told once, after their ends.
     pub fn stopped(&self, sandbox: &Arc<Sandbox>) {
         let status = sandbox.status.lock();
         if sandbox.stopping.swap(false, Ordering::SeqCst) {

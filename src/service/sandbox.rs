@@ -54,13 +54,14 @@ impl Service {
         call.about(sandbox.id());
         self.sandboxes.begin_stop(&sandbox);
         let (mut errors, cancel) = (ErrorList::default(), &call.cancel);
-        errors.keep(self.each_container(sandbox.id(), |c| self.containers.stop(c, LEFTOVER_GRACE, cancel)));
+        if errors.keep(self.each_container(sandbox.id(), |c| self.containers.stop(c, LEFTOVER_GRACE, cancel))).is_some() {
+            // Whatever becomes of the network.
+            self.sandboxes.stopped(&sandbox);
+        }
         crash::step("stop-sandbox:2-containers");
         // Even when a container would not stop: every step runs, kubelet retries the rest.
         errors.keep(self.sandboxes.finish_stop(&sandbox));
-        errors.finish().context(|| format!("stop sandbox {}", sandbox.id()))?;
-        self.sandboxes.stopped(&sandbox);
-        Ok(())
+        errors.finish().context(|| format!("stop sandbox {}", sandbox.id()))
     }
 
     pub(super) fn remove_sandbox(&self, id: &str, call: &Call) -> Result<()> {

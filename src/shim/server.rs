@@ -124,9 +124,11 @@ fn prepare(dir: &Path) -> Result<Shim> {
     if config.version != VERSION {
         return Err(Error::internal(format!("read {}: version {} is not {VERSION}", path.display(), config.version)));
     }
-    if dir.join(EXIT_FILE).exists() {
-        return Err(Error::precondition(format!("start container {}: it has an exit record", config.id)));
-    }
+    let refused = || match dir.join(EXIT_FILE).exists() {
+        true => Err(Error::precondition(format!("start container {}: it has an exit record", config.id))),
+        false => Ok(()),
+    };
+    refused()?;
     let socket_path = dir.join(SOCKET_FILE);
     if socket_path.exists() && socket::connect(&socket_path).is_ok() {
         return Err(Error::precondition(format!("start container {}: it has a shim", config.id)));
@@ -136,6 +138,8 @@ fn prepare(dir: &Path) -> Result<Shim> {
     let log = Log::open(config.log_path.as_deref())?;
     let listener = socket::listen(&socket_path, 0o600)?;
     listener.set_nonblocking(true).context(|| "set O_NONBLOCK")?;
+    // All before may have taken long. A daemon that gives the start up writes the record, then connects: either it is heard or it is seen.
+    refused().inspect_err(|_| drop(file::remove_file(&socket_path)))?;
     Ok(Shim {
         dir: dir.to_owned(),
         config,

@@ -54,12 +54,16 @@ impl Root {
         self.covers.iter().rev().find(|(at, _)| place.starts_with(at))
     }
 
-    /// Opens a directory of the tree; None when it is out of sight.
+    /// Opens a directory of the tree; None when it is missing or out of sight.
     fn dir(&self, place: &Path) -> rustix::io::Result<Option<OwnedFd>> {
-        match self.cover_of(place) {
-            None => self.inside.dir(place).map(Some),
-            Some((at, Some(source))) => source.dir(place.strip_prefix(at).unwrap_or(place)).map(Some),
-            Some((_, None)) => Ok(None),
+        let found = match self.cover_of(place) {
+            None => self.inside.dir(place),
+            Some((at, Some(source))) => source.dir(place.strip_prefix(at).unwrap_or(place)),
+            Some((_, None)) => return Ok(None),
+        };
+        match found {
+            Err(Errno::NOENT) => Ok(None),
+            other => other.map(Some),
         }
     }
 
@@ -119,15 +123,10 @@ impl Root {
                     }
                     FileType::Directory
                 }
+                // Something may be mounted below it all the same.
                 Err(Errno::NOENT) => {
-                    ahead.push_front(name);
-                    for part in ahead {
-                        match part == ".." {
-                            true => drop(done.pop()),
-                            false => done.push(part),
-                        }
-                    }
-                    return Ok(done);
+                    done.push(name);
+                    continue;
                 }
                 Err(error) => return Err(error),
             };

@@ -99,6 +99,11 @@ fn a_sandbox_has_stopped_after_its_containers() {
     let sandbox = node.sandbox("web");
     let ids = ["one", "two"].map(|name| node.launch(&sandbox, name, "exec sleep 1000"));
     let subscriber = Subscriber::start(&node);
+    // A network that does not go holds back no word of it.
+    node.plugin_switch("second.DEL", "fail 100 'the switch is away' ''");
+    node.stop_sandbox(&sandbox).expect_err("the plugin fails");
+    subscriber.wait(&sandbox, STOPPED);
+    node.plugin_switch("second.DEL", "");
     node.stop_sandbox(&sandbox).expect("stop");
     node.stop_sandbox(&sandbox).expect("stop again");
     node.remove_sandbox(&sandbox).expect("remove");
