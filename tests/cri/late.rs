@@ -27,7 +27,7 @@ fn give_up(name: &str, script: &str, environment: &[&str]) {
     symlink(Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/cri/fake/runtime.py"), oci.join("runtime")).expect("link the runtime");
     fs::write(&shim, format!("#!/bin/sh\n{script}")).expect("write the shim");
     fs::set_permissions(&shim, fs::Permissions::from_mode(0o755)).expect("make it a program");
-    let cgroup = format!("/crisp-late-{}/{name}", std::process::id());
+    let cgroup = format!("/crisp-late-{}-{name}", std::process::id());
     let spec = json!({"process": {"args": ["sleep", "1000"], "env": environment}, "linux": {"cgroupsPath": cgroup}});
     fs::write(bundle.join("config.json"), spec.to_string()).expect("write the spec");
     let handler =
@@ -50,10 +50,11 @@ fn give_up(name: &str, script: &str, environment: &[&str]) {
         eventually("the shim has come", || dir.path().join("came").exists().then_some(()));
     }
     let cgroup = Cgroup::at(&Layout::detect().expect("cgroups"), &cgroup).expect("a cgroup");
-    let left = (cgroup.procs(), oci.join("state").join(format!("{name}.json")).exists());
-    let _ = cgroup.kill_all(Duration::from_secs(5));
+    let there = cgroup.dirs().iter().any(|dir| dir.path.exists());
+    let left = (cgroup.procs(), there, oci.join("state").join(format!("{name}.json")).exists());
+    let _ = cgroup.kill_all(Duration::from_secs(5)).and_then(|()| cgroup.remove(Duration::from_secs(5)));
     assert_eq!(error.code(), Code::DeadlineExceeded, "{error}");
-    assert_eq!(left, (Vec::new(), false), "{error}");
+    assert_eq!(left, (Vec::new(), false, false), "{error}");
     assert!(fs::read_to_string(oci.join("calls")).unwrap_or_default().contains("\"delete\""), "{error}");
 }
 
