@@ -250,6 +250,27 @@ fn pulled_and_imported_images_equal_umoci() {
     assert!(crisp::sys::mount::below(dir.path()).unwrap().is_empty());
 }
 
+/// A layer that hides all that is below: the kernel merges the roots of layers, marked or not.
+#[test]
+fn an_opaque_root_equals_umoci() {
+    let dir = tempfile::tempdir().unwrap();
+    let layout = build(dir.path());
+    let image = format!("{}:box", layout.display());
+    let fresh = dir.path().join("fresh");
+    std::fs::create_dir_all(fresh.join("etc")).unwrap();
+    std::fs::write(fresh.join("etc/new"), "new").unwrap();
+    run("umoci", &["insert", "--image", &image, "--opaque", &fresh.display().to_string(), "/"]);
+    let theirs = dir.path().join("theirs");
+    run("umoci", &["unpack", "--image", &image, &theirs.display().to_string()]);
+    assert!(theirs.join("rootfs/etc/new").exists() && !theirs.join("rootfs/bin").exists(), "all else is hidden");
+    let root = dir.path().join("root");
+    let images = Images::open(Settings::new(&root)).unwrap();
+    let id = images.import(&layout, Some("opaque"), &Cancel::never()).unwrap()[0].id.clone();
+    check_tree(&images, &root, &id, &theirs.join("rootfs"));
+    verify(&images);
+    images.remove(&id).unwrap();
+}
+
 /// Files of this Debian, in layers by another tool: programs with setuid bits, links, alternatives, documentation.
 #[test]
 fn debian_in_layers_by_buildah_equals_umoci() {

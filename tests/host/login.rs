@@ -163,6 +163,34 @@ fn a_registry_that_wants_client_certificates() {
     assert_eq!(pull(&images, &registry.reference(), None).unwrap(), id);
 }
 
+/// The certificate that registries' own documentation makes: self-signed, and an authority by its own words.
+#[test]
+fn a_registry_with_a_certificate_of_its_own() {
+    let dir = tempfile::tempdir().unwrap();
+    let file = |name: &str| dir.path().join(name).display().to_string();
+    let [key, certificate, other] = ["own.key", "own.crt", "other.crt"].map(file);
+    let make = |key: &str, certificate: &str| {
+        let words = ["req", "-x509", "-days", "2", "-newkey", "rsa:2048", "-nodes", "-subj", "/CN=registry"];
+        let names = ["-addext", "subjectAltName=IP:127.0.0.1", "-keyout", key, "-out", certificate];
+        tool("openssl", &[&words[..], &names].concat());
+    };
+    make(&file("other.key"), &other);
+    make(&key, &certificate);
+    let registry = Registry::start(&storage(dir.path()), &format!("  tls: {{certificate: {certificate}, key: {key}}}"), "");
+    let images = store(&dir, "root", |_| {});
+    let server = format!("server = \"https://{}\"\n", registry.host);
+    hosts(&dir, &registry.host, &format!("{server}ca = \"{other}\"\n"));
+    let e = pull(&images, &registry.reference(), None).unwrap_err();
+    assert!(e.message().starts_with("RegistryUnavailable") && e.message().contains("ertificate"), "{e}");
+    hosts(&dir, &registry.host, &format!("{server}ca = \"{certificate}\"\n"));
+    let id = pull(&images, &registry.reference(), None).unwrap();
+    images.remove(&id).unwrap();
+    let place = dir.path().join(format!("certs.d/{}_", registry.host.replace(':', "_")));
+    fs::remove_file(place.join("hosts.toml")).unwrap();
+    fs::copy(&certificate, place.join("ca.crt")).unwrap();
+    assert_eq!(pull(&images, &registry.reference(), None).unwrap(), id);
+}
+
 #[test]
 fn a_registry_that_wants_a_password() {
     let dir = tempfile::tempdir().unwrap();
