@@ -163,8 +163,17 @@ impl Cgroup {
 
     /// Its directory in the v1 hierarchy of `controller`, else in v2.
     pub fn dir(&self, controller: &str) -> Option<&Path> {
-        let v1 = self.dirs.iter().find(|d| d.controllers.iter().any(|c| c == controller));
-        v1.or_else(|| self.dirs.iter().find(|d| d.unified)).map(|d| d.path.as_path())
+        self.v1_dir(controller).or_else(|| self.unified_dir())
+    }
+
+    /// The directory in the v1 hierarchy of `controller`, if it is in one.
+    pub fn v1_dir(&self, controller: &str) -> Option<&Path> {
+        self.dirs.iter().find(|d| d.controllers.iter().any(|c| c == controller)).map(|d| d.path.as_path())
+    }
+
+    /// The directory in the unified hierarchy.
+    pub fn unified_dir(&self) -> Option<&Path> {
+        self.dirs.iter().find(|d| d.unified).map(|d| d.path.as_path())
     }
 
     /// The cgroup `name` below this one, in the hierarchies for which `keep` is true.
@@ -280,11 +289,11 @@ impl Cgroup {
         }
     }
 
-    /// Processes that the OOM killer has taken in it and below, since it was made.
-    pub fn oom_kills(&self) -> u64 {
-        match self.dirs.iter().find(|d| d.controllers.iter().any(|c| c == "memory")) {
-            Some(dir) => v1::oom_kills(&dir.path),
-            None => self.dirs.iter().find(|d| d.unified).map_or(0, |d| v2::oom_kills(&d.path)),
+    /// Processes that the OOM killer has taken in it and below, since it was made. None where nothing counts them: it is gone.
+    pub fn oom_kills(&self) -> Option<u64> {
+        match self.v1_dir("memory") {
+            Some(dir) => v1::oom_kills(dir),
+            None => self.unified_dir().and_then(v2::oom_kills),
         }
     }
 
@@ -402,7 +411,7 @@ mod tests {
         cgroup.create().unwrap();
         let child = cgroup.child("exec-1", |_| true);
         child.create().unwrap();
-        assert_eq!((cgroup.procs(), cgroup.oom_kills()), (vec![], 0));
+        assert_eq!((cgroup.procs(), cgroup.oom_kills()), (vec![], None));
         cgroup.remove(Duration::ZERO).unwrap();
         cgroup.remove(Duration::ZERO).unwrap();
         assert!(!child.exists() && dir.path().join("a").exists());

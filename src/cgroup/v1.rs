@@ -22,12 +22,12 @@ pub fn same(controllers: &[String], names: &str) -> bool {
     names.split(',').count() == controllers.len() && names.split(',').all(|n| controllers.iter().any(|c| c == n))
 }
 
-/// OOM kills in `dir` and below. The counter is local to each cgroup.
-pub fn oom_kills(dir: &Path) -> u64 {
-    let mut sum = 0;
+/// OOM kills in `dir` and below. The counter is local to each cgroup. None where there is none.
+pub fn oom_kills(dir: &Path) -> Option<u64> {
+    let mut sum = None;
     for_each_dir(dir, &mut |path| {
         let text = std::fs::read_to_string(path.join("memory.oom_control")).unwrap_or_default();
-        sum += parse::flat_keyed(&text, "oom_kill").unwrap_or(0);
+        sum = [sum, parse::flat_keyed(&text, "oom_kill")].into_iter().flatten().reduce(|a, b| a + b);
     });
     sum
 }
@@ -91,7 +91,7 @@ mod tests {
         let text = "oom_kill_disable 0\nunder_oom 0\noom_kill 1\n";
         std::fs::write(dir.path().join("memory.oom_control"), text).unwrap();
         std::fs::write(dir.path().join("exec-1/memory.oom_control"), text).unwrap();
-        assert_eq!(oom_kills(dir.path()), 2);
-        assert_eq!(oom_kills(Path::new("/nonexistent")), 0);
+        assert_eq!(oom_kills(dir.path()), Some(2));
+        assert_eq!(oom_kills(Path::new("/nonexistent")), None);
     }
 }

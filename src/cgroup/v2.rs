@@ -4,10 +4,10 @@ use std::path::Path;
 
 use super::parse;
 
-/// OOM kills in `dir` and below: memory.events counts the whole subtree.
-pub fn oom_kills(dir: &Path) -> u64 {
-    let text = std::fs::read_to_string(dir.join("memory.events")).unwrap_or_default();
-    parse::flat_keyed(&text, "oom_kill").unwrap_or(0)
+/// OOM kills in `dir` and below: memory.events counts the whole subtree. None where there is no such file.
+pub fn oom_kills(dir: &Path) -> Option<u64> {
+    let text = std::fs::read_to_string(dir.join("memory.events")).ok()?;
+    parse::flat_keyed(&text, "oom_kill")
 }
 
 #[cfg(test)]
@@ -17,8 +17,8 @@ mod tests {
     #[test]
     fn oom_kill_counter() {
         let dir = tempfile::tempdir().unwrap();
-        assert_eq!(oom_kills(dir.path()), 0);
+        assert_eq!(oom_kills(dir.path()), None);
         std::fs::write(dir.path().join("memory.events"), "low 0\nhigh 0\nmax 30\noom 3\noom_kill 2\noom_group_kill 0\n").unwrap();
-        assert_eq!(oom_kills(dir.path()), 2);
+        assert_eq!(oom_kills(dir.path()), Some(2));
     }
 }

@@ -266,7 +266,7 @@ impl Shim {
         let v2 = self.layout.mode == Mode::V2;
         for place in std::mem::take(&mut self.lingering) {
             // The counters of v1 are local and go with the directory; v2 counts in the parent.
-            let kills = if v2 { 0 } else { place.cgroup.oom_kills() };
+            let kills = if v2 { 0 } else { place.cgroup.oom_kills().unwrap_or(0) };
             if kills == 0 && self.idle.len() < IDLE_CGROUPS && place.is_vacant() {
                 self.idle.push(place);
             } else if place.cgroup.remove(Duration::ZERO).is_ok() {

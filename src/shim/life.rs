@@ -56,6 +56,9 @@ impl Shim {
         }
         // With a terminal the runtime's own, which is not the host's /dev/null.
         program = program.stdout_to(ends.stdout.map_or_else(no_output, Ok)?);
+        if handler.systemd_cgroup {
+            self.oom.count_above(&self.cgroup);
+        }
         let task = Task::start(program, &handler.path, Purpose::Run, log, Vec::new(), self.limit())?;
         self.tasks.push(task);
         Ok(())
@@ -75,13 +78,12 @@ impl Shim {
         let mut again = None;
         let mut sooner = |time: Option<Instant>| again = [again, time].into_iter().flatten().min();
         sooner(self.advance_execs(now));
-        if let Some(oom) = &mut self.oom {
-            let grown = oom.look(&self.cgroup, now);
-            sooner(oom.deadline(now));
-            if grown.is_some() {
-                let kills = self.oom_kills();
+        if self.oom.has_notice() {
+            let kills = self.oom_kills();
+            if self.oom.look(kills, now) {
                 self.tell_watchers(&Event::Oom { kills });
             }
+            sooner(self.oom.deadline(now));
         }
         sooner(self.advance_ending(now));
         sooner(self.advance_attachers(now));
@@ -162,7 +164,7 @@ impl Shim {
         self.start_time = pidfd::start_time_of(pid).unwrap_or(0);
         self.phase = Phase::Running;
         self.stdio.started();
-        self.oom = super::oom::OomWatch::new(&self.cgroup);
+        self.oom.arm(&self.cgroup);
         self.answered = true;
         say(&Answer::Started { pid, start_time: self.start_time, shim_pid: std::process::id() as i32, started_at: self.started_at });
         self.tell_state();
@@ -181,8 +183,7 @@ impl Shim {
         let record =
             ExitRecord { version: VERSION, exit_code: end.exit_code(), signal: end.signal(), oom: self.oom_kills() > 0, finished_at };
         self.pid = 0;
-        // Its descriptor reports for ever once the cgroup is gone.
-        self.oom = None;
+        self.oom.disarm();
         self.stdio.let_go_of_terminal();
         self.phase = Phase::Ending;
         for task in &mut self.tasks {

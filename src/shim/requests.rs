@@ -138,7 +138,7 @@ impl Shim {
         }
     }
 
-    fn state(&self) -> State {
+    fn state(&mut self) -> State {
         State {
             phase: self.phase,
             pid: self.pid,

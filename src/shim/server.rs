@@ -42,7 +42,7 @@ pub struct Shim {
     /// Those in which nothing does, for the next execs.
     pub(super) idle: Vec<Place>,
     pub(super) removed_oom_kills: u64,
-    pub(super) oom: Option<OomWatch>,
+    pub(super) oom: OomWatch,
     pub(super) peers: Vec<Peer>,
     pub(super) peer_number: u32,
     pub(super) attachers: Attachers,
@@ -157,7 +157,7 @@ fn prepare(dir: &Path) -> Result<Shim> {
         lingering: Vec::new(),
         idle: Vec::new(),
         removed_oom_kills: 0,
-        oom: None,
+        oom: OomWatch::default(),
         peers: Vec::new(),
         peer_number: 0,
         attachers: Attachers::default(),
@@ -177,8 +177,8 @@ impl Shim {
     }
 
     /// OOM kills so far, those in removed child cgroups included.
-    pub(super) fn oom_kills(&self) -> u64 {
-        self.cgroup.oom_kills() + self.removed_oom_kills
+    pub(super) fn oom_kills(&mut self) -> u64 {
+        self.oom.kills(&self.cgroup) + self.removed_oom_kills
     }
 
     fn serve(&mut self) {
@@ -194,11 +194,7 @@ impl Shim {
                     Ready::Signals => while matches!(self.signals.read_signal(), Ok(Some(_))) {},
                     Ready::Listener => self.accept(),
                     Ready::Console => self.console(),
-                    Ready::Oom => {
-                        if let Some(oom) = &mut self.oom {
-                            oom.notice(Instant::now());
-                        }
-                    }
+                    Ready::Oom => self.oom.notice(Instant::now()),
                     Ready::Output(index) => self.output(index),
                     Ready::Peer(number, flags) => self.peer_ready(number, flags),
                     ready => self.attacher_ready(&ready),
@@ -214,7 +210,7 @@ impl Shim {
         fds.push((self.signals.as_fd(), PollFlags::POLLIN, Ready::Signals));
         fds.push((self.listener.as_fd(), PollFlags::POLLIN, Ready::Listener));
         fds.extend(self.stdio.console().map(|c| (c, PollFlags::POLLIN, Ready::Console)));
-        fds.extend(self.oom.as_ref().map(OomWatch::interest).map(|(fd, flags)| (fd, flags, Ready::Oom)));
+        fds.extend(self.oom.interest().map(|(fd, flags)| (fd, flags, Ready::Oom)));
         // Until the container runs, the pipes hold words of the OCI runtime: they belong in the error.
         if self.phase != Phase::Starting && !matches!(self.ending, Some(Ending::Deleting(_))) {
             let open = self.stdio.open_outputs().filter(|(i, _)| self.is_drained() || !self.attachers.are_full(*i));

@@ -6,10 +6,14 @@ use std::time::{Duration, Instant};
 
 use crisp::api::runtime::{ContainerConfig, ContainerState, LinuxContainerResources, UpdateContainerResourcesRequest};
 use grpcio::RpcStatusCode;
+use nix::sys::signal::{kill, Signal};
+use nix::unistd::Pid;
 
-use crate::daemon::{cgroup_dirs, patience};
+use crate::daemon::{cgroup_dirs, patience, systemd};
 use crate::harness::{handlers, Container, Host};
 use crate::objects::{container_config, create_request};
+use crate::shim::eventually;
+use crate::trouble::shim_of;
 
 const SLEEP: [&str; 2] = ["sleep", "1000000"];
 
@@ -21,11 +25,18 @@ fn resources(config: &mut ContainerConfig) -> &mut LinuxContainerResources {
     config.linux.mut_or_insert_default().resources.mut_or_insert_default()
 }
 
+/// The container's cgroup, in each hierarchy.
+fn cgroups_of(host: &Host, container: &Container) -> Vec<PathBuf> {
+    let dirs = cgroup_dirs(&host.daemon.layout.tag);
+    let ours = |dir: &&PathBuf| dir.file_name().is_some_and(|name| name.to_string_lossy().contains(&container.id));
+    let own: Vec<PathBuf> = dirs.iter().filter(ours).cloned().collect();
+    assert!(!own.is_empty(), "no cgroup of {} in {dirs:?}", container.id);
+    own
+}
+
 /// The container's cgroup (v2).
 fn cgroup(host: &Host, container: &Container) -> PathBuf {
-    let dirs = cgroup_dirs(&host.daemon.layout.tag);
-    let own = dirs.iter().find(|dir| dir.file_name().is_some_and(|name| name.to_string_lossy().contains(&container.id)));
-    own.unwrap_or_else(|| panic!("no cgroup of {} in {dirs:?}", container.id)).clone()
+    cgroups_of(host, container).swap_remove(0)
 }
 
 fn values(dir: &Path, names: &[&str]) -> Vec<String> {
@@ -107,6 +118,46 @@ fn an_out_of_memory_group_dies_whole() {
             assert_eq!((status.exit_code, status.reason.as_str()), (code, "OOMKilled"), "{handler}: {status}");
             assert!(!container.log.text("stdout").contains("survived"));
         }
+        host.remove_all();
+    }
+    host.finish();
+}
+
+/// systemd removes a scope once it is empty, read or not; the shim is held back here until then.
+#[test]
+fn why_a_container_ended_is_known_after_its_cgroup_is_gone() {
+    let host = Host::start();
+    for handler in handlers() {
+        let sandbox = host.sandbox("late", &handler);
+        let script = "until [ -e /go ]; do sleep 0.05; done; exec tail /dev/zero";
+        let hog = host.create_with(&sandbox, "hog", &["sh", "-c", script], |config| {
+            resources(config).memory_limit_in_bytes = 32 << 20;
+        });
+        host.start_container(&hog);
+        let sibling = host.launch(&sandbox, "sibling", &SLEEP);
+        let late = |container: &Container, end: &dyn Fn(Pid)| {
+            let shim = Pid::from_raw(shim_of(&container.id).expect("a shim"));
+            let dirs = cgroups_of(&host, container);
+            let text = std::fs::read_to_string(dirs[0].join("cgroup.procs")).expect("read its processes");
+            let first = Pid::from_raw(text.lines().next().and_then(|l| l.parse().ok()).expect("a process"));
+            kill(shim, Signal::SIGSTOP).expect("hold the shim");
+            end(first);
+            eventually("it has ended", || match systemd() {
+                true => !dirs[0].exists(),
+                false => std::fs::read_to_string(dirs[0].join("cgroup.procs")).is_ok_and(|text| text.is_empty()),
+            });
+            kill(shim, Signal::SIGCONT).expect("let the shim go on");
+            let status = host.wait_exit(container);
+            (status.exit_code, status.reason)
+        };
+        let end = late(&hog, &|first| {
+            std::fs::write(format!("/proc/{first}/root/go"), b"").expect("let it go");
+        });
+        assert_eq!(end, (137, "OOMKilled".into()), "{handler}");
+        // Its shim has had the notice of the kill beside it by the time that it answers.
+        assert_eq!(host.exec(&sibling, &["true"]).0, 0, "{handler}");
+        let end = late(&sibling, &|first| kill(first, Signal::SIGKILL).expect("kill it"));
+        assert_eq!(end, (137, "Error".into()), "{handler}");
         host.remove_all();
     }
     host.finish();
