@@ -3,7 +3,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use serde::Deserialize;
+use serde::{Deserialize, Deserializer};
 
 use super::name::Name;
 use super::yaml;
@@ -19,21 +19,22 @@ pub(super) struct Document {
     version: String,
     /// `vendor/class`
     kind: String,
-    #[serde(default)]
+    #[serde(default, deserialize_with = "or_default")]
     annotations: BTreeMap<String, String>,
     pub(super) devices: Vec<Device>,
     /// For every container with one of the devices.
-    #[serde(default, rename = "containerEdits")]
+    #[serde(default, deserialize_with = "or_default", rename = "containerEdits")]
     pub(super) container_edits: Edits,
 }
 
 #[derive(Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub(super) struct Device {
+    #[serde(deserialize_with = "text")]
     name: String,
-    #[serde(default)]
+    #[serde(default, deserialize_with = "or_default")]
     annotations: BTreeMap<String, String>,
-    #[serde(rename = "containerEdits")]
+    #[serde(deserialize_with = "or_default", rename = "containerEdits")]
     pub(super) container_edits: Edits,
 }
 
@@ -42,13 +43,38 @@ pub(super) struct Device {
 #[serde(deny_unknown_fields, default, rename_all = "camelCase")]
 pub(super) struct Edits {
     /// `NAME=value`
+    #[serde(deserialize_with = "or_default")]
     pub(super) env: Vec<String>,
+    #[serde(deserialize_with = "or_default")]
     pub(super) device_nodes: Vec<Node>,
+    #[serde(deserialize_with = "or_default")]
     pub(super) net_devices: Vec<NetDevice>,
+    #[serde(deserialize_with = "or_default")]
     pub(super) mounts: Vec<Mount>,
+    #[serde(deserialize_with = "or_default")]
     pub(super) hooks: Vec<Hook>,
     pub(super) intel_rdt: Option<IntelRdt>,
+    #[serde(deserialize_with = "or_default")]
     pub(super) additional_gids: Vec<u32>,
+}
+
+/// A key without a value is as good as no key, as libraries in Go take it.
+fn or_default<'de, D: Deserializer<'de>, T: Deserialize<'de> + Default>(from: D) -> Result<T, D::Error> {
+    Ok(Option::<T>::deserialize(from)?.unwrap_or_default())
+}
+
+/// Text; YAML reads `name: 0` as a number.
+fn text<'de, D: Deserializer<'de>>(from: D) -> Result<String, D::Error> {
+    #[derive(Deserialize)]
+    #[serde(untagged, expecting = "expected text")]
+    enum Scalar {
+        Text(String),
+        Number(i64),
+    }
+    Ok(match Scalar::deserialize(from)? {
+        Scalar::Text(text) => text,
+        Scalar::Number(number) => number.to_string(),
+    })
 }
 
 #[derive(Debug, Default, Deserialize)]
@@ -83,6 +109,7 @@ pub(super) struct NetDevice {
 pub(super) struct Mount {
     pub(super) host_path: String,
     pub(super) container_path: String,
+    #[serde(deserialize_with = "or_default")]
     pub(super) options: Vec<String>,
     #[serde(rename = "type")]
     pub(super) kind: String,
@@ -279,6 +306,18 @@ mod tests {
         let text = "cdiVersion: 0.6.0\nkind: v.com/c\ndevices:\n- name: d\n  containerEdits:\n    deviceNodes:\n    - {path: /dev/x, fileMode: 432, uid: 5}\n";
         let yaml = Document::parse(text, false).unwrap();
         assert_eq!(format!("{document:?}"), format!("{yaml:?}"));
+    }
+
+    /// As people and generators write them.
+    #[test]
+    fn numbers_for_names_octal_modes_and_keys_without_a_value() {
+        let text = "cdiVersion: 0.6.0\nkind: v.com/c\nannotations:\ncontainerEdits: ~\ndevices:\n- name: 0\n  containerEdits:\n    \
+            env:\n    mounts: ~\n    hooks:\n    additionalGids:\n    deviceNodes:\n    - {path: /dev/x, fileMode: 0640}\n";
+        let document = Document::parse(text, false).unwrap();
+        assert_eq!(document.name_of(&document.devices[0]).to_string(), "v.com/c=0");
+        assert_eq!(document.devices[0].container_edits.device_nodes[0].file_mode, Some(0o640));
+        let why = Document::parse(&text.replace("name: 0", "name: [0]"), false).unwrap_err();
+        assert!(why.contains("expected text"), "{why}");
     }
 
     #[test]

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 
 use crate::api::runtime::{ContainerConfig, Device};
 use crate::error::{Context, Error, Result};
-use crate::spec::{process, ResolvedDevice};
+use crate::spec::{process, userns, ResolvedDevice};
 
 /// Directories of /dev that each container has its own of, or that are not the machine's.
 const SKIPPED_DIRECTORIES: [&str; 7] = ["pts", "shm", "fd", "mqueue", ".lxc", ".lxd-mounts", ".udev"];
@@ -14,9 +14,17 @@ const SKIPPED_DIRECTORIES: [&str; 7] = ["pts", "shm", "fd", "mqueue", ".lxc", ".
 /// Directories below a directory of devices, at most.
 const MAX_DEPTH: usize = 8;
 
-/// The devices of a container: the request's, and for a privileged container the host's beside them.
-pub fn collect(config: &ContainerConfig) -> Result<Vec<ResolvedDevice>> {
+/// The devices of a container: the request's, and for a privileged container the host's beside them. INVALID_ARGUMENT for a device
+/// that would be another one in a user namespace, where the OCI runtime binds some of the host's own.
+pub fn collect(config: &ContainerConfig, in_user_namespace: bool) -> Result<Vec<ResolvedDevice>> {
     let mut devices = resolve(&config.devices)?;
+    let replaced = |device: &&ResolvedDevice| in_user_namespace && !userns::may_be_bound(&device.path) && !is_hosts_own(device);
+    if let Some(device) = devices.iter().find(replaced) {
+        let (path, host_path) = (device.path.display(), device.host_path.display());
+        return Err(Error::invalid(format!(
+            "device {host_path}: container_path {path}: with a user namespace the OCI runtime puts the host's {path} there"
+        )));
+    }
     if config.linux.security_context.privileged {
         devices.extend(of_host(Path::new("/dev"))?);
     }
@@ -55,6 +63,17 @@ fn resolve(devices: &[Device]) -> Result<Vec<ResolvedDevice>> {
         }
     }
     Ok(all)
+}
+
+/// Whether it is what the host has at its path in the container.
+fn is_hosts_own(device: &ResolvedDevice) -> bool {
+    let numbers = |d: &ResolvedDevice| (d.block, d.major, d.minor);
+    device
+        .path
+        .canonicalize()
+        .ok()
+        .and_then(|at| node(&at, at.clone(), "").ok().flatten())
+        .is_some_and(|own| numbers(&own) == numbers(device))
 }
 
 /// Every device of the machine below `dev`.
@@ -123,6 +142,19 @@ mod tests {
     }
 
     #[test]
+    fn a_runtimes_own_device_is_no_other_one_in_a_user_namespace() {
+        let asked = |host: &str, path: &str| ContainerConfig { devices: vec![device(host, path, "rwm")], ..Default::default() };
+        for (host, path) in [("/dev/null", "/dev/random"), ("/dev/zero", "/dev/x/../null")] {
+            assert_eq!(collect(&asked(host, path), false).unwrap().len(), 1);
+            let error = collect(&asked(host, path), true).unwrap_err();
+            assert!(error.code() == Code::InvalidArgument && error.message().contains("container_path /dev/"), "{error}");
+        }
+        for (host, path) in [("/dev/null", "/dev/null"), ("/dev/zero", ""), ("/dev/null", "/dev/other")] {
+            assert_eq!(collect(&asked(host, path), true).unwrap().len(), 1, "{host} {path}");
+        }
+    }
+
+    #[test]
     fn links_and_directories() {
         let dir = tempfile::tempdir().unwrap();
         std::os::unix::fs::symlink("/dev/zero", dir.path().join("z")).unwrap();
@@ -153,9 +185,9 @@ mod tests {
     #[test]
     fn privileged_gets_the_hosts_without_its_terminals() {
         let mut config = ContainerConfig { devices: vec![device("/dev/zero", "/dev/null", "r")], ..Default::default() };
-        assert_eq!(collect(&config).unwrap().len(), 1);
+        assert_eq!(collect(&config, false).unwrap().len(), 1);
         config.linux.mut_or_insert_default().security_context.mut_or_insert_default().privileged = true;
-        let all = collect(&config).unwrap();
+        let all = collect(&config, false).unwrap();
         let at = |path: &str| all.iter().filter(|d| d.path == Path::new(path)).collect::<Vec<_>>();
         assert_eq!((at("/dev/null").len(), at("/dev/null")[0].minor), (1, 5), "the request's own wins");
         assert_eq!(at("/dev/full").len(), 1);

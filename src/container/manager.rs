@@ -23,7 +23,7 @@ use crate::error::{Code, Context, Error, ErrorList, Result};
 use crate::event::{self, Listener};
 use crate::hooks;
 use crate::image::{Image, Images};
-use crate::runtime::Handler;
+use crate::runtime::{Handler, Kind};
 use crate::snapshot::{Attributes, Owners, Snapshotter};
 use crate::spec::{self, Defaults, HostFacts, NamespacePaths, ResolvedMount, SandboxFiles};
 use crate::store::{new_id, now_ns, Claim, Index, Names, Records};
@@ -32,6 +32,7 @@ use crate::sys::crash;
 use crate::sys::file::{self, Durability};
 use crate::sys::label::SELINUX;
 use crate::sys::lock::{Lock, Rank};
+use crate::sys::mount;
 use crate::sys::watch::Watcher;
 
 /// Whoever measures writable layers.
@@ -313,7 +314,10 @@ impl Containers {
         }
         super::image_volumes::mount_images(meta, &held, &config.mounts, mounts, &self.snapshots, attributes)?;
         super::volumes::place(&meta.dir, &config.mounts, mounts, user_namespace, &self.settings.shim)?;
-        let devices = super::devices::collect(config)?;
+        if user_namespace.is_some() && inputs.handler.kind == Kind::Crun {
+            super::below::list(mounts, &mount::table()?)?;
+        }
+        let devices = super::devices::collect(config, user_namespace.is_some())?;
         super::update::check_cpuset(&container.cgroup()?, &config.linux.resources)?;
         let (classes, class_warnings) = self.settings.classes.resolve(&inputs.sandbox.annotations, config)?;
         let working_dir = spec::process::working_dir(&config.working_dir, image_dir)?;

@@ -3,6 +3,7 @@
 
 /// AppArmor profiles of the host.
 pub mod apparmor;
+mod below;
 /// Block I/O classes from their file.
 pub mod blockio;
 /// Classes that annotations ask for.

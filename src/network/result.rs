@@ -96,8 +96,8 @@ impl Outcome {
         Ok(Outcome { interfaces, addresses, dns, raw: Value::Object(json) })
     }
 
-    /// The addresses of the sandbox's interface `ifname`, each once, in the plugin's order. Where the plugin names no such
-    /// interface, those of any interface inside the sandbox.
+    /// The addresses of the sandbox's interface `ifname`, each once, in the plugin's order but for the first IPv4 one, which leads:
+    /// clients that know one address know that. Where the plugin names no such interface, those of any inside the sandbox.
     pub fn ips(&self, ifname: &str) -> Vec<IpAddr> {
         let pick = |want: &dyn Fn(&Interface) -> bool| {
             let mut ips = Vec::new();
@@ -108,11 +108,14 @@ impl Outcome {
             }
             ips
         };
-        let named = pick(&|i| i.name == ifname);
-        if named.is_empty() {
-            return pick(&|i| i.sandbox.is_some());
+        let mut ips = pick(&|i| i.name == ifname);
+        if ips.is_empty() {
+            ips = pick(&|i| i.sandbox.is_some());
         }
-        named
+        if let Some(first) = ips.iter().position(IpAddr::is_ipv4) {
+            ips[..=first].rotate_right(1);
+        }
+        ips
     }
 
     /// The hardware address of the sandbox's interface `ifname`.
@@ -244,6 +247,9 @@ mod tests {
         // An interface of another name inside the sandbox is better than no address.
         assert_eq!(ips(r#"{"interfaces":[{"name":"x","sandbox":"/n"}],"ips":[{"interface":0,"address":"10.1.0.5/16"}]}"#), ["10.1.0.5"]);
         assert!(ips("{}").is_empty());
+        let two = r#"{"interfaces":[{"name":"eth0","sandbox":"/n"}],"ips":[{"interface":0,"address":"fd00::5/64"},
+            {"interface":0,"address":"fd00::6/64"},{"interface":0,"address":"10.1.0.5/16"},{"interface":0,"address":"10.1.0.6/16"}]}"#;
+        assert_eq!(ips(two), ["10.1.0.5", "fd00::5", "fd00::6", "10.1.0.6"], "the first of IPv4 leads");
     }
 
     #[test]

@@ -3,15 +3,40 @@
 use std::ffi::OsString;
 use std::path::Path;
 
-use super::handler::Handler;
+use super::handler::{Handler, Kind};
+use crate::error::{ErrorList, Result};
 use crate::sys::process::Program;
+use crate::sys::{file, mount};
 
 /// Arguments of one call.
 pub type Args = Vec<OsString>;
 
-/// The program of `handler` with these arguments.
-pub fn program(handler: &Handler, args: Args) -> Program {
-    Program::new(&handler.path).args(args)
+/// The program of `handler` with these arguments, in the directory `dir` of the container.
+pub fn program(handler: &Handler, args: Args, dir: &Path) -> Program {
+    let program = Program::new(&handler.path).args(args).current_dir(dir);
+    match handler.kind {
+        // Where it binds its own binary for a moment, so that no container can change that; /tmp without it. runc takes its state directory.
+        Kind::Crun => program.env("_LIBCONTAINER_STATEDIR", dir),
+        Kind::Runc | Kind::Other => program,
+    }
+}
+
+/// Removes what crun and runc leave when they are killed while they protect their own binary: a file, or a mount of the binary on it, in
+/// the container's directory `dir` or in the runtime's own, which `delete` then takes for no container's. None of it is fine.
+pub fn remove_leftovers(handler: &Handler, id: &str, dir: &Path) -> Result<()> {
+    let state = handler.root.join(id);
+    let (place, prefix) = match handler.kind {
+        Kind::Crun => (dir, "crun."),
+        Kind::Runc => (state.as_path(), "runc."),
+        Kind::Other => return Ok(()),
+    };
+    let mut errors = ErrorList::default();
+    for entry in std::fs::read_dir(place).into_iter().flatten().flatten() {
+        if entry.file_name().as_encoded_bytes().starts_with(prefix.as_bytes()) {
+            errors.keep(mount::unmount(&entry.path()).and_then(|()| file::remove_file(&entry.path())));
+        }
+    }
+    errors.finish()
 }
 
 /// The global options: state directory, cgroup driver, and the file for errors (JSON lines).
@@ -120,6 +145,43 @@ pub fn last_error(log: &str) -> Option<String> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    fn handler_of(kind: Kind, root: &Path) -> Handler {
+        Handler { name: "x".into(), path: "/usr/bin/env".into(), root: root.into(), kind, systemd_cgroup: false }
+    }
+
+    #[test]
+    fn crun_has_its_copies_where_we_look_for_them() {
+        use crate::sys::cancel::Cancel;
+        let dir = tempfile::tempdir().unwrap();
+        for (kind, is_set) in [(Kind::Crun, true), (Kind::Runc, false), (Kind::Other, false)] {
+            let program = program(&handler_of(kind, dir.path()), vec![], dir.path());
+            let out = program.run_ok(&Cancel::never(), std::time::Duration::from_secs(60)).unwrap();
+            let line = format!("_LIBCONTAINER_STATEDIR={}", dir.path().display());
+            assert_eq!(String::from_utf8_lossy(&out.stdout).lines().any(|l| l == line), is_set, "{kind:?}");
+        }
+    }
+
+    #[test]
+    fn leftovers_of_killed_runtimes_go_and_nothing_else() {
+        for (kind, name) in [(Kind::Crun, "crun.Xy12ab"), (Kind::Runc, "runc.Xy12ab")] {
+            let (dir, root) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+            let handler = handler_of(kind, root.path());
+            remove_leftovers(&handler, "c", &dir.path().join("absent")).unwrap();
+            let state = root.path().join("c");
+            std::fs::create_dir(&state).unwrap();
+            let (ours, other) = if kind == Kind::Crun { (dir.path(), state.as_path()) } else { (state.as_path(), dir.path()) };
+            for file in [ours.join(name), ours.join("config.json"), ours.join("crunch"), other.join(name)] {
+                std::fs::write(file, b"x").unwrap();
+            }
+            if rustix::process::geteuid().is_root() {
+                mount::bind(Path::new("/bin/sh"), &ours.join(name), false).unwrap();
+            }
+            remove_leftovers(&handler, "c", dir.path()).unwrap();
+            assert!(!ours.join(name).exists() && other.join(name).exists(), "{kind:?}");
+            assert!(ours.join("config.json").exists() && ours.join("crunch").exists() && Path::new("/bin/sh").exists());
+        }
+    }
     use crate::runtime::Kind;
 
     fn handler() -> Handler {

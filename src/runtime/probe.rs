@@ -128,8 +128,8 @@ fn run_in(
     // Not detached: its end is the container's end, and its stdout the container's.
     let mut args = oci::run(handler, &log, dir, &dir.join("pid"), None, id);
     args.retain(|a| a != "--detach");
-    let result = oci::program(handler, args).current_dir(dir).run(&Cancel::never(), LIMIT).and_then(|output| judge(&output, &log));
-    let _ = oci::program(handler, oci::delete(handler, None, id)).run(&Cancel::never(), LIMIT);
+    let result = oci::program(handler, args, dir).run(&Cancel::never(), LIMIT).and_then(|output| judge(&output, &log));
+    let _ = oci::program(handler, oci::delete(handler, None, id), dir).run(&Cancel::never(), LIMIT);
     if let Ok(left) = Layout::detect().and_then(|layout| Cgroup::at(&layout, &cgroup)) {
         let _ = left.kill_all(Duration::from_secs(1));
         let _ = left.remove(Duration::from_secs(1));

@@ -251,7 +251,7 @@ impl Sandboxes {
         }
         sysctls.extend(validate::sysctls(linux, &ns)?);
         let mut hostname = validate::hostname(config)?;
-        if hostname.is_empty() || ns.host_network {
+        if hostname.is_empty() {
             hostname = nix::unistd::gethostname().context(|| "read the host name")?.to_string_lossy().into_owned();
         }
         let asked = linux.map(|l| l.cgroup_parent.clone()).unwrap_or_default();

@@ -57,10 +57,9 @@ fn mounts(container: &Container) -> Vec<Mount> {
 
 pub(super) fn full(container: &Container, status: &Status) -> runtime::ContainerStatus {
     let (meta, config) = (&container.meta, &container.config);
-    let linux = protobuf::Message::parse_from_bytes(&status.resources).ok();
-    // As asked for at first, or in an update.
-    let told = config.linux.resources.is_some() || !status.resources.is_empty();
-    let resources = told.then(|| ContainerResources { linux: linux.into(), ..Default::default() });
+    // As asked for at first, or in an update; there also where nothing was, as with containerd.
+    let linux = protobuf::Message::parse_from_bytes(&status.resources).unwrap_or_default();
+    let resources = MessageField::some(ContainerResources { linux: MessageField::some(linux), ..Default::default() });
     runtime::ContainerStatus {
         id: meta.id.clone(),
         metadata: config.metadata.clone(),
@@ -78,7 +77,7 @@ pub(super) fn full(container: &Container, status: &Status) -> runtime::Container
         annotations: config.annotations.clone(),
         mounts: mounts(container),
         log_path: meta.log_path.as_ref().map(|p| p.to_string_lossy().into_owned()).unwrap_or_default(),
-        resources: resources.into(),
+        resources,
         user: MessageField::some(user(status)),
         stop_signal: signal::to_cri(meta.stop_signal).into(),
         ..Default::default()

@@ -93,15 +93,18 @@ fn interface(link: &Link) -> NetworkInterfaceUsage {
     }
 }
 
-/// The default interface by itself, the others but loopback in a list.
-fn network(links: &[Link], timestamp: i64) -> NetworkUsage {
-    let (default, others): (Vec<_>, Vec<_>) = links.iter().filter(|l| l.name != "lo").partition(|l| l.name == DEFAULT_INTERFACE);
-    NetworkUsage {
+/// The default interface by itself, the others but loopback in a list. Whoever may administrate the sandbox's network can take the
+/// default one away; the first then stands for it, as with containerd. None without any: kubelet takes a default one for granted.
+fn network(links: &[Link], timestamp: i64) -> Option<NetworkUsage> {
+    let mut links: Vec<&Link> = links.iter().filter(|l| l.name != "lo").collect();
+    let default = links.iter().position(|l| l.name == DEFAULT_INTERFACE).unwrap_or(0);
+    let default = (default < links.len()).then(|| links.remove(default))?;
+    Some(NetworkUsage {
         timestamp,
-        default_interface: default.first().map(|l| interface(l)).into(),
-        interfaces: others.into_iter().map(interface).collect(),
+        default_interface: MessageField::some(interface(default)),
+        interfaces: links.into_iter().map(interface).collect(),
         ..Default::default()
-    }
+    })
 }
 
 fn container_attributes(container: &Container) -> MessageField<ContainerAttributes> {
@@ -309,7 +312,7 @@ impl Service {
             }
         }
         let links = sandbox.links();
-        linux.network = links.map(|links| network(&links, now_ns())).into();
+        linux.network = links.and_then(|links| network(&links, now_ns())).into();
         let process = ProcessUsage { timestamp: now_ns(), process_count: number(self.processes(sandbox, running)), ..Default::default() };
         linux.process = MessageField::some(process);
         linux.containers = containers;
@@ -333,11 +336,12 @@ mod tests {
 
     #[test]
     fn the_default_interface_is_apart() {
-        let usage = network(&[link("lo", 1), link("net1", 2), link("eth0", 3)], 7);
+        let usage = network(&[link("lo", 1), link("net1", 2), link("eth0", 3)], 7).unwrap();
         assert_eq!((usage.timestamp, usage.default_interface.rx_bytes.value, usage.default_interface.tx_errors.value), (7, 3, 3));
         assert_eq!(usage.interfaces.iter().map(|i| i.name.as_str()).collect::<Vec<_>>(), ["net1"]);
-        let usage = network(&[link("lo", 1)], 7);
-        assert!(usage.default_interface.is_none() && usage.interfaces.is_empty());
+        let usage = network(&[link("lo", 1), link("x0", 2), link("net1", 3)], 7).unwrap();
+        assert_eq!((usage.default_interface.name.as_str(), usage.interfaces.len(), usage.interfaces[0].name.as_str()), ("x0", 1, "net1"));
+        assert!(network(&[link("lo", 1)], 7).is_none() && network(&[], 7).is_none());
     }
 
     #[test]

@@ -406,7 +406,10 @@ pub fn cleanup_dead(handler: &Handler, id: &str, dir: &Path, cgroup: Option<&Cgr
     if let Some(cgroup) = cgroup {
         errors.keep(cgroup.kill_all(limit));
     }
-    errors.keep(oci::program(handler, oci::delete(handler, None, id)).run_ok(&Cancel::never(), limit).map(drop));
+    // A runtime that finds nothing says so by success, but for a directory that it cannot remove.
+    errors.keep(oci::remove_leftovers(handler, id, dir));
+    errors.keep(oci::program(handler, oci::delete(handler, None, id), dir).run_ok(&Cancel::never(), limit).map(drop));
+    errors.keep(oci::remove_leftovers(handler, id, dir));
     if let Some(cgroup) = cgroup {
         errors.keep(cgroup.remove(Duration::from_secs(1)));
     }

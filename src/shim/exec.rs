@@ -148,7 +148,7 @@ impl Shim {
         let console = request.console.as_ref().map(|name| shown_socket(&self.dir, name));
         let call = oci::Exec { log: &log, pid_file: &path("pid"), process: &process_file, cgroup: option, console: console.as_deref() };
         let args = oci::exec(&self.config.handler, &call, &self.config.id);
-        let mut program = oci::program(&self.config.handler, args).current_dir(&self.dir);
+        let mut program = oci::program(&self.config.handler, args, &self.dir);
         let mut stdio = stdio.into_iter();
         program = match (stdio.next(), stdio.next(), stdio.next()) {
             (Some(stdin), Some(stdout), Some(stderr)) => program.stdin_from(stdin).stdout_to(stdout).stderr_to(stderr),
@@ -161,10 +161,10 @@ impl Shim {
     /// The OCI runtime's exec has ended.
     pub fn exec_started(&mut self, number: u32, result: Result<()>) {
         let Some(index) = self.execs.iter().position(|e| e.number == number) else { return };
-        let pid = result.and_then(|()| read_pid(&self.dir.join(format!("exec-{number}.pid"))));
+        let brought = read_pid(&self.dir.join(format!("exec-{number}.pid")));
         let _ = file::remove_file(&self.dir.join(format!("exec-{number}.pid")));
         let exec = &mut self.execs[index];
-        match pid {
+        match result.and_then(|()| brought.clone()) {
             Ok(pid) => {
                 exec.pid = Some(pid);
                 // crun leaves it as ours is, runc as it was when the container was created.
@@ -183,8 +183,12 @@ impl Shim {
             }
             Err(error) => {
                 exec.outcome = Some(Event::Error(Fault::from(&error)));
-                // What a killed or failed runtime has left.
+                // What a killed or failed runtime has left, and what one that was given up has brought. The process is our child by now
+                // and not reaped; it may not be in the cgroup yet.
                 exec.kill = true;
+                if let Ok(pid) = brought {
+                    let _ = monitor::kill(pid, libc::SIGKILL);
+                }
             }
         }
     }
@@ -222,7 +226,7 @@ impl Shim {
             exec.kill = true;
         }
         if let Some(task) = self.tasks.iter_mut().find(|t| t.purpose == Purpose::Exec(number)) {
-            task.abort(Error::cancelled(format!("exec: {why}")));
+            task.give_up(Error::cancelled(format!("exec: {why}")));
         }
     }
 
@@ -232,9 +236,11 @@ impl Shim {
         let mut index = 0;
         while index < self.execs.len() {
             let exec = &self.execs[index];
-            let left = if exec.kill { kill_tree(exec) } else { 0 };
+            // What the OCI runtime is still bringing is in there too: it has to come back first.
+            let starts = self.tasks.iter().any(|t| t.purpose == Purpose::Exec(exec.number));
+            let left = if exec.kill && !starts { kill_tree(exec) } else { 0 };
             if exec.outcome.is_none() || left > 0 {
-                if exec.kill {
+                if exec.kill && !starts {
                     again = Some(now + Duration::from_millis(2));
                 }
                 index += 1;

@@ -50,7 +50,7 @@ impl Shim {
         file::remove_file(&log)?;
         let handler = &self.config.handler;
         let args = oci::run(handler, &log, &self.dir, &pid_file, ends.console.as_deref(), &self.config.id);
-        let mut program = oci::program(handler, args).current_dir(&self.dir).stderr_to(ends.stderr);
+        let mut program = oci::program(handler, args, &self.dir).stderr_to(ends.stderr);
         if let Some(fd) = ends.stdin {
             program = program.stdin_from(fd);
         }
@@ -187,7 +187,7 @@ impl Shim {
         self.stdio.let_go_of_terminal();
         self.phase = Phase::Ending;
         for task in &mut self.tasks {
-            task.abort(Error::precondition("the container has ended"));
+            task.give_up(Error::precondition("the container has ended"));
         }
         for exec in &mut self.execs {
             exec.kill = true;
@@ -199,6 +199,10 @@ impl Shim {
         if let Some(Ending::Killing(record, until)) = &self.ending {
             // In a PID namespace of its own everything is dead by now; in a shared one it is not.
             // Whoever waits for the end of an exec hears of it before we go.
+            // What an OCI runtime is still bringing is in there too: it has to come back first, or to use up its time.
+            if !self.tasks.is_empty() && now < *until {
+                return None;
+            }
             let left = self.cgroup.kill_once() > 0 || !self.execs.is_empty();
             if left && now < *until {
                 return Some(now + Duration::from_millis(2));
@@ -231,7 +235,7 @@ impl Shim {
         self.drop_places();
         let log = self.dir.join(DELETE_LOG);
         let handler = &self.config.handler;
-        let program = oci::program(handler, oci::delete(handler, Some(&log), &self.config.id)).current_dir(&self.dir);
+        let program = oci::program(handler, oci::delete(handler, Some(&log), &self.config.id), &self.dir);
         match Task::start(program, &handler.path, Purpose::Delete, log, Vec::new(), self.limit()) {
             Ok(task) => self.tasks.push(task),
             Err(_) => {
@@ -247,7 +251,8 @@ impl Shim {
         let handler = &self.config.handler;
         let state = handler.root.join(&self.config.id);
         let known = matches!(handler.kind, Kind::Crun | Kind::Runc) && !handler.systemd_cgroup && state.is_dir();
-        known && !has_poststop(&self.dir) && self.cgroup.remove(REMOVE_LIMIT).is_ok() && file::remove_tree(&state).is_ok()
+        let left = || oci::remove_leftovers(handler, &self.config.id, &self.dir);
+        known && !has_poststop(&self.dir) && left().is_ok() && self.cgroup.remove(REMOVE_LIMIT).is_ok() && file::remove_tree(&state).is_ok()
     }
 
     /// Leaves word for the daemon that the OCI runtime still knows the container.
@@ -259,6 +264,7 @@ impl Shim {
     fn deleted(&mut self) {
         let _ = self.cgroup.kill_all(REMOVE_LIMIT);
         let _ = self.cgroup.remove(REMOVE_LIMIT);
+        let _ = oci::remove_leftovers(&self.config.handler, &self.config.id, &self.dir);
         let _ = file::remove_file(&self.dir.join(PID_FILE));
         let _ = file::remove_file(&self.dir.join(super::protocol::SOCKET_FILE));
         if let Some(Ending::Deleting(Some(error))) = &self.ending {

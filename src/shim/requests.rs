@@ -179,7 +179,7 @@ impl Shim {
         let text = serde_json::to_vec(resources).context(|| "update: write the resources")?;
         file::write(&input, &text, 0o600, file::Durability::Atomic)?;
         let handler = &self.config.handler;
-        let program = oci::program(handler, oci::update(handler, &log, &input, &self.config.id)).current_dir(&self.dir);
+        let program = oci::program(handler, oci::update(handler, &log, &input, &self.config.id), &self.dir);
         let task = Task::start(program, &handler.path, Purpose::Update(peer), log, vec![input], self.limit())?;
         self.tasks.push(task);
         Ok(())

@@ -9,6 +9,9 @@ use crate::sys::file;
 use crate::sys::monitor::{self, End};
 use crate::sys::process::Program;
 
+/// How long a command may go on that nobody wants any more; most end in hundredths of a second.
+const LAST_WORDS: Duration = Duration::from_secs(2);
+
 /// What a command is for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Purpose {
@@ -57,6 +60,15 @@ impl Task {
         let runtime = runtime.file_name().unwrap_or_default().to_string_lossy().into_owned();
         let pid = child.id() as i32;
         Ok(Task { pid, purpose, deadline: Instant::now() + limit, limit, runtime, log, inputs, ended_by_us: None })
+    }
+
+    /// Wants the command no more, and lets it come to its end: what it did by then is undone by what it would do next (it mounts its own
+    /// binary for a moment). One that needs long is killed.
+    pub fn give_up(&mut self, why: Error) {
+        if self.ended_by_us.is_none() {
+            self.ended_by_us = Some(why);
+            self.deadline = self.deadline.min(Instant::now() + LAST_WORDS);
+        }
     }
 
     /// Kills the command and what is still in its process group; it is reaped as usual.

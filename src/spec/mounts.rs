@@ -72,6 +72,12 @@ pub(super) fn rootfs_propagation(mounts: &[ResolvedMount]) -> Option<String> {
 fn usual(inputs: &Inputs) -> Vec<Mount> {
     let privileged = inputs.privileged();
     let access = if privileged { "rw" } else { "ro" };
+    let mut cgroup = vec!["nosuid", "noexec", "nodev", "relatime", access];
+    if !inputs.host.cgroup_v2 {
+        // runc binds v1's hierarchies from the host's mounts, which are shared: where a volume makes the container's mounts shared too,
+        // what `security::readonly_paths` puts over them would come out and make the host's own read-only.
+        cgroup.insert(4, "private");
+    }
     let mut list = vec![
         mount("/proc", "proc", "proc", &["nosuid", "noexec", "nodev"]),
         mount("/dev", "tmpfs", "tmpfs", &["nosuid", "strictatime", "mode=755", "size=65536k"]),
@@ -80,7 +86,7 @@ fn usual(inputs: &Inputs) -> Vec<Mount> {
         // Never `ro` here: runc would make the superblock read-only, and with it /sys of every other container of the sandbox.
         // `security::readonly_paths` makes the mount read-only instead.
         mount("/sys", "sysfs", "sysfs", &["nosuid", "noexec", "nodev", "rw"]),
-        mount("/sys/fs/cgroup", "cgroup", "cgroup", &["nosuid", "noexec", "nodev", "relatime", access]),
+        mount("/sys/fs/cgroup", "cgroup", "cgroup", &cgroup),
     ];
     if inputs.files.shm.is_none() {
         list.push(mount("/dev/shm", "tmpfs", "shm", &["nosuid", "noexec", "nodev", "mode=1777", "size=65536k"]));

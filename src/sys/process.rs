@@ -107,9 +107,12 @@ impl Program {
     }
 
     /// The program is killed when the thread that starts it ends, however that comes (PR_SET_PDEATHSIG). Its own children are not.
+    /// It starts with no signal blocked.
     pub fn ends_with_us(mut self) -> Program {
         let us = rustix::process::getpid();
         let ask = move || {
+            // The daemon's threads block what ends it, and a program would inherit that: no `timeout` could end it or its children.
+            nix::sys::signal::SigSet::empty().thread_set_mask()?;
             rustix::process::set_parent_process_death_signal(Some(rustix::process::Signal::KILL))?;
             // We may have ended before it asked.
             match rustix::process::getppid() == Some(us) {
@@ -117,7 +120,7 @@ impl Program {
                 false => Err(std::io::Error::from_raw_os_error(libc::ESRCH)),
             }
         };
-        // SAFETY: two system calls and no memory: they may stand between fork and exec.
+        // SAFETY: system calls and no memory: they may stand between fork and exec.
         unsafe { std::os::unix::process::CommandExt::pre_exec(&mut self.command, ask) };
         self
     }
@@ -143,18 +146,19 @@ impl Program {
         self.command.spawn().context(|| what)
     }
 
-    /// Runs the program to its end. On `timeout` (DEADLINE_EXCEEDED), or when `cancel` ends, its process group is killed
+    /// Runs the program to its end, or to ours. On `timeout` (DEADLINE_EXCEEDED), or when `cancel` ends, its process group is killed
     /// and reaped before the error is returned. A non-zero exit is not an error here.
-    pub fn run(mut self, cancel: &Cancel, timeout: Duration) -> Result<Output> {
+    pub fn run(self, cancel: &Cancel, timeout: Duration) -> Result<Output> {
         let what = self.what();
-        self.command.stdin(if self.stdin.is_empty() { Stdio::from(no_input()?) } else { Stdio::piped() });
-        self.command.stdout(self.stdout.take().map_or_else(Stdio::piped, Stdio::from));
-        self.command.stderr(self.stderr.take().map_or_else(Stdio::piped, Stdio::from));
-        self.command.process_group(0);
-        let mut child = self.command.spawn().context(|| what.clone())?;
+        let mut program = self.ends_with_us();
+        program.command.stdin(if program.stdin.is_empty() { Stdio::from(no_input()?) } else { Stdio::piped() });
+        program.command.stdout(program.stdout.take().map_or_else(Stdio::piped, Stdio::from));
+        program.command.stderr(program.stderr.take().map_or_else(Stdio::piped, Stdio::from));
+        program.command.process_group(0);
+        let mut child = program.command.spawn().context(|| what.clone())?;
         // Close our copies of descriptors given to the child: they hold pipes open.
-        drop(std::mem::replace(&mut self.command, Command::new("/")));
-        let result = exchange(&mut child, &self.stdin, self.limit, &cancel.within(timeout));
+        drop(std::mem::replace(&mut program.command, Command::new("/")));
+        let result = exchange(&mut child, &program.stdin, program.limit, &cancel.within(timeout));
         if result.is_err() {
             kill_group(&child);
         }
@@ -294,6 +298,7 @@ pub fn open_files_limit(pid: i32) -> Option<u64> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use nix::sys::signal::{SigSet, Signal};
     use std::time::Instant;
 
     const MINUTE: Duration = Duration::from_secs(60);
@@ -321,6 +326,23 @@ mod tests {
         assert_eq!((out.status.code(), out.stdout.len(), out.stderr.as_slice()), (Some(3), 300_000, &b"no\n"[..]));
         let e = Program::new("/bin/sh").args(["-c", "echo no >&2; exit 3"]).run_ok(&Cancel::never(), MINUTE).unwrap_err();
         assert_eq!(e.message(), "run /bin/sh: exit 3: no");
+    }
+
+    /// As the daemon's threads have it, which take signals in one place.
+    #[test]
+    fn nothing_blocks_the_signals_of_a_program() {
+        let blocked = SigSet::from_iter([Signal::SIGTERM, Signal::SIGHUP]);
+        blocked.thread_block().unwrap();
+        let out = Program::new("/bin/sh").args(["-c", "grep SigBlk /proc/self/status"]).run_ok(&Cancel::never(), MINUTE);
+        blocked.thread_unblock().unwrap();
+        assert_eq!(String::from_utf8_lossy(&out.unwrap().stdout), "SigBlk:\t0000000000000000\n");
+    }
+
+    #[test]
+    fn a_program_ends_with_the_thread_that_waits_for_it() {
+        // The signal comes when the thread ends, so one that ends without waiting stands for a process that is killed.
+        let child = std::thread::spawn(|| Program::new("/bin/sleep").arg("600").ends_with_us().spawn().unwrap()).join();
+        assert_eq!(child.unwrap().wait().unwrap().signal(), Some(libc::SIGKILL));
     }
 
     #[test]

@@ -277,6 +277,11 @@ fn users_groups_and_the_command() {
 fn resources_are_updated_and_reported() {
     let node = Node::start();
     let sandbox = node.sandbox("web");
+    let mut bare = node.container_config("bare", "exec sleep 1000");
+    bare.linux.clear();
+    let bare = node.create(&sandbox, &bare).expect("create");
+    let told = node.status(&bare).expect("status").resources;
+    assert!(told.linux.is_some() && *told.linux == LinuxContainerResources::default(), "nothing was asked for, and that is told");
     let mut config = node.container_config("app", "exec sleep 1000");
     let resources = config.linux.mut_or_insert_default().resources.mut_or_insert_default();
     (resources.cpu_shares, resources.memory_limit_in_bytes) = (100, 64 << 20);

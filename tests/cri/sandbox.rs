@@ -66,6 +66,35 @@ fn from_run_to_remove() {
     assert_eq!(node.leftovers(), [""; 0]);
 }
 
+/// Its UTS namespace is the host's, whose name nobody changes.
+#[test]
+fn a_name_of_its_own_on_the_hosts_network() {
+    let node = Node::start();
+    let own = nix::unistd::gethostname().expect("a name").to_string_lossy().into_owned();
+    for (asked, named) in [("web-0", "web-0"), ("", own.as_str())] {
+        let mut config = node.sandbox_config(&format!("node{asked}"));
+        config.hostname = asked.into();
+        let options =
+            config.linux.mut_or_insert_default().security_context.mut_or_insert_default().namespace_options.mut_or_insert_default();
+        options.network = NamespaceMode::NODE.into();
+        let id = node.run(&config).expect("run");
+        let text = std::fs::read_to_string(node.path("run/sandboxes").join(&id).join("hostname")).expect("hostname");
+        assert_eq!(text.trim_end(), named);
+        let container = node.container_config("app", "exec sleep 1000");
+        let request = CreateContainerRequest {
+            pod_sandbox_id: id,
+            config: Some(container).into(),
+            sandbox_config: Some(config).into(),
+            ..Default::default()
+        };
+        let container = node.runtime().create_container(&request, SHORT).expect("create").container_id;
+        let spec = node.spec(&container);
+        let env = spec["process"]["env"].as_array().expect("a list").clone();
+        assert!(env.contains(&Value::from(format!("HOSTNAME={named}"))) && spec["hostname"].is_null(), "{env:?}");
+    }
+    assert_eq!(nix::unistd::gethostname().expect("a name").to_string_lossy(), own);
+}
+
 #[test]
 fn verbose_status_is_json() {
     let node = Node::start();

@@ -11,6 +11,7 @@ use nix::unistd::Pid;
 
 use crate::daemon::{cgroup_processes, find, patience};
 use crate::harness::{wanted_runtimes, Container, Host};
+use crate::objects::exec_request;
 use crate::shim::eventually;
 use crate::trouble::shim_of;
 
@@ -18,16 +19,19 @@ const SLEEP: [&str; 2] = ["sleep", "1000000"];
 
 /// A host whose runtimes do not begin with the container that a file `slow` in the directory names, for as long as it is there.
 fn slow_host() -> (tempfile::TempDir, Host) {
+    host_with(
+        "if [ -e $dir/slow ]; then\n  \
+        case \" $* \" in *' run '*\" $(cat $dir/slow) \"*) while [ -e $dir/slow ]; do sleep 0.1; done ;; esac\nfi\n",
+    )
+}
+
+/// A host whose runtimes do this first, in a shell; `$dir` is the directory.
+fn host_with(script: &str) -> (tempfile::TempDir, Host) {
     let dir = tempfile::tempdir().expect("make a directory");
     let mut runtimes = Vec::new();
     for name in wanted_runtimes() {
         let (program, real) = (dir.path().join(name), find(name).expect("it is installed"));
-        let (mark, real) = (dir.path().join("slow"), real.display());
-        let script = format!(
-            "#!/bin/sh\nmark={}\nif [ -e $mark ]; then\n  \
-            case \" $* \" in *' run '*\" $(cat $mark) \"*) while [ -e $mark ]; do sleep 0.1; done ;; esac\nfi\nexec {real} \"$@\"\n",
-            mark.display()
-        );
+        let script = format!("#!/bin/sh\ndir={}\n{script}exec {} \"$@\"\n", dir.path().display(), real.display());
         fs::write(&program, script).expect("write the runtime");
         fs::set_permissions(&program, fs::Permissions::from_mode(0o755)).expect("make it a program");
         runtimes.push((name.to_owned(), program));
@@ -157,6 +161,57 @@ fn a_terminal_outlives_its_users() {
         let log = container.log.text("stdout");
         assert!(status.exit_code == 5 && log.contains("first") && log.contains("back"), "{handler}: {status}\n{log}");
         host.remove_all();
+    }
+    host.finish();
+}
+
+/// As runtimes do that bind their own binary for a moment: what they made by then stays when they are killed.
+#[test]
+fn a_runtime_whose_exec_nobody_wants_may_take_back_what_it_made() {
+    let (dir, host) = host_with("case \" $* \" in *' exec '*) touch $dir/made; sleep $(cat $dir/pause); rm $dir/made ;; esac\n");
+    let made = dir.path().join("made");
+    for handler in wanted_runtimes() {
+        for (cancelled, pause) in [(true, "1.5"), (false, "0.3")] {
+            fs::write(dir.path().join("pause"), pause).expect("write");
+            let sandbox = host.sandbox("unwanted", handler);
+            let container = host.launch(&sandbox, "main", &SLEEP);
+            let (client, id) = (host.daemon.client(), container.id.clone());
+            let limit = if cancelled { 1 } else { 60 };
+            let exec = std::thread::spawn(move || client.call(&exec_request(&id, &["sleep", "1000000"], limit)).map(drop));
+            eventually("the runtime has begun", || made.exists());
+            if !cancelled {
+                host.stop(&container, 0);
+            }
+            exec.join().expect("no panic").expect_err("nothing came of it");
+            eventually("the runtime has come back", || !made.exists());
+            host.remove_all();
+            host.assert_clean();
+        }
+    }
+    host.finish();
+}
+
+/// One that is killed all the same, with its shim: the container's removal takes what is left.
+#[test]
+fn what_a_killed_runtime_left_goes_with_the_container() {
+    let host = Host::start();
+    for handler in crate::harness::handlers() {
+        let sandbox = host.sandbox("left", &handler);
+        let container = host.launch(&sandbox, "main", &SLEEP);
+        let run = host.daemon.layout.path("run");
+        let state = run.join("runtime").join(&handler).join(&container.id);
+        assert!(state.is_dir(), "{}", state.display());
+        let left = match handler.as_str() {
+            "runc" => state.join("runc.Xy12ab"),
+            _ => run.join("containers").join(&container.id).join("crun.Xy12ab"),
+        };
+        fs::write(&left, b"").expect("write");
+        crisp::sys::mount::bind(Path::new("/bin/sh"), &left, false).expect("mount");
+        host.stop(&container, 0);
+        host.remove(&container);
+        assert!(!left.exists() && !state.exists() && Path::new("/bin/sh").exists(), "{handler}");
+        host.remove_all();
+        host.assert_clean();
     }
     host.finish();
 }

@@ -128,6 +128,31 @@ fn mounts_spread_as_asked() {
     host.finish();
 }
 
+/// kubelet lets privileged containers alone have this; crictl asks nobody.
+#[test]
+fn shared_mounts_of_the_unprivileged_leave_the_hosts_cgroups_alone() {
+    let host = Host::start();
+    let dir = host.daemon.layout.path("shared");
+    let cgroups = || mount::table().expect("read the mount table").iter().filter(|m| m.target.starts_with("/sys/fs/cgroup")).count();
+    for handler in handlers() {
+        let shared = Tmpfs::mount(dir.clone(), true);
+        let before = cgroups();
+        let sandbox = plain_sandbox(&host, "plain", &handler);
+        let volume = Mount { propagation: MountPropagation::PROPAGATION_BIDIRECTIONAL.into(), ..bind("/both", &shared.0) };
+        let container = sleeper(&host, &sandbox, "plain", vec![volume], |_| {});
+        assert_eq!(cgroups(), before, "{handler}");
+        let (_, tags) = shell(&host, &container, "grep ' /both ' /proc/self/mountinfo");
+        assert!(tags.contains("shared:"), "{handler}: {tags}");
+        assert_ne!(shell(&host, &container, "mkdir /sys/fs/cgroup/x || mkdir /sys/fs/cgroup/memory/x").0, 0, "{handler}");
+        host.remove_all();
+        assert_eq!(cgroups(), before, "{handler}");
+        drop(shared);
+        host.assert_clean();
+    }
+    fs::remove_dir_all(&dir).expect("remove the directory");
+    host.finish();
+}
+
 #[test]
 fn read_only_alone_and_with_all_below() {
     let host = Host::start();

@@ -127,7 +127,7 @@ impl Case {
         let user = user::resolve(&rootfs, &self.config.linux.security_context, &self.image_user).unwrap();
         let mut mounts = mounts::check_all(&self.config.mounts, &HOST, true).unwrap();
         mounts::find(&mut mounts).unwrap();
-        let devices = devices::collect(&self.config).unwrap();
+        let devices = devices::collect(&self.config, false).unwrap();
         let cwd = spec::process::working_dir(&self.config.working_dir, "").unwrap();
         mounts::prepare_root(&rootfs, &cwd, None).unwrap();
         let inputs = Inputs {

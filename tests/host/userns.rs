@@ -284,6 +284,53 @@ fn late_mounts_come_and_go_with_the_source() {
     host.finish();
 }
 
+/// One tmpfs in a volume and one in that; a file on each and one beneath, which nobody may see.
+#[test]
+fn what_is_mounted_below_a_volume_comes_with_it() {
+    if skipped() {
+        return;
+    }
+    let host = Host::start();
+    let tmpfs = |path: &Path, mode| {
+        fs::create_dir_all(path).expect("make a mount point");
+        fs::write(path.join("beneath"), b"").expect("write");
+        crisp::sys::mount::tmpfs(path, 1 << 20, mode, (0, 0)).expect("mount");
+        fs::write(path.join("above"), b"").expect("write");
+    };
+    for handler in handlers() {
+        let source = host.daemon.layout.path("stack");
+        tmpfs(&source.join("sub"), 0o777);
+        tmpfs(&source.join("sub/deep"), 0o777);
+        let sandbox = sandbox(&host, "stack", &handler);
+        let container = host.create_with(&sandbox, "app", &SLEEP, |config| {
+            let readonly = Mount { readonly: true, ..mount("/read", &source, false) };
+            config.mounts = vec![mount("/plain", &source, false), readonly, mount("/mapped", &source, true)];
+        });
+        host.start_container(&container);
+        for top in ["/plain", "/read", "/mapped"] {
+            let name = &top[1..];
+            let script = format!("cd {top}/sub; ls -d beneath above deep/beneath deep/above 2>/dev/null; touch w-{name} deep/w-{name}");
+            assert_eq!(shell(&host, &container, &script), "above\ndeep/above\n", "{handler}: {top}");
+        }
+        assert_ne!(host.exec(&container, &["touch", "/read/new"]).0, 0, "{handler}");
+        for dir in ["sub", "sub/deep"] {
+            for top in ["plain", "read", "mapped"] {
+                assert!(source.join(dir).join(format!("w-{top}")).exists(), "{handler}: {top}: {dir}");
+            }
+        }
+        host.remove_all();
+        for dir in ["sub/deep", "sub"] {
+            assert!(source.join(dir).join("above").exists(), "{handler}: still mounted on the host");
+            crisp::sys::mount::unmount(&source.join(dir)).expect("unmount");
+        }
+        let beneath = fs::read_dir(source.join("sub")).expect("list").flatten().map(|e| e.file_name()).collect::<Vec<_>>();
+        assert_eq!(beneath, ["beneath"], "{handler}");
+        fs::remove_dir_all(&source).expect("remove");
+        host.assert_clean();
+    }
+    host.finish();
+}
+
 #[test]
 fn a_shared_pid_namespace_of_other_users() {
     if skipped() {

@@ -40,7 +40,7 @@ fn spec_of(change: fn(&mut Fixture)) -> (Fixture, Value) {
     // Without the host's own: they are another machine's somewhere else.
     let mut plain = fixture.config.clone();
     plain.linux.mut_or_insert_default().security_context.mut_or_insert_default().privileged = false;
-    fixture.devices = devices::collect(&plain).unwrap();
+    fixture.devices = devices::collect(&plain, false).unwrap();
     let mut spec = serde_json::to_value(fixture.build().0).unwrap();
     // Sets, in no order.
     for (_, list) in spec.pointer_mut("/process/capabilities").and_then(Value::as_object_mut).into_iter().flatten() {
