@@ -4,7 +4,8 @@
 //! systemd removes a scope as soon as nothing lives in it, often before its counter can be read. The counters of v2 include the
 //! cgroups below, so the one above, of the sandbox, tells then: what it grew by since the last time that both could be read. Every
 //! kill in the sandbox gives notice, and both are read at each, so that no kill in a sibling is taken for ours unless it came
-//! within the 10 ms that the kernel may keep a notice back (CGROUP_FILE_NOTIFY_MIN_INTV).
+//! within the 10 ms that the kernel may keep a notice back (CGROUP_FILE_NOTIFY_MIN_INTV). The counters of v1 are each cgroup's own; there
+//! a notice whose kill was not counted before the cgroup went tells, unless it may have been the one of the removal.
 
 use std::fs::File;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
@@ -31,6 +32,8 @@ pub struct OomWatch {
     /// What watchers know of.
     told: u64,
     look_until: Option<Instant>,
+    /// v1: there was a notice of a kill that the counter does not have yet.
+    warned: bool,
 }
 
 enum Source {
@@ -89,9 +92,9 @@ impl OomWatch {
     }
 
     /// Takes a notice. A source that is gone gives no more.
-    pub fn notice(&mut self, now: Instant) {
+    pub fn notice(&mut self, cgroup: &Cgroup, now: Instant) {
         match &self.source {
-            Some(Source::EventFd { event, .. }) => drop(rustix::io::read(event, &mut [0u8; 8])),
+            Some(Source::EventFd { .. }) => self.take_warnings(cgroup.oom_kills().is_some()),
             Some(Source::Events(file)) if !acknowledge(file) => self.source = None,
             _ => {}
         }
@@ -117,6 +120,8 @@ impl OomWatch {
         self.told = kills.max(self.told);
         if grown || self.look_until.is_some_and(|until| now >= until) {
             self.look_until = None;
+            // Nothing could be killed, or it was elsewhere.
+            self.warned = false;
         }
         grown
     }
@@ -127,6 +132,7 @@ impl OomWatch {
         let above = self.above.as_ref().and_then(|above| v2::oom_kills(&above.dir));
         match (cgroup.oom_kills(), &mut self.above, above) {
             (Some(own), last, above) => {
+                self.warned &= own == self.own;
                 self.own = own;
                 if let (Some(last), Some(kills)) = (last, above) {
                     last.kills = kills;
@@ -136,9 +142,21 @@ impl OomWatch {
                 self.own += kills.saturating_sub(last.kills);
                 last.kills = kills;
             }
-            (None, ..) => {}
+            (None, ..) => {
+                self.take_warnings(false);
+                self.own += u64::from(std::mem::take(&mut self.warned));
+            }
         }
         self.own
+    }
+
+    /// Takes the notices of v1: one before each kill, and one when the cgroup is removed, which may be the only one unless it `is_there`.
+    fn take_warnings(&mut self, is_there: bool) {
+        let Some(Source::EventFd { event, .. }) = &self.source else { return };
+        let mut count = [0u8; 8];
+        if rustix::io::read(event, &mut count).is_ok() {
+            self.warned |= is_there || u64::from_ne_bytes(count) > 1;
+        }
     }
 }
 
@@ -201,7 +219,7 @@ mod tests {
         assert_eq!((watch.kills(&tree.cgroup), watch.interest().count()), (0, 2));
         // A sibling's, which gives notice.
         tree.count("pod.slice", 4);
-        watch.notice(Instant::now());
+        watch.notice(&tree.cgroup, Instant::now());
         assert_eq!(watch.kills(&tree.cgroup), 0);
         // Ours, while it can be read; then one that only the cgroup above tells of.
         tree.count("pod.slice/c.scope", 1);
@@ -243,18 +261,51 @@ mod tests {
         assert_eq!(watch.kills(&tree.cgroup), 1);
     }
 
+    /// As the kernel signals: once before each kill, once when the cgroup goes.
+    #[test]
+    fn notices_of_v1_tell_of_a_counter_that_is_gone() {
+        let tree = Tree::new();
+        let v1 = |signals: u64, there: bool| {
+            let event = rustix::event::eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK).unwrap();
+            let control = File::open("/dev/null").unwrap();
+            let mut watch = OomWatch { source: Some(Source::EventFd { event, _control: control }), ..Default::default() };
+            if there {
+                tree.count("pod.slice/c.scope", 0);
+            }
+            let Some(Source::EventFd { event, .. }) = &watch.source else { unreachable!() };
+            rustix::io::write(event, &signals.to_ne_bytes()).unwrap();
+            if there {
+                watch.notice(&tree.cgroup, Instant::now());
+                tree.remove();
+            }
+            watch
+        };
+        for (signals, there, kills) in [(1, false, 0), (2, false, 1), (1, true, 1)] {
+            assert_eq!(v1(signals, there).kills(&tree.cgroup), kills, "{signals} {there}");
+        }
+        // Nothing came of it, or it was counted.
+        let mut watch = v1(1, true);
+        watch.look(0, Instant::now() + LOOK_FOR);
+        assert_eq!(watch.kills(&tree.cgroup), 0);
+        let mut watch = v1(1, true);
+        tree.count("pod.slice/c.scope", 1);
+        assert_eq!(watch.kills(&tree.cgroup), 1);
+        tree.remove();
+        assert_eq!(watch.kills(&tree.cgroup), 1);
+    }
+
     #[test]
     fn watchers_are_told_once_and_looking_ends() {
-        let mut watch = OomWatch::default();
+        let (mut watch, tree) = (OomWatch::default(), Tree::new());
         let begin = Instant::now();
         assert!(!watch.has_notice());
-        watch.notice(begin);
+        watch.notice(&tree.cgroup, begin);
         assert!(watch.has_notice() && !watch.look(0, begin) && watch.deadline(begin) > Some(begin));
         assert!(watch.look(2, begin) && !watch.has_notice());
-        watch.notice(begin);
+        watch.notice(&tree.cgroup, begin);
         assert!(!watch.look(2, begin) && watch.has_notice());
         assert!(!watch.look(2, begin + LOOK_FOR) && !watch.has_notice());
-        watch.notice(begin);
+        watch.notice(&tree.cgroup, begin);
         watch.disarm();
         assert!(!watch.has_notice());
     }

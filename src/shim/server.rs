@@ -194,7 +194,7 @@ impl Shim {
                     Ready::Signals => while matches!(self.signals.read_signal(), Ok(Some(_))) {},
                     Ready::Listener => self.accept(),
                     Ready::Console => self.console(),
-                    Ready::Oom => self.oom.notice(Instant::now()),
+                    Ready::Oom => self.oom.notice(&self.cgroup, Instant::now()),
                     Ready::Output(index) => self.output(index),
                     Ready::Peer(number, flags) => self.peer_ready(number, flags),
                     ready => self.attacher_ready(&ready),
