@@ -16,7 +16,8 @@ use crate::cgroup::path::is_slice;
 use crate::error::{Context, Error, ErrorList, Result};
 use crate::event::{self, Kind, Listener};
 use crate::network::{Attachment, Network};
-use crate::spec::selinux::{self, Policy};
+use crate::selinux::SeLinux;
+use crate::spec::selinux;
 use crate::store::names::Making;
 use crate::store::{new_id, now_ns, record::Restored, Claim, Index, Names, Records};
 use crate::sys::cancel::Cancel;
@@ -41,8 +42,8 @@ pub struct Settings {
     /// Defaults for sandboxes with a network namespace.
     pub sysctls: BTreeMap<String, String>,
     pub extra_networks: bool,
-    /// What the host's SELinux policy has for containers; None: SELinux is off.
-    pub selinux: Option<Policy>,
+    /// None: SELinux is off.
+    pub selinux: Option<SeLinux>,
     pub events: Arc<dyn Listener<Change>>,
 }
 
@@ -297,22 +298,25 @@ impl Sandboxes {
         Ok((meta, sysctls.into_iter().collect(), level))
     }
 
-    /// The SELinux level of a new sandbox: the one asked for, else one of its own.
+    /// The SELinux level of a new sandbox: the one asked for, else one of its own. What its containers will be labelled with is refused here
+    /// if the policy does not know it.
     fn level(&self, config: &PodSandboxConfig) -> Result<Option<Level>> {
         let options = &config.linux.security_context.selinux_options;
         selinux::check(options).context(|| "linux.security_context")?;
-        let Some(policy) = &self.settings.selinux else { return Ok(None) };
-        match options.level.as_str() {
-            "" => self.levels.choose(&policy.file.level).map(Some),
-            level => Ok(Some(self.levels.take(level))),
-        }
+        let Some(selinux) = &self.settings.selinux else { return Ok(None) };
+        let level = match options.level.as_str() {
+            "" => self.levels.choose(&selinux.policy.file.level)?,
+            level => self.levels.take(level),
+        };
+        selinux.labels(options, level.as_str(), false).context(|| "linux.security_context")?;
+        Ok(Some(level))
     }
 
     /// Labels what containers get of the sandbox's files.
     fn label(&self, sandbox: &Sandbox) -> Result<()> {
-        let Some(policy) = &self.settings.selinux else { return Ok(()) };
+        let Some(selinux) = &self.settings.selinux else { return Ok(()) };
         let options = &sandbox.config.linux.security_context.selinux_options;
-        let label = selinux::labels(policy, options, sandbox.level(), false).mount;
+        let label = selinux::labels(&selinux.policy, options, sandbox.level(), false).mount;
         let meta = &sandbox.meta;
         let own_shm = meta.ipc.then(|| meta.shm());
         let files = ["hosts", "hostname", "resolv.conf"].map(|name| meta.file(name)).into_iter().chain(own_shm);
