@@ -667,6 +667,10 @@ mod tests {
 
     /// A manager of sandboxes without namespaces of their own, and what it tells.
     fn manager(dir: &Path) -> (Arc<Sandboxes>, Arc<Heard>) {
+        manager_with(dir, None)
+    }
+
+    fn manager_with(dir: &Path, selinux: Option<SeLinux>) -> (Arc<Sandboxes>, Arc<Heard>) {
         let heard = Arc::new(Heard::default());
         let settings = Settings {
             root: dir.join("root"),
@@ -676,7 +680,7 @@ mod tests {
             systemd_cgroup: false,
             sysctls: BTreeMap::new(),
             extra_networks: false,
-            selinux: None,
+            selinux,
             events: heard.clone(),
         };
         let network = crate::network::Settings {
@@ -698,6 +702,25 @@ mod tests {
         manager.update(&sandbox, |s| s.phase = Phase::Ready).unwrap();
         manager.index.insert(id, sandbox.clone());
         sandbox
+    }
+
+    #[test]
+    fn levels_are_taken_for_labels_that_the_policy_knows() {
+        let dir = tempfile::tempdir().unwrap();
+        std::fs::write(dir.path().join("enforce"), "1").unwrap();
+        std::fs::write(dir.path().join("context"), "").unwrap();
+        let (manager, _) = manager_with(dir.path(), SeLinux::detect(dir.path(), dir.path()));
+        let mut config = PodSandboxConfig::new();
+        let own = manager.level(&config).unwrap().unwrap();
+        assert!(own.as_str().starts_with("s0:c"), "{}", own.as_str());
+        let options = &mut config.linux.mut_or_insert_default().security_context.mut_or_insert_default().selinux_options;
+        options.mut_or_insert_default().level = "s0:c5".into();
+        assert_eq!(manager.level(&config).unwrap().unwrap().as_str(), "s0:c5");
+        // What the kernel refuses to write there, it does not know.
+        std::fs::remove_file(dir.path().join("context")).unwrap();
+        std::os::unix::fs::symlink("/dev/full", dir.path().join("context")).unwrap();
+        let error = manager.level(&config).map(drop).unwrap_err();
+        assert!(error.code() == crate::error::Code::InvalidArgument && error.message().contains("container_t:s0:c5"), "{error}");
     }
 
     /// The exits thread looks, and is preempted before it notes.
