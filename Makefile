@@ -11,7 +11,7 @@ RELEASE = $(TARGET)/release
 SHIM = target/crisp-shim
 
 .DEFAULT_GOAL := help
-.PHONY: help build shim deps doctor check test host fuzz test-vm test-systemd bench demo run install uninstall clean
+.PHONY: help build shim deps doctor check test host fuzz test-vm test-systemd test-selinux bench demo run install uninstall clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -37,7 +37,7 @@ check: shim ## Format, lints, documentation, unit tests, the daemon in process, 
 	$(CARGO) test --locked --test cri --test tidy
 	scripts/install/test
 
-test: deps check host test-vm test-systemd ## Install what is missing, then run every suite
+test: deps check host test-vm test-systemd test-selinux ## Install what is missing, then run every suite
 
 host: shim ## Real runtimes, plugins, overlayfs and a registry on this host (root)
 	@scripts/check-host test
@@ -58,6 +58,11 @@ test-vm: shim ## The suite of this host again, on cgroup v2 in a virtual machine
 test-systemd: export VM_SYSTEMD = 1
 test-systemd: shim ## What concerns cgroups there once more, under systemd and its cgroup driver
 	@scripts/check-host systemd
+	$(in-vm)
+
+test-selinux: export VM_SELINUX = 1
+test-selinux: shim ## Labels and what they hold apart, under an SELinux that enforces them
+	@scripts/check-host selinux
 	$(in-vm)
 
 fuzz: ## Fuzz what takes strangers' bytes apart, FUZZ_SECONDS for each target (default 60; FUZZ="TARGET...")

@@ -10,7 +10,6 @@ use nix::sys::signal::{SigSet, Signal};
 use crate::cgroup::{warm::Warmer, Layout};
 use crate::check;
 use crate::config::{self, Config, Overrides};
-use crate::container::labels::SeLinux;
 use crate::container::{self, Containers};
 use crate::error::{Context, Error, Result};
 use crate::event::{Bus, Listener};
@@ -19,6 +18,7 @@ use crate::image::{self, Images};
 use crate::network::{self, Network};
 use crate::runtime::Handlers;
 use crate::sandbox::{self, Sandboxes};
+use crate::selinux::SeLinux;
 use crate::service::{Fact, Seats, Service};
 use crate::snapshot::{Kind, Mapping, Snapshotter};
 use crate::stats::filesystem::{self, Disk};
@@ -112,6 +112,9 @@ impl Daemon {
         let mut host = container::host::detect()?;
         let selinux = selinux(config);
         host.selinux = selinux.is_some();
+        if let Some(selinux) = &selinux {
+            selinux.label_layers(&config.root.join("layers"))?;
+        }
         let handlers = Handlers::probe(&config.runtimes, config.default_runtime.as_deref(), &config.run.join("probe"), &config.shim);
         for handler in config.runtimes.values() {
             file::make_dir(&handler.root, 0o700)?;
@@ -308,7 +311,7 @@ fn sandbox_settings(config: &Config, selinux: Option<SeLinux>, events: Arc<dyn L
         systemd_cgroup: config.systemd_cgroup,
         sysctls: config.sysctls.clone(),
         extra_networks: config.cni.extra_networks,
-        selinux: selinux.map(|selinux| selinux.policy),
+        selinux,
         events,
     }
 }

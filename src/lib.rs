@@ -65,6 +65,9 @@ pub mod cdi;
 /// OCI hooks of the host's administrator.
 #[cfg(feature = "engine")]
 pub mod hooks;
+/// The SELinux of this host: what its policy has for containers, which labels it knows.
+#[cfg(feature = "engine")]
+pub mod selinux;
 /// The OCI runtime spec of a container, computed without I/O.
 #[cfg(feature = "engine")]
 pub mod spec;

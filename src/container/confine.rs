@@ -8,12 +8,11 @@ use base64::prelude::{Engine, BASE64_STANDARD};
 use oci_spec::runtime::{LinuxSeccomp, Spec};
 
 use super::apparmor::AppArmor;
-use super::labels::SeLinux;
 use crate::api::runtime::{LinuxContainerSecurityContext, LinuxSandboxSecurityContext, SELinuxOption};
 use crate::error::{Code, Context, Error, Result};
+use crate::selinux::SeLinux;
 use crate::spec::seccomp::{self, bpf, Profile};
-use crate::spec::selinux::Labels;
-use crate::spec::{apparmor, selinux, Confinement, HostFacts};
+use crate::spec::{apparmor, Confinement, HostFacts};
 use crate::sys::file;
 use crate::sys::lock::{Lock, Rank};
 
@@ -56,8 +55,10 @@ impl Confiner {
             _ => None,
         };
         let apparmor = self.apparmor.profile(apparmor::asked(security, host.apparmor)?, warnings)?;
-        let options = security.selinux_options.as_ref().or(sandbox.selinux_options.as_ref());
-        let labels = self.selinux.as_ref().map(|selinux| labels(selinux, options, level, security.privileged)).transpose()?;
+        // Options that say nothing are none.
+        let options = security.selinux_options.as_ref().filter(|options| **options != SELinuxOption::default());
+        let options = options.unwrap_or(&sandbox.selinux_options);
+        let labels = self.selinux.as_ref().map(|selinux| selinux.labels(options, level, security.privileged)).transpose()?;
         Ok(Confinement { seccomp, apparmor, labels })
     }
 
@@ -84,13 +85,6 @@ impl Confiner {
         kept.push((profile.clone(), filter.clone()));
         filter
     }
-}
-
-/// The labels, if the policy knows them.
-fn labels(selinux: &SeLinux, options: Option<&SELinuxOption>, level: &str, privileged: bool) -> Result<Labels> {
-    let labels = selinux::labels(&selinux.policy, options.unwrap_or(&SELinuxOption::default()), level, privileged);
-    labels.process.iter().chain([&labels.mount]).try_for_each(|label| selinux.check(label))?;
-    Ok(labels)
 }
 
 /// FAILED_PRECONDITION for a file that cannot be read, INVALID_ARGUMENT for one that is no profile; both name it.
@@ -174,6 +168,10 @@ mod tests {
         };
         let labels = on.prepare(&security, &sandbox, "s0:c1,c2", &host(), &mut Vec::new()).unwrap().labels.unwrap();
         assert_eq!(labels.process.as_deref(), Some("system_u:system_r:spc_t:s0:c1,c2"), "the sandbox's options");
+        let security =
+            LinuxContainerSecurityContext { selinux_options: MessageField::some(SELinuxOption::default()), ..Default::default() };
+        let labels = on.prepare(&security, &sandbox, "s0:c1,c2", &host(), &mut Vec::new()).unwrap().labels.unwrap();
+        assert_eq!(labels.process.as_deref(), Some("system_u:system_r:spc_t:s0:c1,c2"), "options that say nothing");
     }
 
     fn profile_with(bounding: &oci_spec::runtime::Capabilities) -> LinuxSeccomp {

@@ -12,7 +12,7 @@ use serde::{Deserialize, Serialize};
 use super::apparmor::AppArmor;
 use super::classes::Classes;
 use super::confine::Confiner;
-use super::labels::{self, SeLinux};
+use super::labels;
 use super::metadata::Metadata;
 use super::status::{State, Status, User};
 use crate::api::runtime::{ContainerConfig, PodSandboxConfig};
@@ -24,6 +24,7 @@ use crate::event::{self, Listener};
 use crate::hooks;
 use crate::image::{Image, Images};
 use crate::runtime::{Handler, Kind};
+use crate::selinux::SeLinux;
 use crate::snapshot::{Attributes, Owners, Snapshotter};
 use crate::spec::{self, Defaults, HostFacts, NamespacePaths, ResolvedMount, SandboxFiles};
 use crate::store::{new_id, now_ns, Claim, Index, Names, Records};
@@ -234,6 +235,8 @@ impl Containers {
     fn make(self: &Arc<Self>, id: String, name: String, inputs: CreateInputs, config_bytes: &[u8]) -> Result<String> {
         let image = self.image(&inputs.config)?;
         let config = &inputs.config;
+        // Before a volume gets a label for what is refused afterwards.
+        spec::refuse::container(config, inputs.sandbox, &self.settings.host)?;
         let mut mounts = super::mounts::check_all(&config.mounts, &self.settings.host, inputs.recursive_read_only)?;
         let log_path = log_path(&inputs.sandbox.log_directory, &config.log_path)?;
         let specified = &config.image.user_specified_image;
@@ -308,6 +311,7 @@ impl Containers {
         let user = super::user::resolve(&rootfs, &config.linux.security_context, image_user)?;
         super::mounts::find(mounts)?;
         if let Some(label) = label {
+            labels::sandbox_files(&inputs.files, SELINUX, label)?;
             // Mounts of images have no path of the host.
             let asked = config.mounts.iter().zip(&*mounts).filter(|(asked, mount)| asked.selinux_relabel && mount.host_path.is_absolute());
             asked.map(|(_, mount)| mount).try_for_each(|mount| labels::relabel(&mount.host_path, SELINUX, label))?;

@@ -369,11 +369,12 @@ fn attributes_and_capabilities() {
 }
 
 #[test]
-fn overlayfs_attributes_are_not_the_archives_to_set() {
+fn attributes_of_overlayfs_and_selinux_are_not_the_archives_to_set() {
     let pax: &[(&str, &[u8])] = &[
         ("SCHILY.xattr.trusted.overlay.redirect", b"/etc"),
         ("SCHILY.xattr.trusted.overlay.opaque", b"y"),
         ("SCHILY.xattr.user.overlay.metacopy", b""),
+        ("SCHILY.xattr.security.selinux", b"other_u:object_r:other_t:s0"),
         ("SCHILY.xattr.trusted.mine", b"1"),
     ];
     let site = unpacked(&[Item { pax, ..dir("d") }, Item { pax, ..file("f", b"") }, Item { pax, ..dir("./") }]);

@@ -19,6 +19,7 @@ use super::tarball::{Entry, Kind, Tarball};
 use crate::error::{Code, Context, Error, Result};
 use crate::sys::cancel::Cancel;
 use crate::sys::file;
+use crate::sys::label;
 use crate::sys::rooted::{self, Rooted};
 
 pub(super) const WHITEOUT_PREFIX: &[u8] = b".wh.";
@@ -436,7 +437,7 @@ impl Unpacker<'_> {
             Some(Ok(())) => {}
             None => {
                 if !std::mem::replace(&mut self.dropped, true) {
-                    log::warn!("image: attribute {key} of {} is overlayfs's own; left out", String::from_utf8_lossy(&entry.path));
+                    log::warn!("image: attribute {key} of {} is not the image's to set; left out", String::from_utf8_lossy(&entry.path));
                 }
             }
             // Not this file system's, not this kind of file's, or not ours to set without root.
@@ -457,9 +458,10 @@ impl Unpacker<'_> {
     }
 }
 
-/// overlayfs's own attributes say where lower layers' files are: those of the archive would speak of other places, and are left out.
+/// overlayfs's own attributes say where lower layers' files are: those of the archive would speak of other places, and are left out. So are
+/// labels of SELinux, which are of another host's policy: this one's kernel refuses what it does not know, and containers do not see them.
 pub(super) fn allowed(key: &[u8]) -> bool {
-    ![rooted::OVERLAY_XATTRS.as_bytes(), b"user.overlay."].iter().any(|prefix| key.starts_with(prefix))
+    key != label::SELINUX.as_bytes() && ![rooted::OVERLAY_XATTRS.as_bytes(), b"user.overlay."].iter().any(|prefix| key.starts_with(prefix))
 }
 
 fn times((seconds, nanos): (i64, u32)) -> Timestamps {

@@ -16,7 +16,8 @@ use crate::cgroup::path::is_slice;
 use crate::error::{Context, Error, ErrorList, Result};
 use crate::event::{self, Kind, Listener};
 use crate::network::{Attachment, Network};
-use crate::spec::selinux::{self, Policy};
+use crate::selinux::SeLinux;
+use crate::spec::selinux;
 use crate::store::names::Making;
 use crate::store::{new_id, now_ns, record::Restored, Claim, Index, Names, Records};
 use crate::sys::cancel::Cancel;
@@ -41,8 +42,8 @@ pub struct Settings {
     /// Defaults for sandboxes with a network namespace.
     pub sysctls: BTreeMap<String, String>,
     pub extra_networks: bool,
-    /// What the host's SELinux policy has for containers; None: SELinux is off.
-    pub selinux: Option<Policy>,
+    /// None: SELinux is off.
+    pub selinux: Option<SeLinux>,
     pub events: Arc<dyn Listener<Change>>,
 }
 
@@ -297,22 +298,25 @@ impl Sandboxes {
         Ok((meta, sysctls.into_iter().collect(), level))
     }
 
-    /// The SELinux level of a new sandbox: the one asked for, else one of its own.
+    /// The SELinux level of a new sandbox: the one asked for, else one of its own. What its containers will be labelled with is refused here
+    /// if the policy does not know it.
     fn level(&self, config: &PodSandboxConfig) -> Result<Option<Level>> {
         let options = &config.linux.security_context.selinux_options;
         selinux::check(options).context(|| "linux.security_context")?;
-        let Some(policy) = &self.settings.selinux else { return Ok(None) };
-        match options.level.as_str() {
-            "" => self.levels.choose(&policy.file.level).map(Some),
-            level => Ok(Some(self.levels.take(level))),
-        }
+        let Some(selinux) = &self.settings.selinux else { return Ok(None) };
+        let level = match options.level.as_str() {
+            "" => self.levels.choose(&selinux.policy.file.level)?,
+            level => self.levels.take(level),
+        };
+        selinux.labels(options, level.as_str(), false).context(|| "linux.security_context")?;
+        Ok(Some(level))
     }
 
     /// Labels what containers get of the sandbox's files.
     fn label(&self, sandbox: &Sandbox) -> Result<()> {
-        let Some(policy) = &self.settings.selinux else { return Ok(()) };
+        let Some(selinux) = &self.settings.selinux else { return Ok(()) };
         let options = &sandbox.config.linux.security_context.selinux_options;
-        let label = selinux::labels(policy, options, sandbox.level(), false).mount;
+        let label = selinux::labels(&selinux.policy, options, sandbox.level(), false).mount;
         let meta = &sandbox.meta;
         let own_shm = meta.ipc.then(|| meta.shm());
         let files = ["hosts", "hostname", "resolv.conf"].map(|name| meta.file(name)).into_iter().chain(own_shm);
@@ -663,6 +667,10 @@ mod tests {
 
     /// A manager of sandboxes without namespaces of their own, and what it tells.
     fn manager(dir: &Path) -> (Arc<Sandboxes>, Arc<Heard>) {
+        manager_with(dir, None)
+    }
+
+    fn manager_with(dir: &Path, selinux: Option<SeLinux>) -> (Arc<Sandboxes>, Arc<Heard>) {
         let heard = Arc::new(Heard::default());
         let settings = Settings {
             root: dir.join("root"),
@@ -672,7 +680,7 @@ mod tests {
             systemd_cgroup: false,
             sysctls: BTreeMap::new(),
             extra_networks: false,
-            selinux: None,
+            selinux,
             events: heard.clone(),
         };
         let network = crate::network::Settings {
@@ -694,6 +702,25 @@ mod tests {
         manager.update(&sandbox, |s| s.phase = Phase::Ready).unwrap();
         manager.index.insert(id, sandbox.clone());
         sandbox
+    }
+
+    #[test]
+    fn levels_are_taken_for_labels_that_the_policy_knows() {
+        let dir = tempfile::tempdir().unwrap();
+        std::fs::write(dir.path().join("enforce"), "1").unwrap();
+        std::fs::write(dir.path().join("context"), "").unwrap();
+        let (manager, _) = manager_with(dir.path(), SeLinux::detect(dir.path(), dir.path()));
+        let mut config = PodSandboxConfig::new();
+        let own = manager.level(&config).unwrap().unwrap();
+        assert!(own.as_str().starts_with("s0:c"), "{}", own.as_str());
+        let options = &mut config.linux.mut_or_insert_default().security_context.mut_or_insert_default().selinux_options;
+        options.mut_or_insert_default().level = "s0:c5".into();
+        assert_eq!(manager.level(&config).unwrap().unwrap().as_str(), "s0:c5");
+        // What the kernel refuses to write there, it does not know.
+        std::fs::remove_file(dir.path().join("context")).unwrap();
+        std::os::unix::fs::symlink("/dev/full", dir.path().join("context")).unwrap();
+        let error = manager.level(&config).map(drop).unwrap_err();
+        assert!(error.code() == crate::error::Code::InvalidArgument && error.message().contains("container_t:s0:c5"), "{error}");
     }
 
     /// The exits thread looks, and is preempted before it notes.

@@ -41,13 +41,19 @@ impl fmt::Display for Label {
 pub struct Policy {
     pub process: Label,
     pub file: Label,
+    /// What every container may read and execute, and none may write: layers.
+    pub readonly_file: Label,
 }
 
 impl Default for Policy {
     /// The types of container-selinux, which every policy for containers defines.
     fn default() -> Policy {
         let label = |role: &str, kind: &str| Label { user: "system_u".into(), role: role.into(), kind: kind.into(), level: "s0".into() };
-        Policy { process: label("system_r", "container_t"), file: label("object_r", "container_file_t") }
+        Policy {
+            process: label("system_r", "container_t"),
+            file: label("object_r", "container_file_t"),
+            readonly_file: label("object_r", "container_ro_file_t"),
+        }
     }
 }
 
@@ -60,6 +66,7 @@ impl Policy {
             match key.trim() {
                 "process" => policy.process = label,
                 "file" => policy.file = label,
+                "ro_file" => policy.readonly_file = label,
                 _ => {}
             }
         }
@@ -163,7 +170,8 @@ mod tests {
     #[test]
     fn policy_file() {
         assert_eq!(Policy::parse(LXC_CONTEXTS), Policy::default());
-        let other = Policy::parse("process=\"a_u:a_r:a_t:s0\"\nfile = nonsense\n# file = \"x:y:z\"\n");
+        let other = Policy::parse("process=\"a_u:a_r:a_t:s0\"\nfile = nonsense\n# file = \"x:y:z\"\nro_file = \"a_u:o_r:b_t:s0\"\n");
+        assert_eq!(other.readonly_file.to_string(), "a_u:o_r:b_t:s0");
         assert_eq!((other.process.to_string().as_str(), other.file), ("a_u:a_r:a_t:s0", Policy::default().file));
     }
 

@@ -1,7 +1,7 @@
 //! Security labels of files (the extended attribute of SELinux).
 
-use std::ffi::CStr;
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::ffi::{CStr, CString};
+use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
 
 use rustix::fs::{Dir, FileType, Mode, OFlags, XattrFlags, CWD};
@@ -11,8 +11,7 @@ use crate::error::{Context, Error, Result};
 
 /// Where SELinux keeps the label of a file.
 pub const SELINUX: &str = "security.selinux";
-/// Each open directory on the way down is a descriptor.
-const DEEPEST: usize = 256;
+const DIRECTORY: OFlags = OFlags::RDONLY.union(OFlags::DIRECTORY).union(OFlags::NOFOLLOW).union(OFlags::CLOEXEC);
 
 /// Gives `path` and everything below it this label, following no link: neither one in the tree nor `path` itself. Files that have it
 /// already are left alone; a filesystem that cannot hold labels is fine, as is a file that goes away meanwhile.
@@ -20,12 +19,19 @@ pub fn set_tree(path: &Path, attribute: &str, label: &str) -> Result<()> {
     if !set(path, attribute, label)? {
         return Ok(());
     }
-    match rustix::fs::openat(CWD, path, OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC | OFlags::RDONLY, Mode::empty()) {
-        Ok(dir) => below(dir, path, attribute, label, 1),
+    match rustix::fs::openat(CWD, path, DIRECTORY, Mode::empty()) {
+        Ok(dir) => below(dir, path, attribute, label),
         // A file, or a link.
         Err(Errno::NOTDIR | Errno::LOOP | Errno::NOENT) => Ok(()),
         Err(e) => Err(e).context(|| format!("label {}", path.display())),
     }
+}
+
+/// The label of the file itself; None: it has none, or cannot be asked.
+pub fn get(path: &Path, attribute: &str) -> Option<String> {
+    let mut value = [0u8; 512];
+    let n = rustix::fs::lgetxattr(path, attribute, &mut value).ok()?;
+    Some(String::from_utf8_lossy(old_label(&value[..n])).into_owned())
 }
 
 /// Gives the file itself a label. False when its filesystem cannot hold one.
@@ -45,38 +51,79 @@ pub fn set(path: &Path, attribute: &str, label: &str) -> Result<bool> {
     }
 }
 
+/// The same for an open file.
+pub fn set_open(file: BorrowedFd<'_>, attribute: &str, label: &str) -> Result<bool> {
+    match rustix::fs::fsetxattr(file, attribute, label.as_bytes(), XattrFlags::empty()) {
+        Ok(()) => Ok(true),
+        Err(Errno::NOTSUP) => Ok(false),
+        Err(e) => Err(e).context(|| format!("set the label {label}")),
+    }
+}
+
 fn old_label(bytes: &[u8]) -> &[u8] {
     bytes.strip_suffix(b"\0").unwrap_or(bytes)
 }
 
-/// The entries of an open directory, by way of its descriptor: what is put in its place meanwhile is not entered.
-fn below(dir: OwnedFd, shown: &Path, attribute: &str, label: &str, depth: usize) -> Result<()> {
-    let what = || format!("label {}", shown.display());
-    if depth > DEEPEST {
-        return Err(Error::precondition(format!("{}: more than {DEEPEST} directories deep", what())));
+/// A directory on the way down.
+struct Level {
+    /// To know it again when we come back.
+    id: (u64, u64),
+    subdirs: Vec<CString>,
+}
+
+/// What is below an open directory, however deep, by way of two descriptors: what is put in its place meanwhile is not entered.
+fn below(top: OwnedFd, path: &Path, attribute: &str, label: &str) -> Result<()> {
+    // Errors speak of the path that people know.
+    let mut path = path.to_owned();
+    let what = |path: &Path| format!("label {}", path.display());
+    let mut levels = vec![enter(&top, attribute, label).context(|| what(&path))?];
+    let mut current = top;
+    while let Some(level) = levels.last_mut() {
+        if let Some(name) = level.subdirs.pop() {
+            match rustix::fs::openat(&current, &name, DIRECTORY, Mode::empty()) {
+                Ok(child) => {
+                    path.push(path_of(&name));
+                    levels.push(enter(&child, attribute, label).context(|| what(&path))?);
+                    current = child;
+                }
+                Err(Errno::NOTDIR | Errno::LOOP | Errno::NOENT) => {}
+                Err(e) => return Err(e).context(|| what(&path)),
+            }
+            continue;
+        }
+        levels.pop();
+        let Some(above) = levels.last() else { break };
+        let parent = rustix::fs::openat(&current, "..", DIRECTORY, Mode::empty()).context(|| what(&path))?;
+        if id(&parent)? != above.id {
+            return Err(Error::internal(format!("{}: it was moved meanwhile", what(&path))));
+        }
+        path.pop();
+        current = parent;
     }
+    Ok(())
+}
+
+/// Labels the entries of a directory; those that may be directories are still to be entered.
+fn enter(dir: &OwnedFd, attribute: &str, label: &str) -> Result<Level> {
     let base = PathBuf::from(format!("/proc/self/fd/{}", dir.as_raw_fd()));
-    for entry in Dir::read_from(&dir).context(what)? {
-        let entry = entry.context(what)?;
+    let mut subdirs = Vec::new();
+    for entry in Dir::read_from(dir).context(|| "list it")? {
+        let entry = entry.context(|| "list it")?;
         let name = entry.file_name();
         if name == c"." || name == c".." {
             continue;
         }
-        let shown = shown.join(path_of(name));
-        // Errors speak of the path that people know.
-        if !set(&base.join(path_of(name)), attribute, label).context(|| format!("label {}", shown.display()))? {
-            continue;
-        }
-        if matches!(entry.file_type(), FileType::Directory | FileType::Unknown) {
-            let flags = OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC | OFlags::RDONLY;
-            match rustix::fs::openat(&dir, name, flags, Mode::empty()) {
-                Ok(inner) => below(inner, &shown, attribute, label, depth + 1)?,
-                Err(Errno::NOTDIR | Errno::LOOP | Errno::NOENT) => {}
-                Err(e) => return Err(e).context(|| format!("label {}", shown.display())),
-            }
+        let labelled = set(&base.join(path_of(name)), attribute, label)?;
+        if labelled && matches!(entry.file_type(), FileType::Directory | FileType::Unknown) {
+            subdirs.push(name.to_owned());
         }
     }
-    Ok(())
+    Ok(Level { id: id(dir)?, subdirs })
+}
+
+fn id(dir: &OwnedFd) -> Result<(u64, u64)> {
+    let stat = rustix::fs::fstat(dir).context(|| "look at a directory")?;
+    Ok((stat.st_dev, stat.st_ino))
 }
 
 fn path_of(name: &CStr) -> &Path {
@@ -95,9 +142,7 @@ mod tests {
     const LABEL: &str = "system_u:object_r:container_file_t:s0:c1,c2";
 
     fn label_of(path: &Path) -> Option<String> {
-        let mut buffer = [0u8; 256];
-        let n = rustix::fs::lgetxattr(path, ATTRIBUTE, &mut buffer).ok()?;
-        Some(String::from_utf8(old_label(&buffer[..n]).to_vec()).unwrap())
+        get(path, ATTRIBUTE)
     }
 
     #[test]
@@ -128,12 +173,16 @@ mod tests {
         set_tree(Path::new("/proc/self"), ATTRIBUTE, LABEL).unwrap();
         let dir = tempfile::tempdir().unwrap();
         set_tree(&dir.path().join("gone"), ATTRIBUTE, LABEL).unwrap();
+        // A container may have nested directories as far as its disk goes; each is wide enough to be come back to.
         let mut deep = dir.path().to_owned();
-        for _ in 0..DEEPEST + 2 {
+        for _ in 0..600 {
             deep.push("d");
+            std::fs::create_dir_all(deep.join("e")).unwrap();
         }
-        std::fs::create_dir_all(&deep).unwrap();
-        let error = set_tree(dir.path(), ATTRIBUTE, LABEL).unwrap_err();
-        assert!(error.message().contains("directories deep"), "{error}");
+        std::fs::write(deep.join("e/file"), "").unwrap();
+        set_tree(dir.path(), ATTRIBUTE, LABEL).unwrap();
+        for path in [deep.join("e/file"), deep, dir.path().join("d/e"), dir.path().join("d/d/d/e")] {
+            assert_eq!(label_of(&path).as_deref(), Some(LABEL), "{}", path.display());
+        }
     }
 }

@@ -29,7 +29,6 @@ pub mod idmap;
 #[cfg(feature = "engine")]
 pub mod inroot;
 /// Security labels of files.
-#[cfg(feature = "engine")]
 pub mod label;
 /// Traffic of the links of a network namespace.
 #[cfg(feature = "engine")]

@@ -12,6 +12,7 @@ use std::time::Duration;
 use nix::poll::PollFlags;
 
 use super::cancel::Cancel;
+use super::label;
 use super::pidfd::PidFd;
 use crate::error::{Context, Error, Result};
 
@@ -206,7 +207,12 @@ pub fn no_output() -> Result<OwnedFd> {
     rustix::fs::mknodat(&mount, "null", FileType::CharacterDevice, mode, rustix::fs::makedev(1, 3)).context(what)?;
     // Whatever the umask is: the container's user may open /dev/stdin again.
     rustix::fs::chmodat(&mount, "null", mode, rustix::fs::AtFlags::empty()).context(what)?;
-    rustix::fs::openat(&mount, "null", OFlags::RDWR | OFlags::CLOEXEC, Mode::empty()).context(what)
+    let null = rustix::fs::openat(&mount, "null", OFlags::RDWR | OFlags::CLOEXEC, Mode::empty()).context(what)?;
+    // SELinux takes away what a container may not use, and every policy lets it use that.
+    if let Some(label) = label::get(Path::new("/dev/null"), label::SELINUX) {
+        label::set_open(null.as_fd(), label::SELINUX, &label).context(what)?;
+    }
+    Ok(null)
 }
 
 fn kill_group(child: &Child) {

@@ -29,6 +29,7 @@ mod resources;
 mod restart;
 mod seccomp;
 mod security;
+mod selinux;
 mod shim;
 mod snapshot;
 mod spdy;

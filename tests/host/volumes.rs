@@ -18,7 +18,7 @@ use crate::mounts::{bind, plain_sandbox, shell, sleeper};
 use crate::objects::{container_config, create_request};
 
 const DATA: &str = "localhost/data:1";
-const DECLARING: &str = "localhost/declaring:1";
+pub const DECLARING: &str = "localhost/declaring:1";
 
 /// Two layers, without a program: a whiteout, links that want out, a script.
 fn import_data(host: &Host) -> String {
