@@ -33,7 +33,10 @@ fn value(yaml: &Yaml) -> Result<Value, String> {
             let mut map = Map::new();
             for (key, member) in members {
                 let Value::String(key) = value(key)? else { return Err("a key that is no text".to_owned()) };
-                map.insert(key, value(member)?);
+                // The parser knows them apart by how they are written too.
+                if map.insert(key.clone(), value(member)?).is_some() {
+                    return Err(format!("the key {key:?} twice"));
+                }
             }
             Value::Object(map)
         }
@@ -81,7 +84,7 @@ mod tests {
 
     #[test]
     fn wrong_documents() {
-        for bad in ["a: 1\n---\nb: 2\n", "a: [1", "1: x", "a: .nan", ""] {
+        for bad in ["a: 1\n---\nb: 2\n", "a: [1", "1: x", "a: .nan", "", "a: 1\n'a': 2\n"] {
             assert!(parse(bad).is_err(), "{bad:?}");
         }
         let mut bomb = "a0: &a0 [x, x, x, x, x, x, x, x, x]\n".to_owned();

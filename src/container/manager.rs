@@ -318,9 +318,6 @@ impl Containers {
         }
         super::image_volumes::mount_images(meta, &held, &config.mounts, mounts, &self.snapshots, attributes)?;
         super::volumes::place(&meta.dir, &config.mounts, mounts, user_namespace, &self.settings.shim)?;
-        if user_namespace.is_some() && inputs.handler.kind == Kind::Crun {
-            super::below::list(mounts, &mount::table()?)?;
-        }
         let devices = super::devices::collect(config, user_namespace.is_some())?;
         super::update::check_cpuset(&container.cgroup()?, &config.linux.resources)?;
         let (classes, class_warnings) = self.settings.classes.resolve(&inputs.sandbox.annotations, config)?;
@@ -329,6 +326,9 @@ impl Containers {
         // First, so that a mount of the request in the same depth comes after it.
         let volumes = super::image_volumes::declared(&meta.id, &image.volumes(), &rootfs, mounts, &self.snapshots, attributes)?;
         mounts.splice(0..0, volumes);
+        if user_namespace.is_some() && inputs.handler.kind == Kind::Crun {
+            super::below::list(mounts, &mount::table()?, &self.settings.run)?;
+        }
         crash::step("create:3-volumes");
         let (mut built, warnings) = spec::build(&spec::Inputs {
             sandbox_id: inputs.sandbox_id,

@@ -100,6 +100,7 @@ pub(super) fn check(mount: &Mount) -> Result<ResolvedMount> {
         recursive_read_only: mount.recursive_read_only,
         propagation,
         options: mount.mount_options.clone(),
+        comes_with: None,
     })
 }
 

@@ -94,10 +94,11 @@ fn interface(link: &Link) -> NetworkInterfaceUsage {
 }
 
 /// The default interface by itself, the others but loopback in a list. Whoever may administrate the sandbox's network can take the
-/// default one away; the first then stands for it, as with containerd. None without any: kubelet takes a default one for granted.
+/// default one away; the first that is switched on then stands for it, else the first (the kernel brings some that are not), as with
+/// containerd. None without any: kubelet takes a default one for granted.
 fn network(links: &[Link], timestamp: i64) -> Option<NetworkUsage> {
     let mut links: Vec<&Link> = links.iter().filter(|l| l.name != "lo").collect();
-    let default = links.iter().position(|l| l.name == DEFAULT_INTERFACE).unwrap_or(0);
+    let default = links.iter().position(|l| l.name == DEFAULT_INTERFACE).or_else(|| links.iter().position(|l| l.up)).unwrap_or(0);
     let default = (default < links.len()).then(|| links.remove(default))?;
     Some(NetworkUsage {
         timestamp,
@@ -341,6 +342,9 @@ mod tests {
         assert_eq!(usage.interfaces.iter().map(|i| i.name.as_str()).collect::<Vec<_>>(), ["net1"]);
         let usage = network(&[link("lo", 1), link("x0", 2), link("net1", 3)], 7).unwrap();
         assert_eq!((usage.default_interface.name.as_str(), usage.interfaces.len(), usage.interfaces[0].name.as_str()), ("x0", 1, "net1"));
+        let up = Link { up: true, ..link("x0", 2) };
+        let usage = network(&[link("tunl0", 0), up], 7).unwrap();
+        assert_eq!((usage.default_interface.name.as_str(), usage.interfaces[0].name.as_str()), ("x0", "tunl0"));
         assert!(network(&[link("lo", 1)], 7).is_none() && network(&[], 7).is_none());
     }
 

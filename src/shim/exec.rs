@@ -183,6 +183,10 @@ impl Shim {
             }
             Err(error) => {
                 exec.outcome = Some(Event::Error(Fault::from(&error)));
+                // Others may be at it, whose files look the same.
+                if self.tasks.is_empty() {
+                    let _ = oci::remove_leftovers(&self.config.handler, &self.config.id, &self.dir);
+                }
                 // What a killed or failed runtime has left, and what one that was given up has brought. The process is our child by now
                 // and not reaped; it may not be in the cgroup yet.
                 exec.kill = true;

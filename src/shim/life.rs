@@ -187,7 +187,11 @@ impl Shim {
         self.stdio.let_go_of_terminal();
         self.phase = Phase::Ending;
         for task in &mut self.tasks {
-            task.give_up(Error::precondition("the container has ended"));
+            let why = Error::precondition("the container has ended meanwhile");
+            match task.purpose.brings_child() {
+                true => task.give_up(why),
+                false => task.abort(why),
+            }
         }
         for exec in &mut self.execs {
             exec.kill = true;
@@ -200,7 +204,7 @@ impl Shim {
             // In a PID namespace of its own everything is dead by now; in a shared one it is not.
             // Whoever waits for the end of an exec hears of it before we go.
             // What an OCI runtime is still bringing is in there too: it has to come back first, or to use up its time.
-            if !self.tasks.is_empty() && now < *until {
+            if self.tasks.iter().any(|t| t.purpose.brings_child()) && now < *until {
                 return None;
             }
             let left = self.cgroup.kill_once() > 0 || !self.execs.is_empty();
@@ -229,6 +233,8 @@ impl Shim {
     fn delete(&mut self, error: Option<Error>) {
         let clean = error.is_none();
         self.ending = Some(Ending::Deleting(error));
+        // Before the runtime's own command: it takes a directory with a mount in it for no container's.
+        let _ = oci::remove_leftovers(&self.config.handler, &self.config.id, &self.dir);
         if clean && self.forget() {
             return self.deleted();
         }
@@ -251,8 +257,7 @@ impl Shim {
         let handler = &self.config.handler;
         let state = handler.root.join(&self.config.id);
         let known = matches!(handler.kind, Kind::Crun | Kind::Runc) && !handler.systemd_cgroup && state.is_dir();
-        let left = || oci::remove_leftovers(handler, &self.config.id, &self.dir);
-        known && !has_poststop(&self.dir) && left().is_ok() && self.cgroup.remove(REMOVE_LIMIT).is_ok() && file::remove_tree(&state).is_ok()
+        known && !has_poststop(&self.dir) && self.cgroup.remove(REMOVE_LIMIT).is_ok() && file::remove_tree(&state).is_ok()
     }
 
     /// Leaves word for the daemon that the OCI runtime still knows the container.

@@ -3,9 +3,10 @@
 //!
 //! systemd removes a scope as soon as nothing lives in it, often before its counter can be read. The counters of v2 include the
 //! cgroups below, so the one above, of the sandbox, tells then: what it grew by since the last time that both could be read. Every
-//! kill in the sandbox gives notice, and both are read at each, so that no kill in a sibling is taken for ours unless it came
-//! within the 10 ms that the kernel may keep a notice back (CGROUP_FILE_NOTIFY_MIN_INTV). The counters of v1 are each cgroup's own; there
-//! a notice whose kill was not counted before the cgroup went tells, unless it may have been the one of the removal.
+//! kill in the sandbox gives notice, and both are read at each, so that a kill in a sibling is taken for ours only if it came in the moment
+//! before our own end: the kernel may keep a notice back for 10 ms (CGROUP_FILE_NOTIFY_MIN_INTV), and we must have had time to read.
+//! The counters of v1 are each cgroup's own; there a notice whose kill was not counted before the cgroup went tells, unless it may have
+//! been the one of the removal. A cgroup above that runs out gives it to all below, so it counts for a moment only.
 
 use std::fs::File;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
@@ -67,6 +68,10 @@ impl OomWatch {
     /// Asks the kernel for notices, for the container runs. The counter is read at the end whether it gives any or not.
     pub fn arm(&mut self, cgroup: &Cgroup) {
         self.source = Source::open(cgroup);
+        if cgroup.exists() && cgroup.oom_kills().is_none() {
+            // Nothing counts there, now or later.
+            self.above = None;
+        }
         if let Some(above) = &mut self.above {
             above.events = File::open(above.dir.join("memory.events")).ok();
         }
@@ -102,6 +107,8 @@ impl OomWatch {
             above.events = above.events.take().filter(acknowledge);
         }
         self.look_until = Some(now + LOOK_FOR);
+        // While both can be read.
+        self.kills(cgroup);
     }
 
     /// Whether a notice asks to look at the counter.
@@ -118,10 +125,12 @@ impl OomWatch {
     pub fn look(&mut self, kills: u64, now: Instant) -> bool {
         let grown = kills > self.told;
         self.told = kills.max(self.told);
-        if grown || self.look_until.is_some_and(|until| now >= until) {
-            self.look_until = None;
+        if self.look_until.is_some_and(|until| now + LOOK_FOR >= until + LOOK_EVERY) {
             // Nothing could be killed, or it was elsewhere.
             self.warned = false;
+        }
+        if grown || self.look_until.is_some_and(|until| now >= until) {
+            self.look_until = None;
         }
         grown
     }
@@ -285,7 +294,7 @@ mod tests {
         }
         // Nothing came of it, or it was counted.
         let mut watch = v1(1, true);
-        watch.look(0, Instant::now() + LOOK_FOR);
+        watch.look(0, Instant::now() + LOOK_EVERY);
         assert_eq!(watch.kills(&tree.cgroup), 0);
         let mut watch = v1(1, true);
         tree.count("pod.slice/c.scope", 1);

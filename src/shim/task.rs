@@ -9,8 +9,8 @@ use crate::sys::file;
 use crate::sys::monitor::{self, End};
 use crate::sys::process::Program;
 
-/// How long a command may go on that nobody wants any more; most end in hundredths of a second.
-const LAST_WORDS: Duration = Duration::from_secs(2);
+/// How long a command may go on that nobody wants any more. Most end in hundredths of a second; an end is told later by so much.
+const LAST_WORDS: Duration = Duration::from_millis(500);
 
 /// What a command is for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -20,6 +20,9 @@ pub struct ResolvedMount {
     pub propagation: Propagation,
     /// Further options, of [`OPTIONS`].
     pub options: Vec<String>,
+    /// Of what is mounted below a volume on the host and listed for an OCI runtime that leaves it out (`container::below`): where that
+    /// volume is in the container.
+    pub comes_with: Option<PathBuf>,
 }
 
 /// What mount_options may say. They hold for the mount itself, as `readonly` does, not for what is mounted below it; whatever
@@ -47,7 +50,8 @@ impl Propagation {
 /// All mounts, parents before children. A mount of the request replaces a usual one with the same destination; one on /dev
 /// replaces all that would come below it.
 pub(super) fn mounts(inputs: &Inputs) -> Vec<Mount> {
-    let requested = |path: &Path| inputs.mounts.iter().any(|mount| mount.container_path == path);
+    let asked = || inputs.mounts.iter().filter(|mount| mount.comes_with.is_none());
+    let requested = |path: &Path| asked().any(|mount| mount.container_path == path);
     let dev_is_requested = requested(Path::new("/dev"));
     let replaced = |path: &Path| requested(path) || (dev_is_requested && path.starts_with("/dev"));
 
@@ -56,7 +60,14 @@ pub(super) fn mounts(inputs: &Inputs) -> Vec<Mount> {
     all.extend(sandbox_files(inputs).into_iter().filter(|mount| !requested(mount.destination())));
     let devices = inputs.devices.iter().filter(|device| userns::binds_device(inputs, &device.path) && !replaced(&device.path));
     all.extend(devices.map(|device| userns::device_bind(&device.path, &device.host_path)));
-    all.extend(inputs.mounts.iter().map(requested_bind));
+    // What a volume brings along gives way to what each container has: it is covered by that where volumes are bound whole.
+    let gives_way = |mount: &ResolvedMount| {
+        let covers =
+            |other: &Mount, volume| other.destination().starts_with(volume) && mount.container_path.starts_with(other.destination());
+        mount.comes_with.as_ref().is_some_and(|volume| all.iter().any(|other| covers(other, volume)))
+    };
+    let binds: Vec<Mount> = inputs.mounts.iter().filter(|mount| !gives_way(mount)).map(requested_bind).collect();
+    all.extend(binds);
     // Stable: /proc stays before /dev.
     all.sort_by_key(|mount| mount.destination().components().count());
     all
@@ -174,6 +185,40 @@ mod tests {
         fixture.set_privileged();
         assert!(readonly(&mut fixture).is_empty());
         assert!(options(&at(&fixture, "/sys/fs/cgroup")).ends_with(",rw"));
+    }
+
+    /// The host's /dev, /etc and /sys as volumes, with what is mounted below them there.
+    #[test]
+    fn what_comes_with_a_volume_covers_nothing_of_the_containers_own() {
+        let mut fixture = Fixture::new();
+        fixture.files.hosts = Some("/run/s/hosts".into());
+        fixture.files.shm = Some("/run/s/shm".into());
+        for volume in ["/dev", "/etc", "/sys"] {
+            fixture.mount(volume, volume);
+        }
+        for (path, volume) in [
+            ("/dev/shm", "/dev"),
+            ("/dev/hugepages", "/dev"),
+            ("/etc/hosts", "/etc"),
+            ("/etc/sub", "/etc"),
+            ("/sys/fs/cgroup", "/sys"),
+            ("/sys/fs/cgroup/memory", "/sys"),
+            ("/sys/fs/bpf", "/sys"),
+        ] {
+            fixture.mount(path, &format!("/host{path}"));
+            fixture.mounts.last_mut().unwrap().comes_with = Some(volume.into());
+        }
+        for (path, source) in [
+            ("/dev/shm", "/run/s/shm"),
+            ("/dev/hugepages", "/host/dev/hugepages"),
+            ("/etc/hosts", "/run/s/hosts"),
+            ("/etc/sub", "/host/etc/sub"),
+            ("/sys/fs/cgroup", "cgroup"),
+            ("/sys/fs/bpf", "/host/sys/fs/bpf"),
+        ] {
+            assert_eq!(at(&fixture, path).source().as_deref(), Some(Path::new(source)), "{path}");
+        }
+        assert!(!destinations(&fixture).iter().any(|path| path == "/sys/fs/cgroup/memory"));
     }
 
     #[test]

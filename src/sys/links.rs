@@ -14,6 +14,8 @@ use crate::error::{Context, Error, Result};
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Link {
     pub name: String,
+    /// Switched on (IFF_UP).
+    pub up: bool,
     pub rx_bytes: u64,
     pub rx_packets: u64,
     pub rx_errors: u64,
@@ -36,6 +38,8 @@ const BUFFER: usize = 32 << 10;
 /// sizeof(struct nlmsghdr), sizeof(struct ifinfomsg).
 const HEADER: usize = 16;
 const LINK_HEADER: usize = 16;
+/// Of the flags in struct ifinfomsg.
+const FLAGS: usize = 8;
 /// if_link.h: leave out the long statistics of address families.
 const SKIP_STATS: u32 = 8;
 
@@ -119,7 +123,10 @@ fn parse(mut bytes: &[u8], sequence: u32, links: &mut Vec<Link>) -> Result<bool>
                 let code = u32_at(body, 0).ok_or_else(torn)? as i32;
                 return Err(std::io::Error::from_raw_os_error(code.wrapping_neg())).context(|| "answer of the kernel");
             }
-            _ if kind == libc::RTM_NEWLINK => links.extend(body.get(LINK_HEADER..).and_then(link)),
+            _ if kind == libc::RTM_NEWLINK => {
+                let up = u32_at(body, FLAGS).is_some_and(|flags| flags & libc::IFF_UP as u32 != 0);
+                links.extend(body.get(LINK_HEADER..).and_then(link).map(|link| Link { up, ..link }));
+            }
             _ => {}
         }
     }
@@ -176,6 +183,7 @@ mod tests {
     fn new_link(sequence: u32, name: &str) -> Vec<u8> {
         let stats: Vec<u8> = (1u64..=24).flat_map(u64::to_ne_bytes).collect();
         let mut body = vec![0; LINK_HEADER];
+        body[FLAGS] = libc::IFF_UP as u8;
         body.extend(attribute(libc::IFLA_IFNAME, format!("{name}\0").as_bytes()));
         body.extend(attribute(libc::IFLA_STATS64, &stats));
         message(libc::RTM_NEWLINK, sequence, &body)
@@ -190,6 +198,7 @@ mod tests {
         assert!(parse(&message(libc::NLMSG_DONE as u16, 7, &[0; 4]), 7, &mut links).unwrap());
         let expected = Link {
             name: "eth0".into(),
+            up: true,
             rx_packets: 1,
             tx_packets: 2,
             rx_bytes: 3,

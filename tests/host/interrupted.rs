@@ -168,22 +168,35 @@ fn a_terminal_outlives_its_users() {
 /// As runtimes do that bind their own binary for a moment: what they made by then stays when they are killed.
 #[test]
 fn a_runtime_whose_exec_nobody_wants_may_take_back_what_it_made() {
-    let (dir, host) = host_with("case \" $* \" in *' exec '*) touch $dir/made; sleep $(cat $dir/pause); rm $dir/made ;; esac\n");
-    let made = dir.path().join("made");
+    let (dir, host) =
+        host_with("case \" $* \" in *' exec '*) touch $dir/made; while [ -e $dir/hold ]; do sleep 0.01; done; rm $dir/made ;; esac\n");
+    let (made, hold) = (dir.path().join("made"), dir.path().join("hold"));
     for handler in wanted_runtimes() {
-        for (cancelled, pause) in [(true, "1.5"), (false, "0.3")] {
-            fs::write(dir.path().join("pause"), pause).expect("write");
+        for cancelled in [true, false] {
+            fs::write(&hold, b"").expect("write");
             let sandbox = host.sandbox("unwanted", handler);
             let container = host.launch(&sandbox, "main", &SLEEP);
-            let (client, id) = (host.daemon.client(), container.id.clone());
-            let limit = if cancelled { 1 } else { 60 };
-            let exec = std::thread::spawn(move || client.call(&exec_request(&id, &["sleep", "1000000"], limit)).map(drop));
+            let first = cgroup_processes(&host.daemon.layout.tag)[0];
+            let (client, limit) = (host.daemon.client(), if cancelled { 1 } else { 60 });
+            let request = exec_request(&container.id, &["sleep", "1000000"], limit);
+            let exec = std::thread::spawn(move || client.call(&request).map(drop));
             eventually("the runtime has begun", || made.exists());
-            if !cancelled {
-                host.stop(&container, 0);
-            }
-            exec.join().expect("no panic").expect_err("nothing came of it");
+            let end = match cancelled {
+                true => exec,
+                false => {
+                    let (client, container_id) = (host.daemon.client(), container.id.clone());
+                    std::thread::spawn(move || client.call(&StopContainerRequest { container_id, ..Default::default() }).map(drop))
+                }
+            };
+            // Nobody wants it any more, for as long as it took to kill it at once.
+            eventually("the exec, or the container, is given up", || match cancelled {
+                true => end.is_finished(),
+                false => !Path::new("/proc").join(first.to_string()).exists(),
+            });
+            std::thread::sleep(Duration::from_millis(50));
+            fs::remove_file(&hold).expect("let it go on");
             eventually("the runtime has come back", || !made.exists());
+            assert_eq!(end.join().expect("no panic").is_err(), cancelled, "{handler}");
             host.remove_all();
             host.assert_clean();
         }
@@ -211,6 +224,28 @@ fn what_a_killed_runtime_left_goes_with_the_container() {
         host.remove(&container);
         assert!(!left.exists() && !state.exists() && Path::new("/bin/sh").exists(), "{handler}");
         host.remove_all();
+        host.assert_clean();
+    }
+    host.finish();
+}
+
+/// The same in a start, before the runtime knows the container: its `delete` finds none.
+#[test]
+fn what_a_failed_start_left_goes_too() {
+    // `--root ROOT … run … ID`, in the container's directory.
+    let (_dir, host) = host_with(
+        "for id; do :; done\ncase \" $* \" in *probe*) ;; *' run '*)\n  \
+        case $0 in *runc) left=$2/$id/runc.Xy12ab; mkdir -p $2/$id ;; *) left=crun.Xy12ab ;; esac\n  \
+        : >$left; mount --bind /bin/sh $left; exit 1 ;;\nesac\n",
+    );
+    for handler in wanted_runtimes() {
+        let sandbox = host.sandbox("failed", handler);
+        let container = host.create(&sandbox, "main", &SLEEP);
+        host.daemon.client().call(&start_request(&container)).expect_err("it cannot start");
+        assert_eq!(host.status(&container).reason, "StartError", "{handler}");
+        host.remove_all();
+        let state = host.daemon.layout.path("run/runtime").join(handler).join(&container.id);
+        assert!(!state.exists() && Path::new("/bin/sh").exists(), "{handler}");
         host.assert_clean();
     }
     host.finish();

@@ -284,23 +284,27 @@ fn late_mounts_come_and_go_with_the_source() {
     host.finish();
 }
 
-/// One tmpfs in a volume and one in that; a file on each and one beneath, which nobody may see.
+/// One directory mounted in a volume and one in that; a file in each and one beneath, which nobody may see. Of the disk: the kernel
+/// maps the owners of a tmpfs from 6.3 on only.
 #[test]
 fn what_is_mounted_below_a_volume_comes_with_it() {
     if skipped() {
         return;
     }
     let host = Host::start();
-    let tmpfs = |path: &Path, mode| {
+    let layer = |path: &Path, above: &Path| {
         fs::create_dir_all(path).expect("make a mount point");
         fs::write(path.join("beneath"), b"").expect("write");
-        crisp::sys::mount::tmpfs(path, 1 << 20, mode, (0, 0)).expect("mount");
-        fs::write(path.join("above"), b"").expect("write");
+        fs::create_dir_all(above).expect("make what is mounted");
+        fs::set_permissions(above, std::os::unix::fs::PermissionsExt::from_mode(0o777)).expect("open it");
+        fs::write(above.join("above"), b"").expect("write");
+        crisp::sys::mount::bind(above, path, false).expect("mount");
     };
     for handler in handlers() {
         let source = host.daemon.layout.path("stack");
-        tmpfs(&source.join("sub"), 0o777);
-        tmpfs(&source.join("sub/deep"), 0o777);
+        let above = ["above", "above-deep"].map(|name| host.daemon.layout.path(name));
+        layer(&source.join("sub"), &above[0]);
+        layer(&source.join("sub/deep"), &above[1]);
         let sandbox = sandbox(&host, "stack", &handler);
         let container = host.create_with(&sandbox, "app", &SLEEP, |config| {
             let readonly = Mount { readonly: true, ..mount("/read", &source, false) };
@@ -325,7 +329,9 @@ fn what_is_mounted_below_a_volume_comes_with_it() {
         }
         let beneath = fs::read_dir(source.join("sub")).expect("list").flatten().map(|e| e.file_name()).collect::<Vec<_>>();
         assert_eq!(beneath, ["beneath"], "{handler}");
-        fs::remove_dir_all(&source).expect("remove");
+        for dir in [&source, &above[0], &above[1]] {
+            fs::remove_dir_all(dir).expect("remove");
+        }
         host.assert_clean();
     }
     host.finish();
