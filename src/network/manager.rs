@@ -5,7 +5,7 @@ use std::os::fd::OwnedFd;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use rustix::event::EventfdFlags;
 use serde::{Deserialize, Serialize};
@@ -109,12 +109,23 @@ struct Verdict {
     result: Result<()>,
 }
 
+/// Longest tick of the kernel's clock, by which files have their times (CONFIG_HZ=100), and some room.
+const TICK: Duration = Duration::from_millis(20);
+
 /// Device, inode and mtime of the conf directory: changes when a file comes or goes.
 type Stamp = (u64, u64, i64, i64);
 
 fn stamp(dir: &Path) -> Option<Stamp> {
     let meta = std::fs::metadata(dir).ok()?;
     Some((meta.dev(), meta.ino(), meta.mtime(), meta.mtime_nsec()))
+}
+
+/// Whether a change from now on would give another stamp: files that come in the same tick of the kernel's clock leave it as it is.
+fn is_settled(stamp: &Stamp) -> bool {
+    let (_, _, seconds, nanoseconds) = *stamp;
+    let changed = UNIX_EPOCH + Duration::new(seconds.max(0) as u64, nanoseconds.max(0) as u32);
+    // One from the future is as good as it will get.
+    SystemTime::now().duration_since(changed).map_or(true, |age| age > TICK)
 }
 
 impl Network {
@@ -147,7 +158,7 @@ impl Network {
     pub(super) fn reload_by(&self, load: impl FnOnce(&Path) -> Result<Directory>) -> Result<()> {
         let _alone = self.reading.lock();
         // Taken before the files are read: what changes meanwhile is seen as a change.
-        let stamp = stamp(&self.settings.conf_dir);
+        let stamp = stamp(&self.settings.conf_dir).filter(is_settled);
         let (mut directory, result) = match load(&self.settings.conf_dir) {
             Ok(directory) => (directory, Ok(())),
             Err(e) => (Directory { networks: Vec::new(), problems: vec![e.to_string()] }, Err(e)),
